@@ -1,0 +1,91 @@
+"""Every key of a tcq config, with its unit and default. The other files are short changes of this one."""
+
+from ml_collections import ConfigDict, FieldReference
+
+
+def get_config() -> ConfigDict:
+    """The defaults: a small ViT from scratch; `data.source` has to be set."""
+    c = ConfigDict()
+
+    c.data = data = ConfigDict()
+    data.source = ""  # digits | tfds:<name> | folder:<path>
+    data.protocol = "seeded"  # how images are split, see tcq/data/protocols.py: seeded | cifar10_spq
+    data.split_seed = 0  # of the seeded protocol and of the validation split
+    data.query = 0.1  # share of the images held out as queries (seeded); 0 where there are no labels
+    data.validation = 0.1  # share of the training images held out for validation
+    data.image_size = 32  # pixels, the side to which images are decoded, once
+    data.resize = "crop"  # crop (scale the shorter side, cut the middle) | squash (scale both sides)
+    data.batch_size = 256  # images per step over all devices (two views each)
+    data.threads = 2  # that read batches ahead
+    data.tfds_dir = ""  # where prepared TFDS datasets lie; "" is TFDS's own choice (~/tensorflow_datasets)
+    data.cache_dir = ""  # where decoded images are kept; "" is $XDG_CACHE_HOME/tcq or ~/.cache/tcq
+    data.augment = augment = ConfigDict()  # all strengths: 0 is off (see tcq/augment.py)
+    augment.crop = 0.8  # largest share of the area cut away
+    augment.stretch = 0.2877  # log of the largest change of aspect ratio (4/3)
+    augment.rotate = 0.0  # degrees
+    augment.shift = 0.0  # share of the side
+    augment.flip = 0.5  # probability
+    augment.brightness = 0.4  # factor 1 +- this
+    augment.contrast = 0.4  # factor 1 +- this
+    augment.saturation = 0.4  # factor 1 +- this
+    augment.hue = 0.1  # turns of the circle, up to 0.5
+    augment.jitter = 0.8  # probability of the four changes above
+    augment.grayscale = 0.2  # probability
+    augment.blur = 0.5  # probability
+
+    c.model = model = ConfigDict()
+    model.name = ""  # Ti | S | B | L, or "" for the three sizes below
+    model.width = 192
+    model.depth = 6  # blocks
+    model.heads = 3
+    model.patch = 8  # pixels
+    model.pooling = "mean"  # cls | mean | flat | attention
+    model.positions = "learned"  # learned | sincos2d
+    model.mlp_ratio = 4.0  # hidden width of the MLP over width
+    model.dropout = 0.0  # rate
+    model.drop_path = 0.0  # rate of stochastic depth in the last block
+    model.dtype = "float32"  # float32 | bfloat16, of the computation
+
+    c.quantizer = quantizer = ConfigDict()
+    quantizer.num_codebooks = 8  # M
+    quantizer.num_codewords = 16  # K, a power of two up to 65,536
+    quantizer.codeword_dim = 16  # d; the feature has D = M * d numbers
+    quantizer.bits = 0  # per image; 0 takes M * log2(K), anything else must equal it
+    quantizer.scale = 5.0  # inverse temperature of soft assignment
+    quantizer.metric = "l2"  # l2 (SPQ) | ip (MeCoQ)
+    quantizer.init = "data"  # data | random
+    quantizer.init_images = 1024  # first training images that "data" looks at
+
+    c.loss = loss = ConfigDict()
+    loss.pairing = "cross"  # cross | quantized | float
+    loss.temperature = 0.5
+    loss.clip = FieldReference(0, field_type=object)  # negatives removed per anchor: a count, or a fraction as a float
+    loss.entropy_weight = 0.0  # of the mean entropy of the soft codes
+    loss.diversity_weight = 0.0  # of the mean cosine between codewords of a codebook
+
+    c.optim = optim = ConfigDict()
+    optim.name = "adamw"  # adamw | lars | sgd
+    optim.learning_rate = 1e-3  # at the end of the warm-up
+    optim.warmup_steps = 100  # linear from 0; then cosine to 0
+    optim.weight_decay = 1e-4  # on matrices only
+    optim.momentum = 0.9  # of lars and sgd
+    optim.clip_norm = 1.0  # largest global norm of the gradient; 0 is off
+
+    c.train = train = ConfigDict()
+    train.total_steps = 0  # one of these two is set, the other 0
+    train.total_epochs = 0.0
+    train.seed = 0  # of initial weights, data order and views
+    train.log_every_steps = 50
+
+    c.eval = evaluation = ConfigDict()
+    evaluation.every_steps = 0  # validation while training; 0 is only at the end
+    evaluation.k = 1000  # cut-off of mAP@k; 0 is the whole database
+    evaluation.score = "l2"  # similarity of the ranking: l2 | ip | cosine
+    evaluation.batch_size = 512  # images per encoding step over all devices
+    evaluation.max_database = 10_000  # database images used for validation while training
+
+    c.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every_steps = 500  # and at the end
+    checkpoint.keep = 1  # newest checkpoints kept, beside the best
+
+    return c

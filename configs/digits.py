@@ -1,0 +1,36 @@
+"""scikit-learn's handwritten digits: 1,797 real scans of 8 x 8 pixels, nothing to download.
+
+    python -m tcq train --config=configs/digits.py --workdir=runs/digits
+"""
+
+from configs import base
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """A ViT of 0.1 M parameters, 32 bits, clipping a tenth of the negatives: the rate of the anchor's own class."""
+    c = base.get_config()
+
+    c.data.source = "digits"
+    c.data.query = 300 / 1797
+    c.data.validation = 300 / 1497
+    c.data.image_size = 8
+    c.data.batch_size = 128
+    c.data.augment.update(
+        crop=0.75, stretch=0.0, rotate=15.0, shift=0.125, flip=0.0, brightness=0.3, contrast=0.3, jitter=1.0
+    )
+    c.data.augment.update(saturation=0.0, hue=0.0, grayscale=0.0, blur=0.0)
+
+    c.model.update(width=64, depth=2, heads=2, patch=4, pooling="flat")
+
+    c.loss.temperature = 0.2
+    c.loss.clip = 0.1
+
+    c.optim.learning_rate = 3e-3
+    c.optim.warmup_steps = 50
+
+    c.train.total_steps = 2400
+    c.eval.k = 0
+    c.eval.every_steps = 400
+    c.checkpoint.every_steps = 400
+    return c

@@ -1,0 +1,180 @@
+"""tcq: unlabelled images in, a compact searchable index out.
+
+Exit status 0: done; 1: it broke on the way; 2: a call, config or file that cannot work.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. What the user can mend is one message on standard error, without a traceback."""
+    parser = _parser()
+    arguments, overrides = parser.parse_known_args(argv)
+    for argument in overrides:
+        if "config" not in arguments or not argument.startswith(("--config.", "--noconfig.")):
+            parser.error(f"unrecognized argument {argument!r} for {arguments.command}")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names may be any bytes
+    try:
+        return RUN[arguments.command](arguments, overrides)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except (ValueError, RuntimeError) as error:
+        if not type(error).__module__.startswith("tcq."):
+            raise  # a defect of ours: show where
+        print(f"tcq {arguments.command}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tcq", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+
+    train = command("train", "train a model, or go on with one; --config.group.key=value overrides a key")
+    train.add_argument("--config", required=True, metavar="FILE[:ARG]", help="for example configs/digits.py")
+    train.add_argument("--workdir", required=True, help="where everything of this run is kept")
+
+    evaluate = command("evaluate", "score a trained model under its protocol")
+    evaluate.add_argument("--workdir", required=True, help="of the training run; results.json and pictures go there")
+    evaluate.add_argument("--checkpoint", default="best", help="best (by validation), latest, or a step")
+    evaluate.add_argument("--recorded", metavar="JSON", help="a file {name: mAP} of figures to show beside")
+
+    index = command("index", "encode a folder of images into an index; or add to one, or remove from it")
+    index.add_argument("--workdir", help="of the training run whose model encodes")
+    index.add_argument("--checkpoint", default="best", help="best (by validation), latest, or a step")
+    index.add_argument("--images", help="folder of images, with all that is below it")
+    index.add_argument("--out", required=True, help="the index: a folder that does not exist yet")
+    index.add_argument("--add", action="store_true", help="add --images to the existing index --out")
+    index.add_argument("--remove", nargs="+", metavar="PATH", help="remove these images or folders from the index --out")
+
+    search = command("search", "the indexed images nearest to a query image")
+    search.add_argument("--index", required=True, help="made by tcq index")
+    search.add_argument("--query", required=True, nargs="+", metavar="IMAGE", help="one image or more")
+    search.add_argument("--k", type=_positive, default=10, help="how many (default 10)")
+    search.add_argument("--gallery", metavar="PNG", help="also draw the answers")
+
+    export = command("export", "write an index for FAISS, or as NumPy arrays")
+    export.add_argument("--index", required=True)
+    export.add_argument("--out", required=True)
+    export.add_argument("--format", choices=("faiss", "npz"), default="faiss")
+
+    serve = command("serve", "a search page for an index, on this machine only")
+    serve.add_argument("--index", required=True)
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--k", type=_positive, default=10)
+
+    doctor = command("doctor", "check versions, devices, and whether a config and its images fit them")
+    doctor.add_argument("--config", metavar="FILE[:ARG]")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+    return int(text)
+
+
+def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from tcq import config, train
+
+    train.train(config.load(arguments.config, overrides), arguments.workdir)
+    print(f"trained: {arguments.workdir}")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace, _: list[str]) -> int:
+    from tcq import evaluate
+
+    recorded = evaluate.read_recorded(arguments.recorded) if arguments.recorded else None
+    results = evaluate.evaluate(arguments.workdir, which=arguments.checkpoint)
+    print(evaluate.table(results, recorded))
+    for name in ("results.json", "curves.png", "gallery.png"):
+        print(f"{arguments.workdir}/{name}")
+    return 0
+
+
+def _index(arguments: argparse.Namespace, _: list[str]) -> int:
+    from tcq import index
+
+    if arguments.remove:
+        print(f"removed {index.remove(arguments.out, arguments.remove):,} images from {arguments.out}")
+        return 0
+    if not arguments.images:
+        raise index.IndexFileError("--images is missing: the folder whose images are to be indexed")
+    if arguments.add:
+        count, skipped = index.add(arguments.out, arguments.images)
+        print(f"added {count:,} images to {arguments.out}")
+    else:
+        if not arguments.workdir:
+            raise index.IndexFileError("--workdir is missing: the training run whose model encodes the images")
+        count, skipped = index.build(arguments.workdir, arguments.images, arguments.out, which=arguments.checkpoint)
+        print(f"indexed {count:,} images: {arguments.out}")
+    if skipped:
+        print(f"{len(skipped):,} files skipped, listed with reasons in {arguments.out}/skipped.jsonl")
+    return 0
+
+
+def _search(arguments: argparse.Namespace, _: list[str]) -> int:
+    from tcq import index
+
+    opened = index.open_index(arguments.index)
+    queries = index.read_queries(opened, arguments.query)
+    answers = index.search(opened, queries, k=arguments.k)
+    for query, hits in zip(arguments.query, answers, strict=True):
+        if len(answers) > 1:
+            print(f"# {query}")
+        for rank, hit in enumerate(hits, 1):
+            print(f"{rank}\t{hit.score:.6f}\t{hit.path}")
+    if arguments.gallery:
+        index.draw(opened, queries, answers, arguments.gallery)
+        print(f"gallery: {arguments.gallery}", file=sys.stderr)
+    return 0
+
+
+def _export(arguments: argparse.Namespace, _: list[str]) -> int:
+    from tcq import export
+
+    print(export.export(arguments.index, arguments.out, format=arguments.format))
+    return 0
+
+
+def _serve(arguments: argparse.Namespace, _: list[str]) -> int:
+    from tcq import serve
+
+    serve.serve(arguments.index, port=arguments.port, k=arguments.k)
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from tcq import doctor
+
+    lines, problems = doctor.report(arguments.config, overrides)
+    print("\n".join(lines))
+    for problem in problems:
+        print(f"tcq doctor: {problem}", file=sys.stderr)
+    return 2 if problems else 0
+
+
+RUN = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "index": _index,
+    "search": _search,
+    "export": _export,
+    "serve": _serve,
+    "doctor": _doctor,
+}
+
+def console() -> None:
+    """The console script `tcq`."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""An index on disk: codes, paths and the encoder that made them; build, open, add, remove, search.
+
+A folder with codes.npy (N, M), paths.json, encoder.npz (the parameters), config.json and meta.json (format, count and a
+SHA-256 of every other file). It needs nothing else: the workdir it came from may be gone. Writing happens in a new folder
+beside it, which takes its place at once.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import traverse_util
+from jaxtyping import Float, Int, UInt, UInt8
+
+from tcq import config as configs, encode, ranking
+from tcq.data import sources
+from tcq.data.images import ImageError, decode
+from tcq.models import retriever
+
+FORMAT = 1
+FILES = ("codes.npy", "paths.json", "encoder.npz", "config.json", "skipped.jsonl")
+
+
+class IndexFileError(ValueError):
+    """The index cannot be built, opened or changed; the message says why."""
+
+
+class Index(NamedTuple):
+    """N indexed images."""
+
+    encoder: encode.Encoder
+    codes: UInt[np.ndarray, "N M"]
+    paths: list[str]
+    norms: Float[np.ndarray, "N"] | None  # only for eval.score "cosine"
+
+
+class Hit(NamedTuple):
+    """One answer; higher scores are closer."""
+
+    path: str
+    score: float
+
+
+def build(
+    workdir: str | Path, images: str | Path, out: str | Path, *, which: str = "best"
+) -> tuple[int, list[dict[str, str]]]:
+    """Encodes every image below the folder `images` and writes the index `out`: how many, and what was skipped and why.
+
+    The skipped files are also listed in skipped.jsonl of the index. Raises IndexFileError if `out` exists, and as
+    `encode.load` and `sources.folder`; then nothing is left behind.
+    """
+    out = Path(out)
+    _refuse_existing(out)
+    encoder = encode.load(workdir, which=which)
+    source = _read_folder(encoder, images)
+    codes = encode.encode(encoder, source.images).codes
+    root = Path(images).expanduser().resolve()
+    _write(out, encoder, codes, [str(root / name) for name in source.names], source.skipped)
+    return len(codes), source.skipped
+
+
+def open_index(path: str | Path) -> Index:
+    """Opens and verifies an index. Raises IndexFileError if it is missing, incomplete, damaged, or of another format."""
+    path = Path(path)
+    meta = _meta(path)
+    for name, digest in meta["sha256"].items():
+        file = path / name
+        if not file.is_file() or _sha256(file) != digest:
+            raise IndexFileError(f"{str(file)!r} is {'damaged' if file.is_file() else 'missing'}: build the index again")
+    config = configs.from_json((path / "config.json").read_text())
+    codes = np.load(path / "codes.npy", allow_pickle=False)
+    with np.load(path / "encoder.npz", allow_pickle=False) as saved:
+        params = traverse_util.unflatten_dict({tuple(k.split("/")): saved[k] for k in saved.files})
+    model = retriever.from_config(config)
+    _check_params(encode.params_like(config, model), params, path)
+    encoder = encode.Encoder(config, model, params, meta["step"])
+    norms = np.asarray(ranking.code_norms(codes, encoder.codebooks)) if config.eval.score == "cosine" else None
+    return Index(encoder, codes, json.loads((path / "paths.json").read_text()), norms)
+
+
+def search(index: Index, images: UInt8[np.ndarray, "Q H W 3"], *, k: int = 10) -> list[list[Hit]]:
+    """The k nearest indexed images of each query image, best first. Raises ValueError as `ranking.top_k`."""
+    features = encode.encode(index.encoder, images).features
+    scores, ids = search_features(index, features, k=k)
+    return [[Hit(index.paths[i], float(s)) for i, s in zip(*row, strict=True)] for row in zip(ids, scores, strict=True)]
+
+
+def search_features(
+    index: Index, features: Float[np.ndarray, "Q D"], *, k: int
+) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
+    """Scores and positions of the k nearest items of float features, best first."""
+    tables = ranking.lookup_table(features, index.encoder.codebooks, metric=index.encoder.config.eval.score)
+    return ranking.top_k(tables, index.codes, k, norms=index.norms)
+
+
+def read_queries(index: Index, paths: Sequence[str | Path]) -> UInt8[np.ndarray, "Q H W 3"]:
+    """Query images as the encoder wants them. Raises IndexFileError naming the file and the reason."""
+    data, pictures = index.encoder.config.data, []
+    for path in paths:
+        try:
+            pictures.append(decode(path, size=data.image_size, resize=data.resize))
+        except ImageError as error:
+            raise IndexFileError(f"query {str(path)!r}: {error}") from None
+    return np.stack(pictures)
+
+
+def draw(index: Index, queries: UInt8[np.ndarray, "Q H W 3"], answers: Sequence[Sequence[Hit]], out: str | Path) -> None:
+    """A picture of queries and answers; an image that is gone since is drawn gray. Raises IndexFileError if unwritable."""
+    from tcq import pictures
+
+    def picture(hit: Hit) -> np.ndarray:
+        try:
+            return decode(hit.path, size=max(index.encoder.config.data.image_size, 96))
+        except ImageError:
+            return np.full((96, 96, 3), 128, np.uint8)
+
+    captions = [[f"{h.score:.3g} {Path(h.path).name[-14:]}" for h in hits] for hits in answers]
+    try:
+        pictures.gallery(out, list(queries), [[picture(h) for h in hits] for hits in answers], captions=captions)
+    except (OSError, ValueError) as error:
+        raise IndexFileError(f"--gallery {str(out)!r} cannot be written: {error}") from None
+
+
+def add(path: str | Path, images: str | Path) -> tuple[int, list[dict[str, str]]]:
+    """Adds every image below a folder that is not in the index yet; returns how many, and what was skipped and why."""
+    index = open_index(path)
+    source = _read_folder(index.encoder, images)
+    root, known = Path(images).expanduser().resolve(), set(index.paths)
+    new = [i for i, name in enumerate(source.names) if str(root / name) not in known]
+    codes = encode.encode(index.encoder, source.images[np.array(new, np.int64)]).codes
+    paths = index.paths + [str(root / source.names[i]) for i in new]
+    _write(Path(path), index.encoder, np.concatenate([index.codes, codes]), paths, source.skipped)
+    return len(new), source.skipped
+
+
+def remove(path: str | Path, names: list[str]) -> int:
+    """Removes images by their path, or all below a folder; returns how many. Raises IndexFileError if none is found."""
+    index = open_index(path)
+    gone = [str(Path(n).expanduser().resolve()) for n in names]
+    keep = [i for i, p in enumerate(index.paths) if not any(p == g or p.startswith(g + os.sep) for g in gone)]
+    if len(keep) == len(index.paths):
+        raise IndexFileError(f"none of {', '.join(names)} is in {str(path)!r}")
+    _write(Path(path), index.encoder, index.codes[keep], [index.paths[i] for i in keep], [])
+    return len(index.paths) - len(keep)
+
+
+def _read_folder(encoder: encode.Encoder, images: str | Path) -> sources.Source:
+    data = encoder.config.data
+    return sources.folder(images, size=data.image_size, resize=data.resize, cache_dir=data.cache_dir)
+
+
+def _write(
+    out: Path, encoder: encode.Encoder, codes: np.ndarray, paths: list[str], skipped: list[dict[str, str]]
+) -> None:
+    """Writes a whole index beside `out` and then puts it in its place."""
+    out = out.resolve()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        half = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise IndexFileError(f"{str(out)!r} cannot be written: {error.strerror}") from None
+    try:
+        half.chmod(0o755)
+        np.save(half / "codes.npy", codes)
+        (half / "paths.json").write_text(json.dumps(paths))
+        (half / "config.json").write_text(configs.to_json(encoder.config))
+        (half / "skipped.jsonl").write_text("".join(json.dumps(s) + "\n" for s in skipped))
+        flat = traverse_util.flatten_dict(jax.tree.map(np.asarray, dict(encoder.params)), sep="/")
+        np.savez(half / "encoder.npz", **flat)
+        meta = {
+            "format": FORMAT,
+            "count": len(paths),
+            "bits": configs.bits(encoder.config),
+            "step": encoder.step,
+            "sha256": {name: _sha256(half / name) for name in FILES},
+        }
+        (half / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        if out.exists():
+            old = half.with_name(half.name + ".old")
+            out.rename(old)
+            half.rename(out)
+            shutil.rmtree(old)
+        else:
+            half.rename(out)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def _meta(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise IndexFileError(f"index {str(path)!r} {'is not a folder' if path.exists() else 'does not exist'}")
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+        found = meta["format"]
+        missing = set(FILES) - meta["sha256"].keys()
+    except (OSError, ValueError, KeyError, TypeError):
+        raise IndexFileError(f"{str(path)!r} is not an index: it holds no readable meta.json") from None
+    if found != FORMAT or missing:
+        raise IndexFileError(f"index {str(path)!r} has format {found}, this version of tcq reads {FORMAT}: build it again")
+    return meta
+
+
+def _check_params(want: Mapping[str, Any], got: Mapping[str, Any], path: Path) -> None:
+    shapes = [
+        {k: tuple(np.shape(v)) for k, v in traverse_util.flatten_dict(dict(tree), sep="/").items()} for tree in (want, got)
+    ]
+    if shapes[0] != shapes[1]:
+        odd = sorted(k for k in shapes[0].keys() | shapes[1].keys() if shapes[0].get(k) != shapes[1].get(k))
+        raise IndexFileError(f"the encoder in {str(path)!r} does not fit its config; these parameters differ: {', '.join(odd)}")
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise IndexFileError(f"{str(out)!r} exists: choose another --out, or delete it first")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,82 @@
+"""The pictures that tcq leaves behind: a gallery of neighbours, and precision-recall curves. matplotlib, no display."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+
+# Right and wrong differ in line style, symbol and lightness, not only in hue (colours of Okabe & Ito).
+RIGHT = {"color": "#0072B2", "linestyle": "solid", "symbol": "\N{HEAVY CHECK MARK}"}
+WRONG = {"color": "#E69F00", "linestyle": (0, (2, 2)), "symbol": "\N{MULTIPLICATION X}"}
+
+
+def gallery(
+    path: str | Path,
+    queries: Sequence[UInt8[np.ndarray, "H W 3"]],
+    neighbours: Sequence[Sequence[UInt8[np.ndarray, "H W 3"]]],
+    *,
+    captions: Sequence[Sequence[str]] | None = None,
+    right: Bool[np.ndarray, "Q k"] | None = None,
+    title: str = "",
+) -> None:
+    """Writes a picture with a row per query: the query, then its neighbours, best first, marked where `right` is given."""
+    plt = _pyplot()
+    rows, columns = len(queries), 1 + max(len(n) for n in neighbours)
+    figure, axes = plt.subplots(rows, columns, figsize=(columns * 1.1, rows * 1.25 + 0.6), squeeze=False)
+    for r in range(rows):
+        for c in range(columns):
+            axis = axes[r, c]
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if c > len(neighbours[r]):
+                axis.axis("off")
+                continue
+            axis.imshow(queries[r] if c == 0 else neighbours[r][c - 1], interpolation="nearest")
+            mark = None if right is None or c == 0 else (RIGHT if right[r][c - 1] else WRONG)
+            for spine in axis.spines.values():
+                spine.set(linewidth=3 if mark else 1, color=mark["color"] if mark else "black")
+                if mark:
+                    spine.set_linestyle(mark["linestyle"])
+            text = captions[r][c - 1] if captions is not None and c else ""
+            if mark:
+                text = f"{mark['symbol']} {text}".strip()
+            axis.set_title("query" if c == 0 else text, fontsize=8, pad=3)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    figure.tight_layout(rect=(0, 0, 1, 0.99))
+    _save(figure, path)
+
+
+def curves(path: str | Path, results: Mapping[str, Mapping[str, Any]], *, ks: Sequence[int], title: str = "") -> None:
+    """Writes precision-recall and precision@k curves; `results` maps a name to {"precision", "recall"} at `ks`."""
+    plt = _pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    styles = ["solid", "dashed", "dotted", "dashdot", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3))]
+    for (name, result), style in zip(results.items(), styles * 2, strict=False):
+        precision: Float[np.ndarray, "C"] = np.asarray(result["precision"])
+        left.plot(result["recall"], precision, label=name, linestyle=style)
+        right.plot(ks, precision, label=name, linestyle=style)
+    left.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    right.set(xlabel="images returned", ylabel="precision", xscale="log", ylim=(0, 1.02))
+    left.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

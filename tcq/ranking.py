@@ -1,0 +1,119 @@
+"""Ranking stored codes: lookup tables, asymmetric and symmetric scores, chunked top-k. Higher is closer, always.
+
+A float query is compared with every codeword once, a table of M * K numbers; the score of a stored item is the sum of
+the M numbers that its code names. Asymmetric: the query is a float feature. Symmetric: it is itself decoded from a code.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, UInt
+
+METRICS = ("l2", "ip", "cosine")
+
+
+def lookup_table(
+    queries: Float[ArrayLike, "Q D"], codebooks: Float[ArrayLike, "M K d"], *, metric: str
+) -> Float[Array, "Q M K"]:
+    """One table per query: "l2" holds -||q_m - c_mk||^2; "ip" and "cosine" hold <q_m, c_mk>, "cosine" of q / ||q||.
+
+    Scores summed from a "cosine" table are cosine similarities once divided by the norms of the decoded items
+    (`scores(..., norms=...)`), which is what the training loss compares. For "ip" codebooks hand unit codewords.
+    Raises ValueError for an unknown metric or D other than M * d.
+    """
+    queries, codebooks = jnp.asarray(queries, jnp.float32), jnp.asarray(codebooks, jnp.float32)
+    num_codebooks, _, d = codebooks.shape
+    if queries.ndim != 2 or queries.shape[1] != num_codebooks * d:
+        raise ValueError(f"queries {queries.shape} do not fit codebooks {codebooks.shape}: want (Q, {num_codebooks * d})")
+    if metric == "cosine":
+        queries = queries / jnp.maximum(jnp.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
+    q = queries.reshape(queries.shape[0], num_codebooks, d)
+    inner = jnp.einsum("qmd,mkd->qmk", q, codebooks, precision="highest")
+    if metric == "l2":
+        return 2 * inner - jnp.sum(codebooks**2, axis=-1) - jnp.sum(q**2, axis=-1, keepdims=True)
+    if metric in ("ip", "cosine"):
+        return inner
+    raise ValueError(f"metric {metric!r} is unknown: use one of {', '.join(METRICS)}")
+
+
+def code_norms(codes: UInt[ArrayLike, "N M"], codebooks: Float[ArrayLike, "M K d"]) -> Float[Array, " N"]:
+    """Length of each decoded item, for "cosine"."""
+    squares = jnp.sum(jnp.asarray(codebooks, jnp.float32) ** 2, axis=-1)  # (M, K)
+    return jnp.sqrt(_pick(squares[None], jnp.asarray(codes))[0])
+
+
+def scores(
+    tables: Float[ArrayLike, "Q M K"], codes: UInt[ArrayLike, "N M"], *, norms: Float[ArrayLike, " N"] | None = None
+) -> Float[Array, "Q N"]:
+    """Scores of all items for all queries, float32; divided by `norms` where given (see `lookup_table`)."""
+    return _scores(jnp.asarray(tables), jnp.asarray(codes), None if norms is None else jnp.asarray(norms))
+
+
+def dense_scores(
+    queries: Float[ArrayLike, "Q D"], items: Float[ArrayLike, "N D"], *, metric: str
+) -> Float[np.ndarray, "Q N"]:
+    """The same similarities between float vectors. Raises ValueError for an unknown metric."""
+    queries, items = jnp.asarray(queries, jnp.float32), jnp.asarray(items, jnp.float32)
+    if metric == "cosine":
+        queries, items = (x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (queries, items))
+    inner = jnp.matmul(queries, items.T, precision="highest")
+    if metric == "l2":
+        return np.asarray(2 * inner - jnp.sum(items**2, axis=1) - jnp.sum(queries**2, axis=1, keepdims=True))
+    if metric in ("ip", "cosine"):
+        return np.asarray(inner)
+    raise ValueError(f"metric {metric!r} is unknown: use one of {', '.join(METRICS)}")
+
+
+def top_k(
+    tables: Float[ArrayLike, "Q M K"],
+    codes: UInt[ArrayLike, "N M"],
+    k: int,
+    *,
+    norms: Float[ArrayLike, " N"] | None = None,
+    block_size: int = 65_536,
+) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
+    """The k best items of each query, best first, the lowest index first among equals.
+
+    Items are scored in blocks, so that memory stays at Q * (block_size + k) scores. The result does not depend on
+    block_size. k is cut to N. Raises ValueError if k or block_size is below 1.
+    """
+    if k < 1 or block_size < 1:
+        raise ValueError(f"k {k} and block_size {block_size} must be at least 1")
+    tables = jnp.asarray(tables)
+    num_queries, k = tables.shape[0], min(k, len(codes))
+    best_scores = np.empty((num_queries, 0), np.float32)
+    best_ids = np.empty((num_queries, 0), np.int64)
+    for start in range(0, len(codes), block_size):
+        stop = min(start + block_size, len(codes))
+        block = np.asarray(scores(tables, codes[start:stop], norms=None if norms is None else norms[start:stop]))
+        merged = np.concatenate([best_scores, block], axis=1)
+        ids = np.concatenate([best_ids, np.broadcast_to(np.arange(start, stop), block.shape)], axis=1)
+        keep = _best_columns(merged, k)  # earlier columns have lower ids, so ties go to the lowest index
+        best_scores, best_ids = np.take_along_axis(merged, keep, 1), np.take_along_axis(ids, keep, 1)
+    return best_scores, best_ids
+
+
+def _best_columns(values: np.ndarray, k: int) -> np.ndarray:
+    """Columns of the k largest values of each row, stable. Only what reaches the k-th value is sorted."""
+    if values.shape[1] <= k:
+        return np.argsort(-values, axis=1, kind="stable")
+    kth = np.partition(values, values.shape[1] - k, axis=1)[:, values.shape[1] - k]
+    rows = []
+    for row, threshold in zip(values, kth, strict=True):
+        reached = np.flatnonzero(row >= threshold)
+        rows.append(reached[np.argsort(-row[reached], kind="stable")[:k]])
+    return np.stack(rows)
+
+
+def _pick(tables: Float[Array, "Q M K"], codes: UInt[Array, "N M"]) -> Float[Array, "Q N"]:
+    total = jnp.zeros((tables.shape[0], codes.shape[0]), jnp.float32)
+    for m in range(tables.shape[1]):  # M is small; one gather each keeps memory at Q * N
+        total = total + jnp.take(tables[:, m], codes[:, m].astype(jnp.int32), axis=1)
+    return total
+
+
+@jax.jit
+def _scores(tables: Array, codes: Array, norms: Array | None) -> Array:
+    total = _pick(tables, codes)
+    return total if norms is None else total / jnp.maximum(norms, 1e-12)
