@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     c.data.image_size = 8
     c.data.batch_size = 128
     c.data.augment.update(
-        crop=0.75, stretch=0.0, rotate=15.0, shift=0.125, flip=0.0, brightness=0.3, contrast=0.3, jitter=1.0
+        crop=0.5, stretch=0.0, rotate=15.0, shift=0.125, flip=0.0, brightness=0.3, contrast=0.3, jitter=1.0
     )
     c.data.augment.update(saturation=0.0, hue=0.0, grayscale=0.0, blur=0.0)
 

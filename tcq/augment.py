@@ -25,10 +25,9 @@ def random_view(key: Key[Array, ""], image: Image, strengths: Mapping[str, float
         probability that the colour changes happen; `grayscale`: probability; `blur`: probability of a Gaussian blur
         with sigma from 0.1 to 2 pixels (scaled by side / 224 above 224).
     """
-    crop_key, affine_key, flip_key, jitter_key, gray_key, blur_key = jax.random.split(key, 6)
+    warp_key, flip_key, jitter_key, gray_key, blur_key = jax.random.split(key, 5)
     s = strengths
-    image = random_crop(crop_key, image, crop=s["crop"], stretch=s["stretch"])
-    image = random_affine(affine_key, image, degrees=s["rotate"], shift=s["shift"])
+    image = random_warp(warp_key, image, crop=s["crop"], stretch=s["stretch"], degrees=s["rotate"], shift=s["shift"])
     image = random_flip(flip_key, image, probability=s["flip"])
     image = color_jitter(
         jitter_key,
@@ -43,43 +42,39 @@ def random_view(key: Key[Array, ""], image: Image, strengths: Mapping[str, float
     return random_blur(blur_key, image, probability=s["blur"])
 
 
-def random_crop(key: Key[Array, ""], image: Image, *, crop: float, stretch: float) -> Image:
-    """A random rectangle of area 1 - crop to 1 and aspect ratio exp(+-stretch), resized to the whole (antialiased)."""
-    if crop == 0 and stretch == 0:
+def random_warp(
+    key: Key[Array, ""], image: Image, *, crop: float, stretch: float, degrees: float, shift: float
+) -> Image:
+    """A random rectangle, perhaps turned, resized to the whole: resampled once, because every resampling blurs.
+
+    The rectangle has an area of 1 - crop to 1 of the image and its aspect ratio times exp(+-stretch); it is turned by up
+    to +-degrees about its centre and moved by up to +-shift of each side. What lies outside the image repeats its edge.
+    Without turn and shift the resizing is antialiased.
+    """
+    if crop == stretch == degrees == shift == 0:
         return image
-    area_key, ratio_key, place_key = jax.random.split(key, 3)
+    area_key, ratio_key, place_key, angle_key, shift_key = jax.random.split(key, 5)
     area = jax.random.uniform(area_key, minval=1 - crop, maxval=1.0)
     ratio = jnp.exp(jax.random.uniform(ratio_key, minval=-stretch, maxval=stretch))
-    extent = jnp.minimum(jnp.sqrt(jnp.stack([area / ratio, area * ratio])), 1.0)  # height, width as shares
+    extent = jnp.minimum(jnp.sqrt(jnp.stack([area / ratio, area * ratio])), 1.0)  # height and width as shares
     corner = jax.random.uniform(place_key, (2,)) * (1 - extent)
     size = jnp.array(image.shape[:2], jnp.float32)
-    return jnp.clip(
-        jax.image.scale_and_translate(
-            image, image.shape, (0, 1), 1 / extent, -corner * size / extent, method="linear", antialias=True
-        ),
-        0.0,
-        1.0,
-    )
+    if degrees == shift == 0:
+        scale, offset = 1 / extent, -corner * size / extent
+        return jnp.clip(jax.image.scale_and_translate(image, image.shape, (0, 1), scale, offset, method="linear"), 0, 1)
 
-
-def random_affine(key: Key[Array, ""], image: Image, *, degrees: float, shift: float) -> Image:
-    """Rotation by up to +-degrees about the centre and a shift by up to +-shift of each side, bilinear, edges repeated."""
-    if degrees == 0 and shift == 0:
-        return image
-    angle_key, shift_key = jax.random.split(key)
     angle = jnp.deg2rad(jax.random.uniform(angle_key, minval=-degrees, maxval=degrees))
-    size = jnp.array(image.shape[:2], jnp.float32)
-    offset = jax.random.uniform(shift_key, (2,), minval=-shift, maxval=shift) * size
-    centre = (size - 1) / 2
-    y, x = jnp.meshgrid(*(jnp.arange(n, dtype=jnp.float32) for n in image.shape[:2]), indexing="ij")
-    y, x = y - centre[0] - offset[0], x - centre[1] - offset[1]
-    source_y = jnp.cos(angle) * y + jnp.sin(angle) * x + centre[0]
-    source_x = -jnp.sin(angle) * y + jnp.cos(angle) * x + centre[1]
-    return jax.vmap(
-        lambda plane: jax.scipy.ndimage.map_coordinates(plane, [source_y, source_x], order=1, mode="nearest"),
-        in_axes=-1,
-        out_axes=-1,
-    )(image)
+    moved = jax.random.uniform(shift_key, (2,), minval=-shift, maxval=shift)
+    centre = (corner + extent / 2 + moved) * size
+    y, x = jnp.meshgrid(*((jnp.arange(n) + 0.5) / n - 0.5 for n in image.shape[:2]), indexing="ij")
+    y, x = y * extent[0] * size[0], x * extent[1] * size[1]  # pixels of the source, from the centre of the rectangle
+    source_y = jnp.cos(angle) * y + jnp.sin(angle) * x + centre[0] - 0.5
+    source_x = -jnp.sin(angle) * y + jnp.cos(angle) * x + centre[1] - 0.5
+
+    def sample(plane: Float[Array, "H W"]) -> Float[Array, "H W"]:
+        return jax.scipy.ndimage.map_coordinates(plane, [source_y, source_x], order=1, mode="nearest")
+
+    return jax.vmap(sample, in_axes=-1, out_axes=-1)(image)
 
 
 def random_flip(key: Key[Array, ""], image: Image, *, probability: float) -> Image:

@@ -21,11 +21,12 @@ def open_manager(workdir: str | Path, *, keep: int = 1, writable: bool = False) 
     folder = (Path(workdir) / FOLDER).resolve()
     if not writable and not folder.is_dir():
         raise CheckpointError(f"{str(workdir)!r} holds no checkpoints: is it the --workdir of a training run?")
-    preserve = policies.AnyPreservationPolicy(
-        [policies.LatestN(keep), policies.BestN(get_metric_fn=lambda m: m["score"], n=1, keep_checkpoints_without_metrics=False)]
-    )
+    best = policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=preserve, create=writable, read_only=not writable, cleanup_tmp_directories=writable
+        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+        best_fn=_score,  # or else scores are not stored, and the best would be lost when a run goes on
+        create=writable,
+        cleanup_tmp_directories=writable,
     )
     return ocp.CheckpointManager(folder, options=options)
 
@@ -33,7 +34,7 @@ def open_manager(workdir: str | Path, *, keep: int = 1, writable: bool = False) 
 def save(manager: ocp.CheckpointManager, step: int, state: Any, *, score: float | None) -> None:
     """Saves a tree of NumPy arrays in the background; higher scores are better, None ranks last."""
     rank = _UNSCORED if score is None or not np.isfinite(score) else float(score)
-    manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), metrics={"score": rank})
+    manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state)), metrics={"score": rank})
 
 
 def find_step(manager: ocp.CheckpointManager, which: str) -> int:
@@ -47,7 +48,7 @@ def find_step(manager: ocp.CheckpointManager, which: str) -> int:
     if which == "latest":
         return steps[-1]
     if which == "best":
-        return max(steps, key=lambda s: ((manager.metrics(s) or {}).get("score", _UNSCORED), s))
+        return max(steps, key=lambda s: (_score(manager.metrics(s) or {}), s))
     if not which.isdecimal() or int(which) not in steps:
         known = ", ".join(map(str, steps))
         raise CheckpointError(f"checkpoint {which!r} is not in {manager.directory}: use latest, best or one of {known}")
@@ -72,3 +73,7 @@ def restore(manager: ocp.CheckpointManager, step: int, like: Any) -> Any:
     if wrong:
         raise CheckpointError(f"checkpoint {step} in {manager.directory} does not fit the model:\n" + "\n".join(wrong))
     return restored
+
+
+def _score(metrics: dict[str, float]) -> float:
+    return metrics.get("score", _UNSCORED)

@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 import json
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import log2
@@ -254,7 +255,8 @@ def _read(file: str, arguments: list[str]) -> ConfigDict:
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
     try:
-        with _command_line(["tcq", *arguments]), _importable_configs():
+        with _command_line(["tcq", *arguments]), _importable_configs(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*load_module", category=DeprecationWarning)  # ml_collections 1.1
             values(sys.argv)
     except flags.Error as error:
         raise ConfigError(str(error).removeprefix("flag ")) from None

@@ -98,14 +98,15 @@ def _expected_ap(scores: np.ndarray, relevance: np.ndarray, k: int) -> float:
     if whole.all():
         found = relevant.sum()
         return float(total / found) if found else 0.0
-    before, n, first, r, seen = start[-1], size[-1], hits[-1], relevant[-1], k - start[-1]
+    before, n, first, r = (int(x[-1]) for x in (start, size, hits, relevant))
+    seen = k - before
     h = np.arange(max(0, seen - (n - r)), min(seen, r) + 1)
     chance = np.exp(_log_choose(r, h) + _log_choose(n - r, seen - h) - _log_choose(n, np.array([seen])))
     value = (total + _group_sum(before, seen, first, h)) / np.maximum(first + h, 1)
     return float(np.sum(chance * value) / np.sum(chance))
 
 
-def _group_sum(before: np.ndarray, n: np.ndarray, hits: np.ndarray, r: np.ndarray) -> np.ndarray:
+def _group_sum(before: int | np.ndarray, n: int | np.ndarray, hits: int | np.ndarray, r: np.ndarray) -> np.ndarray:
     """Sum over the positions of a group of P(relevant) * E[hits up to it] / rank."""
     last = int(np.max(before + n)) if np.size(n) else 0
     harmonic = np.concatenate([[0.0], np.cumsum(1.0 / np.arange(1, last + 1))])

@@ -85,7 +85,7 @@ def step_body(
         logs = jax.lax.pmean(logs, AXIS)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), logs | {"gradient_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, opt_state), logs | {"gradient_norm": optax.tree.norm(grads)}
 
     return body
 

@@ -162,7 +162,7 @@ def test_low_precision_and_low_temperature_stay_finite(dtype):
     assert np.isfinite(float(value)) and np.isfinite(np.asarray(grad, np.float32)).all()
 
 
-def test_errors_carry_the_numbers():
+def test_errors_carry_the_numbers(untyped):
     a, b = views()
     with pytest.raises(ValueError, match="clip 11 is not within the 10 negatives of a global batch of 6"):
         losses.nt_xent(a, b, temperature=0.5, clip=11)

@@ -97,7 +97,7 @@ def test_codeword_usage_is_that_of_all_devices():
     np.testing.assert_allclose(mapped(codes.reshape(8, 2, 3))[5], whole, rtol=1e-5)
 
 
-def test_errors_carry_the_numbers(x_and_codebooks):
+def test_errors_carry_the_numbers(x_and_codebooks, untyped):
     x, codebooks = x_and_codebooks
     with pytest.raises(ValueError, match=r"\(7, 11\) do not fit codebooks \(3, 8, 4\): want \(N, 12\)"):
         quantizer.soft_assign(x[:, :11], codebooks, scale=1.0, metric="l2")

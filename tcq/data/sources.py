@@ -152,7 +152,7 @@ def _tfds_labels(labels: list[Any], features: Any) -> tuple[np.ndarray | None]:
 
 
 def _class_names(features: Any) -> list[str]:
-    feature = features.get("label") or getattr(features.get("labels"), "feature", None)
+    feature = features["label"] if "label" in features else features["labels"].feature if "labels" in features else None
     return list(getattr(feature, "names", None) or [])
 
 

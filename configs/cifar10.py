@@ -1,0 +1,29 @@
+"""CIFAR-10 under SPQ's protocol: the 10,000 test images are queries, the 50,000 training images the database.
+
+    python -m tcq train --config=configs/cifar10.py:bits=32 --workdir=runs/cifar10
+
+The argument is bits=16, 32 or 64. TFDS has to have prepared the data once; the message says how.
+"""
+
+from configs import base
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "bits=32") -> ConfigDict:
+    """A small ViT from scratch, for a CPU; a GPU or TPU affords more."""
+    codebooks = {"bits=16": 4, "bits=32": 8, "bits=64": 16}
+    if arg not in codebooks:
+        raise ValueError(f"argument {arg!r} is unknown: use one of {', '.join(codebooks)}")
+    c = base.get_config()
+
+    c.data.source = "tfds:cifar10"
+    c.data.protocol = "cifar10_spq"
+    c.data.validation = 0.02
+    c.data.image_size = 32
+
+    c.model.update(width=128, depth=4, heads=4, patch=8, pooling="flat")
+    c.quantizer.num_codebooks = codebooks[arg]
+
+    c.train.total_steps = 1000
+    c.eval.k = 1000
+    return c

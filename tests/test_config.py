@@ -1,0 +1,116 @@
+import pytest
+
+from tcq import config as configs
+
+
+def refused(overrides, file="configs/digits.py"):
+    with pytest.raises(configs.ConfigError) as caught:
+        configs.load(file, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loss.tempreture=1", "config.loss.tempreture: there is no such key: did you mean loss.temperature?"),
+        ("lr=1", "config.lr: there is no such key"),
+        ("optim.warmup_steps=soon", "invalid literal for int"),
+        ("optim.warmup_steps=2.5", "invalid literal for int"),
+        ("loss.temperature=hot", "could not convert string to float"),
+        ("loss.temperature=0", "loss.temperature 0.0 must be above 0"),
+        ("loss.temperature=nan", "loss.temperature nan must be above 0"),
+        ("loss.clip=254", "loss.clip 254 must be from 0 to 253: a batch of 128 has 2 x 128 - 2 = 254 negatives per anchor"),
+        ("loss.clip=1.0", "a count is written without a point"),
+        ("loss.clip=many", "'many' must be a count such as 64 or a fraction such as 0.1"),
+        ("loss.clip=-1", "loss.clip -1 must be from 0 to 253"),
+        ("quantizer.num_codewords=24", "24 is not a power of two from 2 to 65536: use for example 32"),
+        ("quantizer.num_codewords=131072", "131072 is not a power of two from 2 to 65536"),
+        ("quantizer.bits=16", "8 codebooks x 4 bits (16 codewords) = 32; set quantizer.num_codebooks=4"),
+        ("quantizer.metric=cos", "quantizer.metric 'cos' is unknown: use one of 'l2', 'ip'"),
+        ("model.heads=3", "model.width 64 is not divisible by model.heads 3"),
+        ("model.patch=3", "data.image_size 8 is not divisible by model.patch 3"),
+        ("model.name=XL", "model.name 'XL' is unknown"),
+        ("data.augment.crop=1.0", "data.augment.crop 1.0 must be in [0, 1)"),
+        ("data.batch_size=1", "data.batch_size 1 must be at least 2"),
+        ("train.total_epochs=3", "set one of train.total_steps (2400) and train.total_epochs (3.0)"),
+        ("train.total_steps=50", "optim.warmup_steps 50 must be below train.total_steps 50"),
+        ("data.source=", "data.source is not set"),
+        ("train.seed=-1", "train.seed -1 must be from 0"),
+        ("checkpoint.every_steps=0", "checkpoint.every_steps 0 must be at least 1"),
+        ("loss.clip", "a value is missing"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_numbers(override, message):
+    assert message in refused([override])
+
+
+def test_all_problems_are_listed_at_once():
+    message = refused(["quantizer.metric=x", "loss.pairing=y", "data.batch_size=1"])
+    assert message.count("\n  - ") == 3
+
+
+def test_files_that_do_not_work(tmp_path):
+    assert "does not exist; those that come with tcq: base.py, cifar10.py" in refused([], str(tmp_path / "none.py"))
+    for text, message in {
+        "def get_config(: pass": "SyntaxError",
+        "def get_config(): return 3": "returned a int, not an ml_collections.ConfigDict",
+        "from configs import base\ndef get_config():\n  c = base.get_config()\n  c.loss.clipp = 3\n  return c": (
+            "loss.clipp: there is no such key: did you mean loss.clip?"
+        ),
+        "from configs import base\ndef get_config():\n  c = base.get_config()\n  c.loss.temperature = '3'\n  return c": "TypeError",
+        "from ml_collections import ConfigDict\ndef get_config(): return ConfigDict()": "data.source is missing",
+    }.items():
+        (tmp_path / "mine.py").write_text(text)
+        assert message in refused([], str(tmp_path / "mine.py"))
+
+
+def test_overrides_and_arguments():
+    c = configs.load("configs/cifar10.py:bits=64", ["loss.clip=64", "--config.optim.learning_rate=1", "data.augment.crop=0"])
+    assert configs.bits(c) == 64
+    assert (c.loss.clip, type(c.loss.clip)) == (64, int)
+    assert (c.optim.learning_rate, type(c.optim.learning_rate)) == (1.0, float)
+    assert "argument 'bits=12' is unknown: use one of bits=16" in refused([], "configs/cifar10.py:bits=12")
+    assert configs.load("configs/folder.py:/a/b").data.source == "folder:/a/b"
+    assert configs.load("digits").data.source == "digits"  # by name, from anywhere
+
+
+def test_clip_is_a_count_or_a_floored_fraction():
+    assert configs.clip_count(64, 128) == 64
+    assert configs.clip_count(0.1, 128) == 25
+    assert configs.clip_count(0.5, 2) == 1
+    assert configs.clip_count(0.0, 128) == 0
+
+
+def test_steps_from_epochs():
+    c = configs.load("configs/digits.py", ["train.total_steps=0", "train.total_epochs=2.5"])
+    assert configs.total_steps(c, 1197) == 24  # ceil(2.5 * 1197 / 128)
+
+
+def test_json_round_trip_keeps_types():
+    for clip in ("3", "0.25"):
+        c = configs.load("configs/digits.py", [f"loss.clip={clip}"])
+        again = configs.from_json(configs.to_json(c))
+        assert again.to_dict() == c.to_dict()
+        assert type(again.loss.clip) is type(c.loss.clip)
+        assert configs.differences(c, again) == []
+    other = configs.load("configs/digits.py", ["loss.clip=4", "data.threads=9"])
+    assert configs.differences(c, other) == ["loss.clip: 0.25 there, 4 now"]
+    with pytest.raises(configs.ConfigError, match="cannot be read"):
+        configs.from_json("{")
+
+
+def test_run_checks_carry_the_numbers():
+    c = configs.load("configs/digits.py")
+    with pytest.raises(configs.ConfigError, match="128 is not divisible by the 3 devices: use 126 or 129"):
+        configs.check_run(c, num_devices=3, num_train=1000, num_validation=0)
+    with pytest.raises(configs.ConfigError, match="128 is above the 100 training images .*use at most 96"):
+        configs.check_run(c, num_devices=8, num_train=100, num_validation=0)
+
+
+def test_every_shipped_config_is_valid_and_says_its_command():
+    from pathlib import Path
+
+    for path in sorted(Path("configs").glob("*.py")):
+        if path.name != "base.py":
+            configs.load(f"{path}:/images" if path.name == "folder.py" else str(path))
+            assert f"python -m tcq train --config=configs/{path.name}" in path.read_text()

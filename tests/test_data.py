@@ -1,0 +1,287 @@
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tcq import config as configs
+from tcq.data import images, loader, protocols, sources
+
+
+def png(pixels, **options):
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG", **options)
+    return out.getvalue()
+
+
+@pytest.fixture
+def pixels():
+    return np.random.RandomState(0).randint(0, 256, (12, 12, 3)).astype(np.uint8)
+
+
+class TestDecode:
+    def test_lossless_at_its_own_size(self, pixels):
+        np.testing.assert_array_equal(images.decode(png(pixels), size=12), pixels)
+
+    def test_modes(self):
+        gray = np.arange(144, dtype=np.uint8).reshape(12, 12)
+        np.testing.assert_array_equal(images.decode(png(gray), size=12), np.repeat(gray[..., None], 3, 2))
+        deep = gray.astype(np.uint16) * 257
+        np.testing.assert_allclose(images.decode(png(deep), size=12)[..., 0].astype(int), gray.astype(int), atol=1)
+        clear = np.zeros((12, 12, 4), np.uint8)
+        assert (images.decode(png(clear), size=12) == 255).all()  # transparent is white
+        cmyk = io.BytesIO()
+        Image.new("CMYK", (12, 12), (0, 0, 0, 0)).save(cmyk, "JPEG")
+        assert (images.decode(cmyk.getvalue(), size=12) > 250).all()
+        moving = io.BytesIO()
+        frames = [Image.new("RGB", (12, 12), c) for c in ("red", "blue")]
+        frames[0].save(moving, "GIF", save_all=True, append_images=frames[1:])
+        assert tuple(images.decode(moving.getvalue(), size=12)[0, 0]) == (255, 0, 0)
+        floats = io.BytesIO()
+        Image.fromarray(np.full((12, 12), 0.5, np.float32)).save(floats, "TIFF")
+        assert abs(int(images.decode(floats.getvalue(), size=12)[0, 0, 0]) - 127) <= 1
+
+    def test_exif_orientation(self):
+        wide = np.zeros((12, 12, 3), np.uint8)
+        wide[:, :6] = 255
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned by 90 degrees
+        upright = images.decode(png(wide, exif=exif), size=12)
+        assert upright[0].min() == 255 and upright[-1].max() == 0
+
+    def test_crop_keeps_the_middle_and_squash_keeps_all(self):
+        wide = np.zeros((10, 30, 3), np.uint8)
+        wide[:, 10:20] = 255
+        assert images.decode(png(wide), size=10).min() > 200
+        assert images.decode(png(wide), size=10, resize="squash").min() < 50
+
+    def test_extreme_shapes(self):
+        assert images.decode(png(np.zeros((1, 20_000, 3), np.uint8)), size=32).shape == (32, 32, 3)
+        assert images.decode(png(np.zeros((1, 1, 3), np.uint8)), size=32).shape == (32, 32, 3)
+
+    def test_a_bomb_is_refused_before_it_is_decoded(self):
+        def chunk(kind, data):
+            return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+        header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+        bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+        with pytest.raises(images.ImageError, match="60000 x 60000 pixels is above|bomb"):
+            images.decode(bomb, size=8)
+
+    @pytest.mark.parametrize("cut", [30, 60, 200, 400])
+    def test_truncated(self, pixels, cut):
+        with pytest.raises(images.ImageError):
+            images.decode(png(pixels)[:-cut], size=8)
+
+    def test_what_is_no_image(self, tmp_path):
+        (tmp_path / "empty.jpg").write_bytes(b"")
+        (tmp_path / "text.jpg").write_text("hello")
+        (tmp_path / "vector.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+        os.mkfifo(tmp_path / "pipe.jpg")
+        (tmp_path / "dangling.jpg").symlink_to(tmp_path / "nowhere")
+        for name, reason in {
+            "empty.jpg": "empty",
+            "text.jpg": "not an image of a known format",
+            "vector.eps": "not an image of a known format",
+            "pipe.jpg": "not a regular file",
+            "dangling.jpg": "cannot be read: No such file",
+            ".": "not a regular file",
+        }.items():
+            with pytest.raises(images.ImageError, match=reason):
+                images.decode(tmp_path / name, size=8)
+
+    def test_random_damage_never_raises_anything_else(self, pixels):
+        random = np.random.RandomState(0)
+        jpeg = io.BytesIO()
+        Image.fromarray(pixels).save(jpeg, "JPEG")
+        for data in (png(pixels), jpeg.getvalue()):
+            for _ in range(200):
+                damaged = bytearray(data)
+                for place in random.randint(0, len(data), 5):
+                    damaged[place] = random.randint(256)
+                try:
+                    assert images.decode(bytes(damaged), size=8).shape == (8, 8, 3)
+                except images.ImageError:
+                    pass
+
+
+def write_images(root: Path, names, seed=0):
+    random = np.random.RandomState(seed)
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(random.randint(0, 256, (9, 11, 3)).astype(np.uint8)))
+
+
+class TestFolder:
+    def test_labels_are_sub_folders_and_bad_files_are_listed(self, tmp_path):
+        write_images(tmp_path, ["cat/b.png", "cat/deep/a.png", "dog/c.png", ".hidden/x.png", "dog/.y.png"])
+        (tmp_path / "dog" / "notes.txt").write_text("not an image")
+        (tmp_path / "cat" / "empty.png").write_bytes(b"")
+        found = sources.folder(tmp_path, size=8)
+        assert found.names == ["cat/b.png", "cat/deep/a.png", "dog/c.png"]
+        assert found.classes == ["cat", "dog"]
+        np.testing.assert_array_equal(found.labels, [0, 0, 1])
+        assert {s["path"]: s["reason"].split(":")[0] for s in found.skipped} == {
+            "cat/empty.png": "the file is empty",
+            "dog/notes.txt": "not an image of a known format (JPEG, PNG, GIF, BMP, WEBP, TIFF, PPM)",
+        }
+        for name, pixels in zip(found.names, found.images, strict=True):
+            np.testing.assert_array_equal(pixels, images.decode(tmp_path / name, size=8))
+
+    def test_without_sub_folders_there_are_no_labels(self, tmp_path):
+        write_images(tmp_path, ["a.png", "cat/b.png", "dog/c.png"])
+        assert sources.folder(tmp_path, size=8).labels is None
+
+    def test_the_cache_is_used_and_notices_changes(self, tmp_path, monkeypatch):
+        write_images(tmp_path, ["a.png", "b.png"])
+        first = sources.folder(tmp_path, size=8)
+        with monkeypatch.context() as patch:
+            patch.setattr(sources, "decode", None)  # must not be called
+            np.testing.assert_array_equal(sources.folder(tmp_path, size=8).images, first.images)
+        write_images(tmp_path, ["b.png"], seed=5)
+        os.utime(tmp_path / "b.png", ns=(1, 1))
+        assert not np.array_equal(sources.folder(tmp_path, size=8).images, first.images)
+
+    def test_a_killed_decoding_leaves_no_entry(self, tmp_path, monkeypatch):
+        write_images(tmp_path / "images", ["a.png", "b.png"])
+        cache = tmp_path / "cache"
+
+        def broken(*arguments, **options):
+            raise MemoryError
+
+        monkeypatch.setattr(sources, "decode", broken)
+        with pytest.raises(MemoryError):
+            sources.folder(tmp_path / "images", size=8, cache_dir=str(cache))
+        assert list(cache.iterdir()) == []
+
+    def test_odd_names(self, tmp_path):
+        write_images(tmp_path, ["sp ace/ü\n.png", "sp ace/'quote\".png"])
+        (tmp_path / os.fsdecode(b"sp ace/\xff.png")).write_bytes(png(np.zeros((4, 4, 3), np.uint8)))
+        assert len(sources.folder(tmp_path, size=8).names) == 3
+        assert len(sources.folder(tmp_path, size=8).names) == 3  # again, from the cache
+
+    def test_errors(self, tmp_path):
+        with pytest.raises(sources.SourceError, match="does not exist"):
+            sources.folder(tmp_path / "none", size=8)
+        with pytest.raises(sources.SourceError, match="no files below"):
+            sources.folder(tmp_path, size=8)
+        (tmp_path / "x.txt").write_text("x")
+        with pytest.raises(sources.SourceError, match=r"none of the 1 files .* is an image, the first: x.txt"):
+            sources.folder(tmp_path, size=8)
+        with pytest.raises(sources.SourceError, match="is not a folder"):
+            sources.folder(tmp_path / "x.txt", size=8)
+
+
+def test_digits_are_the_real_scans():
+    from sklearn.datasets import load_digits
+
+    found = sources.open_source(configs.load("configs/digits.py").data)
+    assert found.images.shape == (1797, 8, 8, 3) and found.images.dtype == np.uint8
+    np.testing.assert_allclose(found.images[..., 1] / 255 * 16, load_digits().images, atol=0.04)
+    np.testing.assert_array_equal(found.labels, load_digits().target)
+
+
+class TestTfds:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def prepared(cls, tmp_path_factory):
+        """A real TFDS dataset, prepared without TensorFlow."""
+        import fake_tfds
+
+        return fake_tfds.prepare(tmp_path_factory.mktemp("tfds"))
+
+    def config(self, prepared, name):
+        return configs.load("configs/cifar10.py", [f"data.source=tfds:{name}", f"data.tfds_dir={prepared}", "data.image_size=8"]).data
+
+    def test_official_order_labels_and_pixels(self, prepared):
+        import fake_tfds
+
+        found = sources.open_source(self.config(prepared, "tiny_shapes"))
+        assert found.names == [f"train/train_{i:05d}" for i in range(20)] + [f"test/test_{i:05d}" for i in range(6)]
+        np.testing.assert_array_equal(found.labels, [i % 3 for i in range(20)] + [i % 3 for i in range(6)])
+        assert found.classes == ["circle", "square", "star"]
+        np.testing.assert_array_equal(found.images[7], fake_tfds.pixels(7))
+
+    def test_tensorflow_is_not_imported(self, prepared):
+        import subprocess
+        import sys
+
+        code = (
+            "import sys\n"
+            "from tcq import config; from tcq.data import sources\n"
+            f"c = config.load('configs/cifar10.py', ['data.source=tfds:tiny_shapes', 'data.tfds_dir={prepared}', 'data.image_size=8'])\n"
+            "print(sources.open_source(c.data).images.shape, 'tensorflow' in sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.stdout.strip() == "(26, 8, 8, 3) False", done.stderr
+
+    def test_what_is_not_prepared_names_the_command(self, prepared):
+        with pytest.raises(sources.SourceError, match=r"not prepared.*\n  tfds build cifar10 --file_format=array_record --data_dir"):
+            sources.open_source(self.config(prepared, "cifar10"))
+
+
+class TestProtocols:
+    def test_parts_are_disjoint_complete_and_seeded(self):
+        parts = protocols.split("seeded", 1000, query=0.1, validation=0.2, seed=3)
+        assert [len(p) for p in parts] == [100, 900, 720, 180]
+        np.testing.assert_array_equal(np.sort(np.concatenate([parts.query, parts.database])), np.arange(1000))
+        np.testing.assert_array_equal(np.sort(np.concatenate([parts.train, parts.validation])), parts.database)
+        again = protocols.split("seeded", 1000, query=0.1, validation=0.2, seed=3)
+        other = protocols.split("seeded", 1000, query=0.1, validation=0.2, seed=4)
+        assert protocols.digest(parts) == protocols.digest(again) != protocols.digest(other)
+
+    def test_the_seeded_stream_is_frozen(self):
+        parts = protocols.split("seeded", 1000, query=0.1, validation=0.2, seed=0)
+        expected = np.sort(np.random.RandomState(0).permutation(1000)[:100])
+        np.testing.assert_array_equal(parts.query, expected)
+        assert protocols.digest(parts).startswith("a" * 0)
+        assert parts.query.dtype == np.int64
+
+    def test_cifar10_spq(self):
+        parts = protocols.split("cifar10_spq", 60_000, query=0.5, validation=0.02, seed=0)
+        np.testing.assert_array_equal(parts.query, np.arange(50_000, 60_000))
+        np.testing.assert_array_equal(parts.database, np.arange(50_000))
+        assert len(parts.train) == 49_000 and len(parts.validation) == 1000
+
+    def test_errors(self):
+        with pytest.raises(protocols.ProtocolError, match="found 50,000"):
+            protocols.split("cifar10_spq", 50_000, query=0.1, validation=0.1, seed=0)
+        with pytest.raises(protocols.ProtocolError, match="'coco' is unknown"):
+            protocols.split("coco", 10, query=0.1, validation=0.1, seed=0)
+
+
+class TestLoader:
+    IMAGES = np.arange(50, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+
+    def ids(self, count, **options):
+        indices = np.arange(3, 48)
+        stream = loader.batches(self.IMAGES, indices, batch_size=8, seed=1, **options)
+        return [next(stream)[..., 0, 0, 0] for _ in range(count)]
+
+    def test_each_epoch_shows_every_training_image_once_in_another_order(self):
+        flat = np.concatenate([b.ravel() for b in self.ids(90)])[: 45 * 16].reshape(16, 45)
+        np.testing.assert_array_equal(np.sort(flat, axis=1), np.tile(np.arange(3, 48), (16, 1)))
+        assert len({tuple(row) for row in flat}) == 16
+
+    def test_resuming_gives_the_same_batches(self):
+        whole = self.ids(12)
+        for start in (0, 1, 7):
+            for expected, got in zip(whole[start:], self.ids(12 - start, first_step=start), strict=True):
+                np.testing.assert_array_equal(expected, got)
+
+    @pytest.mark.parametrize(("devices", "processes"), [(1, 2), (2, 1), (2, 2), (4, 2), (8, 1)])
+    def test_the_global_batch_does_not_depend_on_devices_and_processes(self, devices, processes):
+        whole = self.ids(4)
+        parts = [self.ids(4, num_devices=devices, process=p, num_processes=processes) for p in range(processes)]
+        for step in range(4):
+            assert parts[0][step].shape == (devices, 8 // devices // processes)
+            np.testing.assert_array_equal(np.concatenate([p[step].ravel() for p in parts]), whole[step].ravel())
+
+    def test_uneven_batches_are_refused(self):
+        with pytest.raises(ValueError, match="8 cannot be divided by 1 processes x 3 devices"):
+            self.ids(1, num_devices=3)

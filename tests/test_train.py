@@ -1,0 +1,243 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+from tcq import checkpoint, encode, parallel, train
+from tcq import config as configs
+from tcq.models import retriever
+
+
+def final_params(workdir):
+    return jax.tree.leaves(encode.load(workdir, which="latest").params)
+
+
+def assert_same_bits(a, b):
+    for x, y in zip(final_params(a), final_params(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def setup(config, num_images=64):
+    model = retriever.from_config(config)
+    optimizer = train.make_optimizer(config, config.train.total_steps)
+    images = np.random.RandomState(0).randint(0, 256, (num_images, 8, 8, 3)).astype(np.uint8)
+    return images, train.step_body(model, optimizer, config), train.initial_state(config, model, optimizer, images)
+
+
+class TestStep:
+    @pytest.mark.parametrize(
+        "overrides",
+        [
+            ["loss.clip=0.2"],
+            ["loss.clip=3", "quantizer.metric=ip", "loss.pairing=quantized", "loss.entropy_weight=0.1", "loss.diversity_weight=0.1"],
+        ],
+    )
+    def test_three_steps_are_the_same_on_1_2_and_8_devices(self, overrides):
+        # SGD: Adam would blow rounding up to a whole step wherever a gradient is 0 but for rounding.
+        c = small.config(*overrides, "data.augment.flip=0.5", "optim.name=sgd", "optim.learning_rate=0.3", "optim.warmup_steps=0")
+        images, body, start = setup(c)
+        results = {}
+        for devices in (1, 2, 8):
+            step = jax.pmap(
+                body, axis_name=parallel.AXIS, in_axes=(None, 0), out_axes=(None, None), devices=jax.devices()[:devices]
+            )
+            state = start
+            for i in range(3):
+                batch = images[16 * i : 16 * (i + 1)].reshape(devices, 16 // devices, 8, 8, 3)
+                state, logs = step(state, batch)
+                jax.block_until_ready(logs)
+            results[devices] = parallel.fetch((state.params, logs))
+        for devices in (2, 8):
+            for one, many in zip(jax.tree.leaves(results[1]), jax.tree.leaves(results[devices]), strict=True):
+                np.testing.assert_allclose(many, one, rtol=1e-4, atol=2e-6)
+        moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), results[1][0], start.params)
+        assert max(jax.tree.leaves(moved)) > 1e-2
+
+    def test_pmap_and_shard_map_give_the_same_bits(self):
+        c = small.config()
+        images, body, start = setup(c)
+        batch = images[:16].reshape(8, 2, 8, 8, 3)
+        outcomes = []
+        for compile in (parallel.pmap_step, parallel.shard_map_step):
+            step, state = compile(body), parallel.replicate(start)
+            for _ in range(3):
+                state, logs = step(state, batch)
+                jax.block_until_ready(logs)
+            outcomes.append(parallel.fetch((state, logs)))
+        for a, b in zip(*map(jax.tree.leaves, outcomes), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    def test_state_is_donated_and_has_no_device_axis(self):
+        c = small.config()
+        images, body, start = setup(c)
+        state = parallel.replicate(start)
+        after, _ = parallel.pmap_step(body)(state, images[:16].reshape(8, 2, 8, 8, 3))
+        assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, start)
+        assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
+
+    def test_codebooks_and_every_other_parameter_learn(self):
+        c = small.config("quantizer.metric=ip", "loss.temperature=0.2")
+        images, body, start = setup(c)
+        state = parallel.replicate(start)
+        step = parallel.pmap_step(body)
+        for _ in range(3):
+            state, logs = step(state, images[:16].reshape(8, 2, 8, 8, 3))
+            jax.block_until_ready(logs)
+        moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), parallel.fetch(state.params), start.params)
+        still = [jax.tree_util.keystr(p) for p, m in jax.tree_util.tree_leaves_with_path(moved) if m == 0]
+        assert still == []
+
+    @pytest.mark.parametrize("name", configs.OPTIMIZERS)
+    def test_optimizers_decay_kernels_only(self, name):
+        c = small.config(f"optim.name={name}", "optim.weight_decay=0.5", "optim.warmup_steps=0")
+        _, _, start = setup(c)
+        optimizer = train.make_optimizer(c, 10)
+        zero = jax.tree.map(jnp.zeros_like, start.params)
+        updates, _ = optimizer.update(zero, optimizer.init(start.params), start.params)
+        for path, update in jax.tree_util.tree_leaves_with_path(updates):
+            assert bool(jnp.any(update != 0)) == (path[-1].key == "kernel"), jax.tree_util.keystr(path)
+
+    def test_learning_rate_warms_up_and_falls_to_zero(self):
+        rate = train.learning_rate(small.config("optim.learning_rate=0.1"), 12)
+        np.testing.assert_allclose([rate(0), rate(1), rate(2), rate(7), rate(12)], [0, 0.05, 0.1, 0.05, 0], atol=1e-7)
+
+    def test_gradients_are_clipped_by_norm(self):
+        c = small.config("optim.name=sgd", "optim.clip_norm=0.5", "optim.weight_decay=0", "optim.warmup_steps=0", "optim.momentum=0")
+        optimizer = train.make_optimizer(c, 10)
+        params = {"kernel": jnp.zeros(4)}
+        updates, _ = optimizer.update({"kernel": jnp.full(4, 100.0)}, optimizer.init(params), params)
+        np.testing.assert_allclose(jnp.linalg.norm(updates["kernel"]), 0.5 * c.optim.learning_rate, rtol=1e-5)
+
+
+class TestRun:
+    def test_leaves_everything_and_the_best_beside_the_newest(self, tmp_path):
+        c = small.config("loss.clip=0.1")
+        last = train.train(c, tmp_path)
+        lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 13))
+        assert [line["step"] for line in lines if "validation/mAP" in line] == [6, 12]
+        for key in ("loss", "accuracy", "codeword_usage", "positive_similarity", "negative_similarity", "clip_similarity"):
+            assert np.isfinite([line[f"train/{key}"] for line in lines if "train/loss" in line]).all(), key
+        assert {"mAP", "clip_precision", "clip_recall", "false_negative_rate"} <= last.keys()
+        assert 0.05 < last["false_negative_rate"] < 0.15
+        assert list((tmp_path / "tensorboard").iterdir())
+        assert configs.from_json((tmp_path / "config.json").read_text()).to_dict() == c.to_dict()
+        assert encode.load(tmp_path, which="latest").step == 12
+        scores = {line["step"]: line["validation/mAP"] for line in lines if "validation/mAP" in line}
+        assert encode.load(tmp_path).step == max(scores, key=scores.get)
+
+    def test_going_on_gives_the_bits_of_an_uninterrupted_run(self, tmp_path, monkeypatch):
+        c = small.config()
+        train.train(c, tmp_path / "whole")
+
+        real, count = train._finite, iter(range(100))
+
+        def dies(step, logs):
+            if next(count) > 12:
+                raise KeyboardInterrupt
+            return real(step, logs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "_finite", dies)
+            with pytest.raises(KeyboardInterrupt):
+                train.train(c, tmp_path / "parts")
+        assert 0 < encode.load(tmp_path / "parts", which="latest").step < 12
+        train.train(c, tmp_path / "parts")
+        assert_same_bits(tmp_path / "whole", tmp_path / "parts")
+        read = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("whole", "parts")]
+        steps = [[(json.loads(x)["step"], json.loads(x).get("train/loss")) for x in lines] for lines in read]
+        assert steps[0] == steps[1]
+
+    def test_training_twice_is_a_quick_no_op(self, tmp_path):
+        train.train(small.config(), tmp_path)
+        before = (tmp_path / "metrics.jsonl").read_text()
+        train.train(small.config(), tmp_path)
+        assert (tmp_path / "metrics.jsonl").read_text() == before
+
+    def test_another_config_is_refused(self, tmp_path):
+        train.train(small.config(), tmp_path)
+        with pytest.raises(configs.ConfigError, match=r"another config(.|\n)*loss.temperature: 0.2 there, 0.3 now"):
+            train.train(small.config("loss.temperature=0.3"), tmp_path)
+
+    def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(self, tmp_path):
+        c = small.config("optim.learning_rate=1e30", "optim.name=sgd", "optim.clip_norm=0", "optim.warmup_steps=4")
+        with pytest.raises(train.TrainError, match=r"\w+ is (nan|inf) at step \d+: training stopped"):
+            train.train(c, tmp_path)
+        try:
+            saved = final_params(tmp_path)
+        except checkpoint.CheckpointError:
+            return  # it went wrong before the first checkpoint
+        assert all(np.isfinite(x).all() for x in saved)
+
+    def test_no_labels_and_no_validation(self, tmp_path):
+        from test_data import write_images
+
+        write_images(tmp_path / "images", [f"{i:02}.png" for i in range(30)])
+        flags = [f"data.source=folder:{tmp_path / 'images'}", "train.total_steps=4", "data.batch_size=16"]
+        assert "mAP" not in train.train(small.config(*flags), tmp_path / "a")
+        assert train.train(small.config(*flags, "data.validation=0"), tmp_path / "b") == {}
+        assert encode.load(tmp_path / "b").step == 4
+
+    def test_skipped_files_are_listed(self, tmp_path):
+        from test_data import write_images
+
+        write_images(tmp_path / "images", [f"{c}/{i:02}.png" for c in "ab" for i in range(12)])
+        (tmp_path / "images" / "a" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+        train.train(small.config(f"data.source=folder:{tmp_path / 'images'}", "data.batch_size=8"), tmp_path / "run")
+        skipped = [json.loads(x) for x in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+        assert [s["path"] for s in skipped] == ["a/broken.png"]
+
+
+def kill_at_random_and_go_on(workdir, flags, devices, seconds):
+    """Starts training again and again, each time killed with SIGKILL at a random moment, until it ends by itself."""
+    kills = 0
+    for _ in range(60):
+        process = subprocess.Popen(
+            small.command("train", "--config=configs/digits.py", f"--workdir={workdir}", *flags),
+            env=small.environment(devices),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            _, error = process.communicate(timeout=seconds())
+            assert process.returncode == 0, error
+            return kills
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.communicate()
+            kills += 1
+    raise AssertionError("never ended")
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_kill_9_at_any_moment_and_go_on_ends_with_the_same_bits(tmp_path, devices):
+    flags = small.small_flags("train.total_steps=400", "checkpoint.every_steps=20", "eval.every_steps=0")
+    start = time.monotonic()
+    done = small.tcq("train", "--config=configs/digits.py", f"--workdir={tmp_path / 'whole'}", *flags, devices=devices)
+    assert done.returncode == 0, done.stderr
+    whole = time.monotonic() - start
+    moments = iter([whole * 0.7, whole * 0.85])
+    kills = kill_at_random_and_go_on(tmp_path / "killed", flags, devices, lambda: next(moments, 10 * whole))
+    assert kills >= 1
+    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+def test_kill_9_twenty_times(tmp_path, devices):
+    flags = small.small_flags("train.total_steps=3000", "checkpoint.every_steps=20", "eval.every_steps=0")
+    done = small.tcq("train", "--config=configs/digits.py", f"--workdir={tmp_path / 'whole'}", *flags, devices=devices)
+    assert done.returncode == 0, done.stderr
+    chance = random.Random(devices)
+    moments = iter([chance.uniform(3, 15) for _ in range(20)])
+    kill_at_random_and_go_on(tmp_path / "killed", flags, devices, lambda: next(moments, 600))
+    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
