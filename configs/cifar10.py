@@ -5,8 +5,9 @@
 The argument is bits=16, 32 or 64. TFDS has to have prepared the data once; the message says how.
 """
 
-from configs import base
 from ml_collections import ConfigDict
+
+from configs import base
 
 
 def get_config(arg: str = "bits=32") -> ConfigDict:

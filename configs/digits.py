@@ -1,10 +1,11 @@
 """scikit-learn's handwritten digits: 1,797 real scans of 8 x 8 pixels, nothing to download.
 
-    python -m tcq train --config=configs/digits.py --workdir=runs/digits
+python -m tcq train --config=configs/digits.py --workdir=runs/digits
 """
 
-from configs import base
 from ml_collections import ConfigDict
+
+from configs import base
 
 
 def get_config() -> ConfigDict:

@@ -5,8 +5,9 @@
 Any other key as usual: --config.data.image_size=64 --config.train.total_steps=5000 ...
 """
 
-from configs import base
 from ml_collections import ConfigDict
+
+from configs import base
 
 
 def get_config(path: str = "") -> ConfigDict:

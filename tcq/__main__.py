@@ -51,7 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("--images", help="folder of images, with all that is below it")
     index.add_argument("--out", required=True, help="the index: a folder that does not exist yet")
     index.add_argument("--add", action="store_true", help="add --images to the existing index --out")
-    index.add_argument("--remove", nargs="+", metavar="PATH", help="remove these images or folders from the index --out")
+    index.add_argument(
+        "--remove", nargs="+", metavar="PATH", help="remove these images or folders from the index --out"
+    )
 
     search = command("search", "the indexed images nearest to a query image")
     search.add_argument("--index", required=True, help="made by tcq index")
@@ -170,6 +172,7 @@ RUN = {
     "serve": _serve,
     "doctor": _doctor,
 }
+
 
 def console() -> None:
     """The console script `tcq`."""

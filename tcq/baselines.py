@@ -17,7 +17,9 @@ def faiss_pq(
     import faiss
 
     if len(train) < num_codewords:
-        raise ValueError(f"FAISS needs at least {num_codewords} vectors to learn {num_codewords} codewords, got {len(train)}")
+        raise ValueError(
+            f"FAISS needs at least {num_codewords} vectors to learn {num_codewords} codewords, got {len(train)}"
+        )
     train, database = padded(train, num_codebooks), padded(database, num_codebooks)
     bits = num_codewords.bit_length() - 1
     pq = faiss.ProductQuantizer(train.shape[1], num_codebooks, bits)

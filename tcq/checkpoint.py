@@ -62,12 +62,18 @@ def restore(manager: ocp.CheckpointManager, step: int, like: Any) -> Any:
     """
     target = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
     try:
-        restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(target, partial_restore=True)))["state"]
+        restored = manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(target, partial_restore=True))
+        )["state"]
     except Exception as error:  # Orbax and TensorStore raise many kinds
-        raise CheckpointError(f"checkpoint {step} in {manager.directory} cannot be restored: {str(error)[:2000]}") from None
+        raise CheckpointError(
+            f"checkpoint {step} in {manager.directory} cannot be restored: {str(error)[:2000]}"
+        ) from None
     wrong = [
         f"{jax.tree_util.keystr(path)}: {np.shape(got)} there, {want.shape} expected"
-        for (path, want), got in zip(jax.tree_util.tree_leaves_with_path(target), jax.tree.leaves(restored), strict=True)
+        for (path, want), got in zip(
+            jax.tree_util.tree_leaves_with_path(target), jax.tree.leaves(restored), strict=True
+        )
         if np.shape(got) != want.shape
     ]
     if wrong:

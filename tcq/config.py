@@ -22,7 +22,14 @@ OPTIMIZERS = ("adamw", "lars", "sgd")
 DTYPES = ("float32", "bfloat16")
 INITS = ("data", "random")
 # Changing these does not change what a run computes; a workdir may go on with other values of them.
-OPERATIONAL = ("data.threads", "data.cache_dir", "data.tfds_dir", "train.log_every_steps", "eval.batch_size", "checkpoint.keep")
+OPERATIONAL = (
+    "data.threads",
+    "data.cache_dir",
+    "data.tfds_dir",
+    "train.log_every_steps",
+    "eval.batch_size",
+    "checkpoint.keep",
+)
 
 
 class ConfigError(ValueError):
@@ -107,7 +114,9 @@ def check_run(config: ConfigDict, *, num_devices: int, num_train: int, num_valid
     d, steps = config.data, total_steps(config, num_train)
     problems = []
     if d.batch_size % num_devices:
-        near = [n for n in (d.batch_size // num_devices * num_devices, -(-d.batch_size // num_devices) * num_devices) if n]
+        near = [
+            n for n in (d.batch_size // num_devices * num_devices, -(-d.batch_size // num_devices) * num_devices) if n
+        ]
         problems.append(
             f"data.batch_size {d.batch_size} is not divisible by the {num_devices} devices: "
             f"use {' or '.join(str(n) for n in near)}"
@@ -256,7 +265,9 @@ def _read(file: str, arguments: list[str]) -> ConfigDict:
     config_flags.DEFINE_config_file("config", flag_values=values)
     try:
         with _command_line(["tcq", *arguments]), _importable_configs(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*load_module", category=DeprecationWarning)  # ml_collections 1.1
+            warnings.filterwarnings(
+                "ignore", message=".*load_module", category=DeprecationWarning
+            )  # ml_collections 1.1
             values(sys.argv)
     except flags.Error as error:
         raise ConfigError(str(error).removeprefix("flag ")) from None

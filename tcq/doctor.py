@@ -12,7 +12,17 @@ import jax
 from tcq import config as configs
 from tcq.data import protocols, sources
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "ml-collections", "numpy")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "tensorflow-datasets",
+    "ml-collections",
+    "numpy",
+)
 
 
 def report(config: str | None = None, overrides: Sequence[str] = ()) -> tuple[list[str], list[str]]:
@@ -27,7 +37,9 @@ def report(config: str | None = None, overrides: Sequence[str] = ()) -> tuple[li
     try:
         c = configs.load(config, overrides)
         B = c.data.batch_size
-        lines.append(f"config {config}: batch {B}, {configs.bits(c)} bits, clip {configs.clip_count(c.loss.clip, B)} of {2 * B - 2}")
+        lines.append(
+            f"config {config}: batch {B}, {configs.bits(c)} bits, clip {configs.clip_count(c.loss.clip, B)} of {2 * B - 2}"
+        )
         source = sources.open_source(c.data)
         lines.append(f"{c.data.source}: {len(source.images):,} images, {len(source.skipped)} skipped")
         split = protocols.of_source(source, c.data)

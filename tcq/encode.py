@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, UInt, UInt8
 from ml_collections import ConfigDict
 
-from tcq import checkpoint, config as configs, parallel, quantizer
+from tcq import checkpoint, parallel, quantizer
+from tcq import config as configs
 from tcq.models import retriever
 
 
@@ -57,7 +58,9 @@ def read_config(workdir: str | Path) -> ConfigDict:
     """The config that a training run left in its workdir."""
     path = Path(workdir) / "config.json"
     if not path.is_file():
-        raise checkpoint.CheckpointError(f"{str(workdir)!r} holds no config.json: is it the --workdir of a training run?")
+        raise checkpoint.CheckpointError(
+            f"{str(workdir)!r} holds no config.json: is it the --workdir of a training run?"
+        )
     return configs.from_json(path.read_text())
 
 
@@ -76,11 +79,11 @@ def encode(encoder: Encoder, images: UInt8[np.ndarray, "N H W 3"]) -> Encoded:
     if not len(images):
         q = encoder.config.quantizer
         dtype = quantizer.code_dtype(q.num_codewords)
-        return Encoded(np.zeros((0, q.num_codebooks * q.codeword_dim), np.float32), np.zeros((0, q.num_codebooks), dtype))
+        return Encoded(
+            np.zeros((0, q.num_codebooks * q.codeword_dim), np.float32), np.zeros((0, q.num_codebooks), dtype)
+        )
     params = parallel.replicate(encoder.params)
-    return Encoded(
-        *parallel.map_in_batches(_mapped(encoder.model), params, images, encoder.config.eval.batch_size)
-    )
+    return Encoded(*parallel.map_in_batches(_mapped(encoder.model), params, images, encoder.config.eval.batch_size))
 
 
 @lru_cache(maxsize=4)

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tcq import baselines, config as configs, encode, pictures, ranking, validation
+from tcq import baselines, encode, pictures, ranking, validation
+from tcq import config as configs
 from tcq.data import protocols
 from tcq.data.sources import Source, open_source
 from tcq.journal import say
@@ -117,7 +118,9 @@ def read_recorded(path: str | Path) -> dict[str, float]:
         recorded = json.loads(Path(path).read_text())["mAP"]
         return {str(name): float(value) for name, value in recorded.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EvaluateError(f"--recorded {str(path)!r} is not a JSON file with {{'mAP': {{name: value}}}}: {error}") from None
+        raise EvaluateError(
+            f"--recorded {str(path)!r} is not a JSON file with {{'mAP': {{name: value}}}}: {error}"
+        ) from None
 
 
 def _scorers(
@@ -149,7 +152,12 @@ def _scorers(
 
 
 def _gallery(
-    path: Path, encoder: encode.Encoder, source: Source, split: protocols.Split, queries: encode.Encoded, database: encode.Encoded
+    path: Path,
+    encoder: encode.Encoder,
+    source: Source,
+    split: protocols.Split,
+    queries: encode.Encoded,
+    database: encode.Encoded,
 ) -> None:
     """Eight queries, spread evenly over the query set, with their ten nearest database images."""
     shown = np.unique(np.linspace(0, len(split.query) - 1, 8).astype(int))

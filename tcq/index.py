@@ -19,7 +19,8 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Float, Int, UInt, UInt8
 
-from tcq import config as configs, encode, ranking
+from tcq import config as configs
+from tcq import encode, ranking
 from tcq.data import sources
 from tcq.data.images import ImageError, decode
 from tcq.models import retriever
@@ -38,7 +39,7 @@ class Index(NamedTuple):
     encoder: encode.Encoder
     codes: UInt[np.ndarray, "N M"]
     paths: list[str]
-    norms: Float[np.ndarray, "N"] | None  # only for eval.score "cosine"
+    norms: Float[np.ndarray, " N"] | None  # only for eval.score "cosine"
 
 
 class Hit(NamedTuple):
@@ -73,7 +74,9 @@ def open_index(path: str | Path) -> Index:
     for name, digest in meta["sha256"].items():
         file = path / name
         if not file.is_file() or _sha256(file) != digest:
-            raise IndexFileError(f"{str(file)!r} is {'damaged' if file.is_file() else 'missing'}: build the index again")
+            raise IndexFileError(
+                f"{str(file)!r} is {'damaged' if file.is_file() else 'missing'}: build the index again"
+            )
     config = configs.from_json((path / "config.json").read_text())
     codes = np.load(path / "codes.npy", allow_pickle=False)
     with np.load(path / "encoder.npz", allow_pickle=False) as saved:
@@ -111,7 +114,9 @@ def read_queries(index: Index, paths: Sequence[str | Path]) -> UInt8[np.ndarray,
     return np.stack(pictures)
 
 
-def draw(index: Index, queries: UInt8[np.ndarray, "Q H W 3"], answers: Sequence[Sequence[Hit]], out: str | Path) -> None:
+def draw(
+    index: Index, queries: UInt8[np.ndarray, "Q H W 3"], answers: Sequence[Sequence[Hit]], out: str | Path
+) -> None:
     """A picture of queries and answers; an image that is gone since is drawn gray. Raises IndexFileError if unwritable."""
     from tcq import pictures
 
@@ -203,17 +208,22 @@ def _meta(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         raise IndexFileError(f"{str(path)!r} is not an index: it holds no readable meta.json") from None
     if found != FORMAT or missing:
-        raise IndexFileError(f"index {str(path)!r} has format {found}, this version of tcq reads {FORMAT}: build it again")
+        raise IndexFileError(
+            f"index {str(path)!r} has format {found}, this version of tcq reads {FORMAT}: build it again"
+        )
     return meta
 
 
 def _check_params(want: Mapping[str, Any], got: Mapping[str, Any], path: Path) -> None:
     shapes = [
-        {k: tuple(np.shape(v)) for k, v in traverse_util.flatten_dict(dict(tree), sep="/").items()} for tree in (want, got)
+        {k: tuple(np.shape(v)) for k, v in traverse_util.flatten_dict(dict(tree), sep="/").items()}
+        for tree in (want, got)
     ]
     if shapes[0] != shapes[1]:
         odd = sorted(k for k in shapes[0].keys() | shapes[1].keys() if shapes[0].get(k) != shapes[1].get(k))
-        raise IndexFileError(f"the encoder in {str(path)!r} does not fit its config; these parameters differ: {', '.join(odd)}")
+        raise IndexFileError(
+            f"the encoder in {str(path)!r} does not fit its config; these parameters differ: {', '.join(odd)}"
+        )
 
 
 def _refuse_existing(out: Path) -> None:

@@ -34,7 +34,7 @@ def nt_xent(
     temperature: float,
     clip: int = 0,
     axis_name: str | None = None,
-    labels: Num[ArrayLike, "b *L"] | None = None,
+    labels: Num[ArrayLike, " b *L"] | None = None,
 ) -> tuple[Float[Array, ""], Logs]:
     """Top-k clipped NT-Xent over the global batch.
 
@@ -64,7 +64,9 @@ def nt_xent(
     columns = jnp.concatenate([_gather(a, axis_name), _gather(b, axis_name)])  # (2B, D)
     num_anchors = columns.shape[0]
     if not 0 <= clip <= num_anchors - 2:
-        raise ValueError(f"clip {clip} is not within the {num_anchors - 2} negatives of a global batch of {num_anchors // 2}")
+        raise ValueError(
+            f"clip {clip} is not within the {num_anchors - 2} negatives of a global batch of {num_anchors // 2}"
+        )
 
     similarity = jnp.matmul(jnp.concatenate([a, b]), columns.T, precision="highest")  # (2b, 2B)
     self_pair, positive_pair = _pair_masks(a.shape[0], num_anchors, axis_name)
@@ -104,7 +106,7 @@ def contrastive_loss(
     temperature: float,
     clip: int = 0,
     axis_name: str | None = None,
-    labels: Num[ArrayLike, "b *L"] | None = None,
+    labels: Num[ArrayLike, " b *L"] | None = None,
 ) -> tuple[Float[Array, ""], Logs]:
     """Clipped NT-Xent between features and soft reconstructions of the two views.
 

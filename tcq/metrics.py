@@ -26,7 +26,7 @@ def mean_average_precision(
 
 def average_precision(
     scores: Num[ArrayLike, "Q N"], relevance: Bool[ArrayLike, "Q N"], *, k: int, ties: str = "expected"
-) -> Float[np.ndarray, "Q"]:
+) -> Float[np.ndarray, " Q"]:
     """AP@k of each query, float64, 0 to 1.
 
     Args:
@@ -46,7 +46,7 @@ def average_precision(
 
 
 def hits(
-    scores: Num[ArrayLike, "Q N"], relevance: Bool[ArrayLike, "Q N"], *, ks: Int[ArrayLike, "C"] | list[int]
+    scores: Num[ArrayLike, "Q N"], relevance: Bool[ArrayLike, "Q N"], *, ks: Int[ArrayLike, " C"] | list[int]
 ) -> Float[np.ndarray, "Q C"]:
     """How many relevant items each query finds among its first k, for each k of `ks`; expectations over tied orders.
 
@@ -68,7 +68,9 @@ def hits(
 def _checked(scores: ArrayLike, relevance: ArrayLike, k: int) -> tuple[np.ndarray, np.ndarray, int]:
     scores, relevance = np.asarray(scores), np.asarray(relevance, bool)
     if scores.shape != relevance.shape or scores.ndim != 2 or scores.size == 0:
-        raise ValueError(f"scores {scores.shape} and relevance {relevance.shape} must be one shape (Q, N), none of them 0")
+        raise ValueError(
+            f"scores {scores.shape} and relevance {relevance.shape} must be one shape (Q, N), none of them 0"
+        )
     if k < 1:
         raise ValueError(f"k {k} must be at least 1")
     if np.isnan(scores).any():

@@ -39,9 +39,7 @@ def soft_assign(
     return jax.nn.softmax(scale * _closeness(x, codebooks, metric=metric), axis=-1)
 
 
-def hard_assign(
-    x: Float[ArrayLike, "N D"], codebooks: Float[ArrayLike, "M K d"], *, metric: str
-) -> UInt[Array, "N M"]:
+def hard_assign(x: Float[ArrayLike, "N D"], codebooks: Float[ArrayLike, "M K d"], *, metric: str) -> UInt[Array, "N M"]:
     """Codes: the index of the closest codeword of each codebook (the lowest index among equals).
 
     Returns uint8 (N, M) for K <= 256, else uint16. Raises ValueError as `soft_assign`, and for K > 65,536.
@@ -50,13 +48,13 @@ def hard_assign(
     return codes.astype(code_dtype(jnp.shape(codebooks)[1]))
 
 
-def reconstruct(
-    weights: Float[ArrayLike, "N M K"], codebooks: Float[ArrayLike, "M K d"]
-) -> Float[Array, "N D"]:
+def reconstruct(weights: Float[ArrayLike, "N M K"], codebooks: Float[ArrayLike, "M K d"]) -> Float[Array, "N D"]:
     """The weighted sums of codewords, concatenated: float32 (N, D). Raises ValueError on other shapes."""
     weights, codebooks = jnp.asarray(weights, jnp.float32), jnp.asarray(codebooks, jnp.float32)
     if weights.ndim != 3 or weights.shape[1:] != codebooks.shape[:2]:
-        raise ValueError(f"weights {weights.shape} do not fit codebooks {codebooks.shape}: want (N, M, K) and (M, K, d)")
+        raise ValueError(
+            f"weights {weights.shape} do not fit codebooks {codebooks.shape}: want (N, M, K) and (M, K, d)"
+        )
     z = jnp.einsum("nmk,mkd->nmd", weights, codebooks, precision="highest")
     return z.reshape(z.shape[0], -1)
 

@@ -25,7 +25,9 @@ def lookup_table(
     queries, codebooks = jnp.asarray(queries, jnp.float32), jnp.asarray(codebooks, jnp.float32)
     num_codebooks, _, d = codebooks.shape
     if queries.ndim != 2 or queries.shape[1] != num_codebooks * d:
-        raise ValueError(f"queries {queries.shape} do not fit codebooks {codebooks.shape}: want (Q, {num_codebooks * d})")
+        raise ValueError(
+            f"queries {queries.shape} do not fit codebooks {codebooks.shape}: want (Q, {num_codebooks * d})"
+        )
     if metric == "cosine":
         queries = queries / jnp.maximum(jnp.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
     q = queries.reshape(queries.shape[0], num_codebooks, d)
@@ -80,7 +82,8 @@ def top_k(
     """
     if k < 1 or block_size < 1:
         raise ValueError(f"k {k} and block_size {block_size} must be at least 1")
-    tables = jnp.asarray(tables)
+    tables, codes = jnp.asarray(tables), np.asarray(codes)
+    norms = None if norms is None else np.asarray(norms)
     num_queries, k = tables.shape[0], min(k, len(codes))
     best_scores = np.empty((num_queries, 0), np.float32)
     best_ids = np.empty((num_queries, 0), np.int64)

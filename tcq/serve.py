@@ -41,7 +41,9 @@ def make_server(path: str | Path, *, port: int, k: int = 10) -> ThreadingHTTPSer
     """A server on 127.0.0.1 that is ready to `serve_forever`. Port 0 takes a free one. Raises as `index.open_index`."""
     index = indexes.open_index(path)
     data = index.encoder.config.data
-    bits = index.encoder.config.quantizer.num_codebooks * (index.encoder.config.quantizer.num_codewords.bit_length() - 1)
+    bits = index.encoder.config.quantizer.num_codebooks * (
+        index.encoder.config.quantizer.num_codewords.bit_length() - 1
+    )
     page = PAGE.format(count=len(index.paths), bits=html.escape(str(bits))).encode()
 
     class Handler(BaseHTTPRequestHandler):

@@ -15,7 +15,8 @@ import optax
 from jaxtyping import Array, Float, Int32, UInt8
 from ml_collections import ConfigDict
 
-from tcq import augment, checkpoint, config as configs, encode, losses, parallel, quantizer, validation
+from tcq import augment, checkpoint, encode, losses, parallel, quantizer, validation
+from tcq import config as configs
 from tcq.data import protocols
 from tcq.data.loader import batches
 from tcq.data.sources import Source, open_source
@@ -130,7 +131,9 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     workdir = Path(workdir)
     source = open_source(config.data)
     split = protocols.of_source(source, config.data)
-    configs.check_run(config, num_devices=jax.device_count(), num_train=len(split.train), num_validation=len(split.validation))
+    configs.check_run(
+        config, num_devices=jax.device_count(), num_train=len(split.train), num_validation=len(split.validation)
+    )
     _claim(workdir, config, source)
 
     steps = configs.total_steps(config, len(split.train))
@@ -145,7 +148,9 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         with closing(Journal(workdir, step=int(state.step))) as journal:
             run = parallel.pmap_step(step_body(model, optimizer, config))
             validate = partial(_validate, config, model, source, split)
-            return _loop(config, state, steps, run, _batches(config, source, split, int(state.step)), validate, manager, journal)
+            return _loop(
+                config, state, steps, run, _batches(config, source, split, int(state.step)), validate, manager, journal
+            )
 
 
 def _loop(
@@ -180,7 +185,9 @@ def _loop(
         if last or step % t.log_every_steps == 0:
             values = _finite(step, logs) | {"learning_rate": float(rate(step - 1))}
             rates = progress.rates(step)
-            journal.write(step, {f"train/{k}": v for k, v in values.items()} | {f"speed/{k}": v for k, v in rates.items()})
+            journal.write(
+                step, {f"train/{k}": v for k, v in values.items()} | {f"speed/{k}": v for k, v in rates.items()}
+            )
             say(
                 f"step {step:,}/{steps:,}  loss {values['loss']:.4f}  accuracy {values['accuracy']:.3f}  "
                 f"usage {values['codeword_usage']:.1f}/{config.quantizer.num_codewords}  "
@@ -204,7 +211,12 @@ def _loop(
 
 
 def _validate(
-    config: ConfigDict, model: retriever.Retriever, source: Source, split: protocols.Split, params: retriever.Params, step: int
+    config: ConfigDict,
+    model: retriever.Retriever,
+    source: Source,
+    split: protocols.Split,
+    params: retriever.Params,
+    step: int,
 ) -> dict[str, float]:
     """Loss and clip quality on validation images; with labels also mAP of validation queries against training images."""
     if len(split.validation) < 2:
@@ -285,4 +297,8 @@ def _introduce(config: ConfigDict, source: Source, split: protocols.Split, state
         f"batch: {B} global, {B // jax.process_count()} per process, {B // jax.device_count()} per device "
         f"({jax.device_count()} x {jax.devices()[0].device_kind})"
     )
-    say(f"going on from step {int(state.step):,} of {steps:,}" if int(state.step) else f"{steps:,} steps; the first compiles")
+    say(
+        f"going on from step {int(state.step):,} of {steps:,}"
+        if int(state.step)
+        else f"{steps:,} steps; the first compiles"
+    )

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from tcq import augment, config as configs, encode, losses, metrics, parallel, quantizer, ranking
+from tcq import augment, encode, losses, metrics, parallel, quantizer, ranking
+from tcq import config as configs
 
 Scorer = Callable[[slice], Float[np.ndarray, "Q N"]]
 
@@ -17,16 +18,16 @@ Scorer = Callable[[slice], Float[np.ndarray, "Q N"]]
 class Retrieval(NamedTuple):
     """How well a ranking answers the queries."""
 
-    average_precision: Float[np.ndarray, "Q"]
-    precision: Float[np.ndarray, "C"]  # at each cut-off asked for
-    recall: Float[np.ndarray, "C"]
+    average_precision: Float[np.ndarray, " Q"]
+    precision: Float[np.ndarray, " C"]  # at each cut-off asked for
+    recall: Float[np.ndarray, " C"]
 
     @property
     def mean_average_precision(self) -> float:
         return float(self.average_precision.mean())
 
 
-def relevance(queries: Int[np.ndarray, "Q"] | Bool[np.ndarray, "Q L"], database: Any) -> Bool[np.ndarray, "Q N"]:
+def relevance(queries: Int[np.ndarray, " Q"] | Bool[np.ndarray, "Q L"], database: Any) -> Bool[np.ndarray, "Q N"]:
     """Same class number, or at least one shared label."""
     if queries.ndim == 1:
         return queries[:, None] == database
@@ -49,7 +50,9 @@ def retrieve(
     return Retrieval(average_precision, (hits / np.asarray(ks)).mean(axis=0), recall)
 
 
-def scorers(encoder: encode.Encoder, queries: encode.Encoded, database: encode.Encoded, *, metric: str) -> dict[str, Scorer]:
+def scorers(
+    encoder: encode.Encoder, queries: encode.Encoded, database: encode.Encoded, *, metric: str
+) -> dict[str, Scorer]:
     """Scores by "asymmetric" (float query, stored code), "symmetric" (both codes) and "float" (both features)."""
     codebooks = encoder.codebooks
     norms = ranking.code_norms(database.codes, codebooks) if metric == "cosine" else None
@@ -67,7 +70,9 @@ def scorers(encoder: encode.Encoder, queries: encode.Encoded, database: encode.E
     }
 
 
-def clip_quality(encoder: encode.Encoder, images: UInt8[np.ndarray, "N H W 3"], labels: Any, *, batches: int = 4) -> dict[str, float]:
+def clip_quality(
+    encoder: encode.Encoder, images: UInt8[np.ndarray, "N H W 3"], labels: Any, *, batches: int = 4
+) -> dict[str, float]:
     """The training loss and its logs on un-trained images, with augmented views drawn by a fixed key.
 
     Where there are labels, also clip_precision, clip_recall and false_negative_rate (see `losses.nt_xent`), over up to

@@ -33,7 +33,13 @@ def config(*overrides: str, file: str = "configs/digits.py") -> ConfigDict:
 def tcq(*arguments: str, devices: int = 1, cwd: Path | None = None, timeout: float = 300, **options):
     """Runs `python -m tcq ...` in a process of its own."""
     return subprocess.run(
-        command(*arguments), env=environment(devices), capture_output=True, text=True, timeout=timeout, cwd=cwd, **options
+        command(*arguments),
+        env=environment(devices),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=cwd,
+        **options,
     )
 
 

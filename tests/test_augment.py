@@ -7,12 +7,23 @@ import pytest
 
 from tcq import augment
 
-OFF = {
-    name: 0.0
-    for name in (
-        "crop stretch rotate shift flip brightness contrast saturation hue jitter grayscale blur".split()
-    )
-}
+OFF = dict.fromkeys(
+    [
+        "crop",
+        "stretch",
+        "rotate",
+        "shift",
+        "flip",
+        "brightness",
+        "contrast",
+        "saturation",
+        "hue",
+        "jitter",
+        "grayscale",
+        "blur",
+    ],
+    0.0,
+)
 
 
 @pytest.fixture
@@ -69,7 +80,10 @@ def test_rotation_by_ninety_degrees_is_numpys(image):
 
     turned = augment.random_warp(jax.random.key(0), image, crop=0.0, stretch=0.0, degrees=1e-6, shift=0.0)
     np.testing.assert_allclose(turned, image, atol=1e-4)
-    angles = [augment.random_warp(jax.random.key(s), image, crop=0.0, stretch=0.0, degrees=180.0, shift=0.0) for s in range(20)]
+    angles = [
+        augment.random_warp(jax.random.key(s), image, crop=0.0, stretch=0.0, degrees=180.0, shift=0.0)
+        for s in range(20)
+    ]
     centre = np.stack([np.asarray(a)[7:9, 7:9].mean() for a in angles])
     np.testing.assert_allclose(centre, np.asarray(image)[7:9, 7:9].mean(), atol=0.08)
 
@@ -78,7 +92,9 @@ def test_shift_moves_by_at_most_its_share():
     dot = jnp.zeros((16, 16, 3)).at[8, 8].set(1.0)
     offsets = []
     for seed in range(30):
-        view = np.asarray(augment.random_warp(jax.random.key(seed), dot, crop=0.0, stretch=0.0, degrees=0.0, shift=0.125))
+        view = np.asarray(
+            augment.random_warp(jax.random.key(seed), dot, crop=0.0, stretch=0.0, degrees=0.0, shift=0.125)
+        )
         weight = view[..., 0] / view[..., 0].sum()
         offsets.append([(weight.sum(1 - a) * np.arange(16)).sum() - 8 for a in (0, 1)])
     assert np.abs(offsets).max() <= 2.01 and np.abs(offsets).max() > 1.5
@@ -87,9 +103,7 @@ def test_shift_moves_by_at_most_its_share():
 
 def test_flip_is_a_mirror(image):
     np.testing.assert_array_equal(augment.random_flip(jax.random.key(0), image, probability=1.0), image[:, ::-1])
-    flips = [
-        bool(jnp.all(augment.random_flip(jax.random.key(s), image, probability=0.5) == image)) for s in range(200)
-    ]
+    flips = [bool(jnp.all(augment.random_flip(jax.random.key(s), image, probability=0.5) == image)) for s in range(200)]
     assert 70 < sum(flips) < 130
 
 

@@ -36,11 +36,17 @@ class TestTrain:
         ("arguments", "message"),
         [
             (["--config=configs/digits.py", "--config.loss.tempreture=1"], "did you mean loss.temperature?"),
-            (["--config=configs/digits.py", "--config.data.batch_size=129"], "129 is not divisible by the 2 devices: use 128 or 130"),
+            (
+                ["--config=configs/digits.py", "--config.data.batch_size=129"],
+                "129 is not divisible by the 2 devices: use 128 or 130",
+            ),
             (["--config=configs/none.py"], "does not exist; those that come with tcq"),
             (["--config=configs/digits.py", "--stepz=1"], "unrecognized argument '--stepz=1' for train"),
             (["--config=configs/folder.py:/no/such/folder"], "image folder '/no/such/folder' does not exist"),
-            (["--config=configs/cifar10.py", "--config.data.tfds_dir=/no/such"], "tfds build cifar10 --file_format=array_record"),
+            (
+                ["--config=configs/cifar10.py", "--config.data.tfds_dir=/no/such"],
+                "tfds build cifar10 --file_format=array_record",
+            ),
         ],
     )
     def test_what_cannot_work_is_one_message_and_status_2(self, tmp_path, arguments, message):
@@ -162,7 +168,13 @@ class TestIndexAndSearch:
 
     def test_skipped_files_have_reasons(self, index):
         skipped = [json.loads(x) for x in (index / "skipped.jsonl").read_text().splitlines()]
-        assert {s["path"].split("/")[1] for s in skipped} == {"empty.png", "truncated.png", "text.png", "page.html", "zeros.jpg"}
+        assert {s["path"].split("/")[1] for s in skipped} == {
+            "empty.png",
+            "truncated.png",
+            "text.png",
+            "page.html",
+            "zeros.jpg",
+        }
         assert all(s["reason"] for s in skipped)
 
     def test_the_index_needs_nothing_else(self, run, images, tmp_path):
@@ -183,7 +195,9 @@ class TestIndexAndSearch:
         after = indexes.open_index(out)
         np.testing.assert_array_equal(after.codes[: len(before.codes)], before.codes)
         assert sorted(set(after.paths)) == sorted(after.paths) and len(after.paths) == 120
-        assert indexes.remove(out, [str(images / "class 1"), str(images / "class 3" / "003.png")]) == len(before.paths) + 1
+        assert (
+            indexes.remove(out, [str(images / "class 1"), str(images / "class 3" / "003.png")]) == len(before.paths) + 1
+        )
         left = indexes.open_index(out)
         assert not [p for p in left.paths if "class 1" in p or p.endswith("003.png")]
         by_path = dict(zip(after.paths, after.codes.tolist(), strict=True))
@@ -194,9 +208,16 @@ class TestIndexAndSearch:
 
     def test_what_cannot_work_leaves_nothing_behind(self, run, index, images, tmp_path):
         out = tmp_path / "out"
-        refused(small.tcq("index", f"--workdir={tmp_path}", f"--images={images}", f"--out={out}"), "holds no config.json")
-        refused(small.tcq("index", f"--workdir={run}", "--images=/no/such", f"--out={out}"), "'/no/such' does not exist")
-        refused(small.tcq("index", f"--workdir={run}", f"--images={images}", f"--out={index}"), "exists: choose another --out")
+        refused(
+            small.tcq("index", f"--workdir={tmp_path}", f"--images={images}", f"--out={out}"), "holds no config.json"
+        )
+        refused(
+            small.tcq("index", f"--workdir={run}", "--images=/no/such", f"--out={out}"), "'/no/such' does not exist"
+        )
+        refused(
+            small.tcq("index", f"--workdir={run}", f"--images={images}", f"--out={index}"),
+            "exists: choose another --out",
+        )
         refused(small.tcq("search", f"--index={tmp_path}", f"--query={images}"), "is not an index")
         refused(small.tcq("search", f"--index={index}", f"--query={images / 'none.png'}"), "none.png", "No such file")
         refused(small.tcq("search", f"--index={index}", f"--query={images / 'class 2' / 'text.png'}"), "not an image")

@@ -19,7 +19,10 @@ def refused(overrides, file="configs/digits.py"):
         ("loss.temperature=hot", "could not convert string to float"),
         ("loss.temperature=0", "loss.temperature 0.0 must be above 0"),
         ("loss.temperature=nan", "loss.temperature nan must be above 0"),
-        ("loss.clip=254", "loss.clip 254 must be from 0 to 253: a batch of 128 has 2 x 128 - 2 = 254 negatives per anchor"),
+        (
+            "loss.clip=254",
+            "loss.clip 254 must be from 0 to 253: a batch of 128 has 2 x 128 - 2 = 254 negatives per anchor",
+        ),
         ("loss.clip=1.0", "a count is written without a point"),
         ("loss.clip=many", "'many' must be a count such as 64 or a fraction such as 0.1"),
         ("loss.clip=-1", "loss.clip -1 must be from 0 to 253"),
@@ -65,7 +68,9 @@ def test_files_that_do_not_work(tmp_path):
 
 
 def test_overrides_and_arguments():
-    c = configs.load("configs/cifar10.py:bits=64", ["loss.clip=64", "--config.optim.learning_rate=1", "data.augment.crop=0"])
+    c = configs.load(
+        "configs/cifar10.py:bits=64", ["loss.clip=64", "--config.optim.learning_rate=1", "data.augment.crop=0"]
+    )
     assert configs.bits(c) == 64
     assert (c.loss.clip, type(c.loss.clip)) == (64, int)
     assert (c.optim.learning_rate, type(c.optim.learning_rate)) == (1.0, float)

@@ -196,7 +196,9 @@ class TestTfds:
         return fake_tfds.prepare(tmp_path_factory.mktemp("tfds"))
 
     def config(self, prepared, name):
-        return configs.load("configs/cifar10.py", [f"data.source=tfds:{name}", f"data.tfds_dir={prepared}", "data.image_size=8"]).data
+        return configs.load(
+            "configs/cifar10.py", [f"data.source=tfds:{name}", f"data.tfds_dir={prepared}", "data.image_size=8"]
+        ).data
 
     def test_official_order_labels_and_pixels(self, prepared):
         import fake_tfds
@@ -221,7 +223,9 @@ class TestTfds:
         assert done.stdout.strip() == "(26, 8, 8, 3) False", done.stderr
 
     def test_what_is_not_prepared_names_the_command(self, prepared):
-        with pytest.raises(sources.SourceError, match=r"not prepared.*\n  tfds build cifar10 --file_format=array_record --data_dir"):
+        with pytest.raises(
+            sources.SourceError, match=r"not prepared.*\n  tfds build cifar10 --file_format=array_record --data_dir"
+        ):
             sources.open_source(self.config(prepared, "cifar10"))
 
 

@@ -2,11 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import oracle
 from tcq import losses
 
 
@@ -80,7 +80,9 @@ def test_a_clipped_pair_gives_no_gradient_in_that_row():
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_largest_takes_exactly_count_and_the_first_of_equals(data):
-    values = data.draw(st.lists(st.sampled_from([-np.inf, -2.0, -0.0, 0.0, 1e-30, 0.5, 0.5000001, 3e38]), min_size=1, max_size=12))
+    values = data.draw(
+        st.lists(st.sampled_from([-np.inf, -2.0, -0.0, 0.0, 1e-30, 0.5, 0.5000001, 3e38]), min_size=1, max_size=12)
+    )
     count = data.draw(st.integers(1, len(values)))
     mask = np.asarray(losses.largest(jnp.array([values], jnp.float32), count))[0]
     order = sorted(range(len(values)), key=lambda j: (-np.float32(values[j]), j))[:count]
@@ -102,7 +104,9 @@ def test_loss_logs_and_gradients_do_not_depend_on_the_devices(devices, pairing):
     labels = np.arange(16) % 3
 
     def loss(arrays, axis_name=None, labels=labels):
-        return losses.contrastive_loss(*arrays, pairing=pairing, temperature=0.2, clip=6, axis_name=axis_name, labels=labels)
+        return losses.contrastive_loss(
+            *arrays, pairing=pairing, temperature=0.2, clip=6, axis_name=axis_name, labels=labels
+        )
 
     (one, one_logs), one_grads = jax.value_and_grad(loss, has_aux=True)((xa, xb, za, zb))
 

@@ -1,9 +1,9 @@
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import oracle
 from tcq import metrics
 
 
@@ -56,7 +56,9 @@ def test_without_ties_both_conventions_agree():
     for k in (1, 10, 300):
         by_index = metrics.average_precision(scores, relevance, k=k, ties="index")
         np.testing.assert_allclose(metrics.average_precision(scores, relevance, k=k), by_index, rtol=1e-12)
-        np.testing.assert_allclose(by_index, [oracle.one_ap(r[np.argsort(-s)], k) for s, r in zip(scores, relevance, strict=True)])
+        np.testing.assert_allclose(
+            by_index, [oracle.one_ap(r[np.argsort(-s)], k) for s, r in zip(scores, relevance, strict=True)]
+        )
 
 
 def test_random_order_is_a_constant_score():

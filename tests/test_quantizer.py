@@ -1,9 +1,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 
+import oracle
 from tcq import quantizer
 
 
@@ -58,7 +58,9 @@ def test_decode_picks_codewords_and_is_a_fixed_point(x_and_codebooks):
     np.testing.assert_array_equal(quantizer.hard_assign(decoded, codebooks, metric="l2"), codes)
 
 
-@pytest.mark.parametrize(("num_codewords", "dtype"), [(2, np.uint8), (256, np.uint8), (512, np.uint16), (65_536, np.uint16)])
+@pytest.mark.parametrize(
+    ("num_codewords", "dtype"), [(2, np.uint8), (256, np.uint8), (512, np.uint16), (65_536, np.uint16)]
+)
 def test_code_dtype(num_codewords, dtype):
     codebooks = np.random.RandomState(0).randn(1, num_codewords, 2).astype("f4")
     last = codebooks[:, -1] * 1.0

@@ -35,7 +35,9 @@ def test_scores_are_those_of_the_decoded_items(world, metric):
 
 def test_equal_codes_score_equal_bits(world):
     queries, codes, codebooks = world
-    scores = np.asarray(ranking.scores(ranking.lookup_table(queries, codebooks, metric="l2"), np.concatenate([codes, codes])))
+    scores = np.asarray(
+        ranking.scores(ranking.lookup_table(queries, codebooks, metric="l2"), np.concatenate([codes, codes]))
+    )
     np.testing.assert_array_equal(scores[:, :200], scores[:, 200:])
 
 

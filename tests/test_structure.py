@@ -51,7 +51,9 @@ def imported(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from (f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in FLOORS else node.module for a in node.names)
+            yield from (
+                f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in FLOORS else node.module for a in node.names
+            )
 
 
 def test_every_file_has_a_floor_and_imports_only_downwards():
@@ -60,7 +62,9 @@ def test_every_file_has_a_floor_and_imports_only_downwards():
     for name, tree in found.items():
         for other in imported(tree):
             if other.split(".")[0] == "tcq":
-                up = FLOORS[other] > FLOORS[name] or (FLOORS[other] == FLOORS[name] and FLOORS[name] not in PEERS_ALLOWED)
+                up = FLOORS[other] > FLOORS[name] or (
+                    FLOORS[other] == FLOORS[name] and FLOORS[name] not in PEERS_ALLOWED
+                )
                 assert not up, f"{name} imports {other}"
             elif FLOORS[name] in OUTSIDE:
                 assert other.split(".")[0] in OUTSIDE[FLOORS[name]], f"{name} imports {other}"

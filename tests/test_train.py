@@ -37,12 +37,20 @@ class TestStep:
         "overrides",
         [
             ["loss.clip=0.2"],
-            ["loss.clip=3", "quantizer.metric=ip", "loss.pairing=quantized", "loss.entropy_weight=0.1", "loss.diversity_weight=0.1"],
+            [
+                "loss.clip=3",
+                "quantizer.metric=ip",
+                "loss.pairing=quantized",
+                "loss.entropy_weight=0.1",
+                "loss.diversity_weight=0.1",
+            ],
         ],
     )
     def test_three_steps_are_the_same_on_1_2_and_8_devices(self, overrides):
         # SGD: Adam would blow rounding up to a whole step wherever a gradient is 0 but for rounding.
-        c = small.config(*overrides, "data.augment.flip=0.5", "optim.name=sgd", "optim.learning_rate=0.3", "optim.warmup_steps=0")
+        c = small.config(
+            *overrides, "data.augment.flip=0.5", "optim.name=sgd", "optim.learning_rate=0.3", "optim.warmup_steps=0"
+        )
         images, body, start = setup(c)
         results = {}
         for devices in (1, 2, 8):
@@ -110,7 +118,9 @@ class TestStep:
         np.testing.assert_allclose([rate(0), rate(1), rate(2), rate(7), rate(12)], [0, 0.05, 0.1, 0.05, 0], atol=1e-7)
 
     def test_gradients_are_clipped_by_norm(self):
-        c = small.config("optim.name=sgd", "optim.clip_norm=0.5", "optim.weight_decay=0", "optim.warmup_steps=0", "optim.momentum=0")
+        c = small.config(
+            "optim.name=sgd", "optim.clip_norm=0.5", "optim.weight_decay=0", "optim.warmup_steps=0", "optim.momentum=0"
+        )
         optimizer = train.make_optimizer(c, 10)
         params = {"kernel": jnp.zeros(4)}
         updates, _ = optimizer.update({"kernel": jnp.full(4, 100.0)}, optimizer.init(params), params)
@@ -124,7 +134,14 @@ class TestRun:
         lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 13))
         assert [line["step"] for line in lines if "validation/mAP" in line] == [6, 12]
-        for key in ("loss", "accuracy", "codeword_usage", "positive_similarity", "negative_similarity", "clip_similarity"):
+        for key in (
+            "loss",
+            "accuracy",
+            "codeword_usage",
+            "positive_similarity",
+            "negative_similarity",
+            "clip_similarity",
+        ):
             assert np.isfinite([line[f"train/{key}"] for line in lines if "train/loss" in line]).all(), key
         assert {"mAP", "clip_precision", "clip_recall", "false_negative_rate"} <= last.keys()
         assert 0.05 < last["false_negative_rate"] < 0.15

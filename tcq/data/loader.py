@@ -9,7 +9,7 @@ from jaxtyping import Int64, UInt8
 
 def batches(
     images: UInt8[np.ndarray, "N H W 3"],
-    indices: Int64[np.ndarray, "T"],
+    indices: Int64[np.ndarray, " T"],
     *,
     batch_size: int,
     seed: int,
@@ -30,7 +30,9 @@ def batches(
     """
     share, rest = divmod(batch_size, num_processes * num_devices)
     if rest or not share:
-        raise ValueError(f"a batch of {batch_size} cannot be divided by {num_processes} processes x {num_devices} devices")
+        raise ValueError(
+            f"a batch of {batch_size} cannot be divided by {num_processes} processes x {num_devices} devices"
+        )
 
     def read(places: np.ndarray) -> np.ndarray:
         batch = images[indices[places]]  # one fancy index: a single copy out of memory or the mapped cache

@@ -17,10 +17,10 @@ class ProtocolError(ValueError):
 class Split(NamedTuple):
     """Indices into the images in official order. Validation is carved from the training images and is disjoint from them."""
 
-    query: Int64[np.ndarray, "Q"]
-    database: Int64[np.ndarray, "N"]
-    train: Int64[np.ndarray, "T"]
-    validation: Int64[np.ndarray, "V"]
+    query: Int64[np.ndarray, " Q"]
+    database: Int64[np.ndarray, " N"]
+    train: Int64[np.ndarray, " T"]
+    validation: Int64[np.ndarray, " V"]
 
 
 PROTOCOLS = ("seeded", "cifar10_spq")
@@ -46,7 +46,9 @@ def split(name: str, num_images: int, *, query: float, validation: float, seed: 
         queries, rest = order[:cut], order[cut:]
     elif name == "cifar10_spq":
         if num_images != 60_000:
-            raise ProtocolError(f"protocol cifar10_spq is for CIFAR-10's 60,000 images in official order, found {num_images:,}")
+            raise ProtocolError(
+                f"protocol cifar10_spq is for CIFAR-10's 60,000 images in official order, found {num_images:,}"
+            )
         queries, rest = np.arange(50_000, 60_000), random.permutation(50_000)
     else:
         raise ProtocolError(f"protocol {name!r} is unknown: use one of {', '.join(PROTOCOLS)}")

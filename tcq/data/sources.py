@@ -29,7 +29,7 @@ class Source(NamedTuple):
     """N images in their official order, all of one size."""
 
     images: UInt8[np.ndarray, "N S S 3"]  # in memory, or mapped from the cache
-    labels: Int64[np.ndarray, "N"] | Bool[np.ndarray, "N L"] | None
+    labels: Int64[np.ndarray, " N"] | Bool[np.ndarray, "N L"] | None
     names: list[str]  # the path below the folder, or an id
     classes: list[str]
     skipped: list[dict[str, str]]  # {"path", "reason"}
@@ -100,10 +100,14 @@ def _tfds(name: str, data: ConfigDict) -> Source:
     try:
         builder = tfds.builder_from_directory(_prepared(name, data_dir or tfds.core.constants.DATA_DIR))
     except FileNotFoundError:
-        raise SourceError(f"TFDS dataset {name!r} is not prepared in {data_dir or tfds.core.constants.DATA_DIR}; {advice}") from None
+        raise SourceError(
+            f"TFDS dataset {name!r} is not prepared in {data_dir or tfds.core.constants.DATA_DIR}; {advice}"
+        ) from None
     if builder.info.file_format is None or builder.info.file_format.value != "array_record":
         found = builder.info.file_format and builder.info.file_format.value
-        raise SourceError(f"TFDS dataset {name!r} in {builder.data_dir} is stored as {found}, not as array_record; {advice}")
+        raise SourceError(
+            f"TFDS dataset {name!r} in {builder.data_dir} is stored as {found}, not as array_record; {advice}"
+        )
     features = builder.info.features
     if "image" not in features:
         raise SourceError(f"TFDS dataset {name!r} has no feature 'image', only {', '.join(features)}")
@@ -121,7 +125,9 @@ def _tfds(name: str, data: ConfigDict) -> Source:
     names = [f"{rows[r][0]}/{order[r][1]}" for r in ranked]
     arrays = (sources[rows[r][0]][rows[r][1]]["image"] for r in ranked)
     items = ((n, _png(a)) for n, a in zip(names, arrays, strict=True))
-    key = hashlib.sha256(json.dumps([CACHE_VERSION, data.image_size, data.resize, builder.info.full_name, names]).encode())
+    key = hashlib.sha256(
+        json.dumps([CACHE_VERSION, data.image_size, data.resize, builder.info.full_name, names]).encode()
+    )
     key.update(str(builder.data_dir).encode())
     images, kept, bad = _decode_once(
         items, len(rows), key.hexdigest(), size=data.image_size, resize=data.resize, cache_dir=data.cache_dir
@@ -134,7 +140,14 @@ def _tfds(name: str, data: ConfigDict) -> Source:
 def _prepared(name: str, data_dir: str) -> str:
     """The newest version folder below <data_dir>/<name>[/<config>]. Raises FileNotFoundError."""
     root = Path(data_dir).expanduser() / name
-    found = [p.parent for p in [*root.glob("dataset_info.json"), *root.glob("*/dataset_info.json"), *root.glob("*/*/dataset_info.json")]]
+    found = [
+        p.parent
+        for p in [
+            *root.glob("dataset_info.json"),
+            *root.glob("*/dataset_info.json"),
+            *root.glob("*/*/dataset_info.json"),
+        ]
+    ]
     if not found:
         raise FileNotFoundError(root)
     return str(max(found, key=lambda p: [int(n) if n.isdigit() else -1 for n in p.name.split(".")]))

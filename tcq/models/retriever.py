@@ -85,7 +85,7 @@ def init(key: Key[Array, ""], model: Retriever, images: UInt8[np.ndarray, "N H W
     params = dict(jax.jit(model.init)(init_key, pixels[:1])["params"])
     if not from_data:
         return params
-    features = jax.jit(model.apply)({"params": params}, pixels).features  # type: ignore[union-attr]
+    features = jax.jit(model.apply)({"params": params}, pixels).features
     mean = features.mean(axis=0)
     subvectors = (features - mean).reshape(len(images), model.num_codebooks, model.codeword_dim)
     shrink = jax.lax.rsqrt(jnp.maximum(jnp.mean(jnp.sum(subvectors**2, axis=-1)), 1e-12))

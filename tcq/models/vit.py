@@ -55,7 +55,12 @@ class ViT(nn.Module):
         n, height, width, _ = images.shape
         rows, columns = height // self.patch, width // self.patch
         x = nn.Conv(
-            self.width, (self.patch, self.patch), (self.patch, self.patch), padding="VALID", dtype=self.dtype, name="embed"
+            self.width,
+            (self.patch, self.patch),
+            (self.patch, self.patch),
+            padding="VALID",
+            dtype=self.dtype,
+            name="embed",
         )(images.astype(self.dtype))
         x = x.reshape(n, rows * columns, self.width)
         if self.positions == "learned":
@@ -69,7 +74,9 @@ class ViT(nn.Module):
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         for i in range(self.depth):
             drop_path = self.drop_path * i / max(self.depth - 1, 1)
-            x = Block(self.heads, self.mlp_ratio, self.dropout, drop_path, self.dtype, name=f"block_{i}")(x, train=train)
+            x = Block(self.heads, self.mlp_ratio, self.dropout, drop_path, self.dtype, name=f"block_{i}")(
+                x, train=train
+            )
         x = nn.LayerNorm(dtype=jnp.float32, name="norm")(x)
         if self.pooling == "cls":
             return x[:, 0]
