@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, UInt8
 
 # Right and wrong differ in line style, symbol and lightness, not only in hue (colours of Okabe & Ito).
 RIGHT = {"color": "#0072B2", "linestyle": "solid", "symbol": "\N{HEAVY CHECK MARK}"}
@@ -55,7 +55,7 @@ def curves(path: str | Path, results: Mapping[str, Mapping[str, Any]], *, ks: Se
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
     styles = ["solid", "dashed", "dotted", "dashdot", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3))]
     for (name, result), style in zip(results.items(), styles * 2, strict=False):
-        precision: Float[np.ndarray, C] = np.asarray(result["precision"])
+        precision = np.asarray(result["precision"])
         left.plot(result["recall"], precision, label=name, linestyle=style)
         right.plot(ks, precision, label=name, linestyle=style)
     left.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
