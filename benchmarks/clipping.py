@@ -54,7 +54,11 @@ def main() -> None:
             for key in runs[0]
         }
     best = max(rows, key=lambda t: rows[t]["validation"]["mean"])
-    words = " ".join(f"--{k}={v}" if not isinstance(v, list) else f"--{k} {' '.join(map(str, v))}" for k, v in vars(arguments).items() if v)
+    words = " ".join(
+        f"--{k}={v}" if not isinstance(v, list) else f"--{k} {' '.join(map(str, v))}"
+        for k, v in vars(arguments).items()
+        if v
+    )
     record = {
         "mAP": {f"recorded: clip {arguments.clip}, its best temperature {best}": rows[best]["test"]["mean"]},
         "command": f"python benchmarks/clipping.py {words}",

@@ -1,26 +1,29 @@
-"""Loading a config, checking it with numbers before any device work, and the values derived from it."""
+"""Loading a config and storing it. The values derived from it and its checks are in checks.py, and offered here too."""
 
-import difflib
 import importlib.util
 import json
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from math import log2
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from tcq import losses, quantizer, ranking
-from tcq.data import images, protocols
-from tcq.models import vit
+from tcq.checks import ConfigError, bits, check, check_run, clip_count, flatten, nearest, total_steps
 
-OPTIMIZERS = ("adamw", "lars", "sgd")
-DTYPES = ("float32", "bfloat16")
-INITS = ("data", "random")
+__all__ = [
+    "ConfigError",
+    "bits",
+    "check_run",
+    "clip_count",
+    "differences",
+    "from_json",
+    "load",
+    "to_json",
+    "total_steps",
+]
 # Changing these does not change what a run computes; a workdir may go on with other values of them.
 OPERATIONAL = (
     "data.threads",
@@ -32,10 +35,6 @@ OPERATIONAL = (
 )
 
 
-class ConfigError(ValueError):
-    """The config cannot work; the message says what is wrong, the values, and what to do."""
-
-
 def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
     """The config of a file "path.py" or "path.py:argument", with overrides such as "loss.clip=64", checked.
 
@@ -45,15 +44,15 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
     file, colon, argument = path.partition(":")
     file = str(_find(file))
     arguments = [f"--config={file}{colon}{argument}", *(_as_flag(o) for o in overrides)]
-    known = _flatten(_base())
+    known = flatten(_base())
     for override in arguments[1:]:
         key = override.partition("=")[0].removeprefix("--no").removeprefix("--").removeprefix("config.")
         if key not in known:
-            raise ConfigError(f"--config.{key}: there is no such key{_nearest(key, known)}")
+            raise ConfigError(f"--config.{key}: there is no such key{nearest(key, known)}")
         if "=" not in override and not isinstance(known[key], bool):
             raise ConfigError(f"{override}: a value is missing, write {override}=...")
     config = _read(file, arguments)
-    check(config)
+    check(config, _base())
     return config
 
 
@@ -61,13 +60,13 @@ def from_json(text: str) -> ConfigDict:
     """The config that `to_json` wrote, checked. Raises ConfigError."""
     config = _base()
     try:
-        for key, value in _flatten(ConfigDict(json.loads(text))).items():
-            if key not in _flatten(config):
-                raise ConfigError(f"{key}: there is no such key{_nearest(key, _flatten(config))}")
+        for key, value in flatten(ConfigDict(json.loads(text))).items():
+            if key not in flatten(config):
+                raise ConfigError(f"{key}: there is no such key{nearest(key, flatten(config))}")
             config.update_from_flattened_dict({key: value})
     except (ValueError, TypeError) as error:
         raise ConfigError(f"the stored config cannot be read: {error}") from None
-    check(config)
+    check(config, _base())
     return config
 
 
@@ -76,188 +75,14 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
-def bits(config: ConfigDict) -> int:
-    """Bits per image: M * log2(K)."""
-    return config.quantizer.num_codebooks * int(log2(config.quantizer.num_codewords))
-
-
-def clip_count(clip: int | float, batch_size: int) -> int:
-    """`loss.clip` as a count: an integer is one already, a fraction is taken of the 2B - 2 negatives and floored."""
-    return int(clip * (2 * batch_size - 2)) if isinstance(clip, float) else clip
-
-
-def total_steps(config: ConfigDict, num_train: int) -> int:
-    """Steps of the run: `train.total_steps`, or `train.total_epochs` times the images over the batch, rounded up."""
-    if config.train.total_steps:
-        return config.train.total_steps
-    return max(1, -int(-config.train.total_epochs * num_train // config.data.batch_size))
-
-
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """What of two configs would make another run, one line each; see `OPERATIONAL`."""
-    before, after = _flatten(old), _flatten(new)
+    before, after = flatten(old), flatten(new)
     return [
         f"{key}: {before.get(key)!r} there, {after.get(key)!r} now"
         for key in sorted(before.keys() | after.keys())
         if key not in OPERATIONAL and before.get(key) != after.get(key)
     ]
-
-
-def check(config: ConfigDict) -> None:
-    """Raises ConfigError, listing every unknown key, wrong type, and value that does not fit the others."""
-    problems = _type_problems(config) or list(_value_problems(config))
-    _raise(problems)
-
-
-def check_run(config: ConfigDict, *, num_devices: int, num_train: int, num_validation: int) -> None:
-    """Raises ConfigError where the config does not fit the devices or the images that were found."""
-    d, steps = config.data, total_steps(config, num_train)
-    problems = []
-    if d.batch_size % num_devices:
-        near = [
-            n for n in (d.batch_size // num_devices * num_devices, -(-d.batch_size // num_devices) * num_devices) if n
-        ]
-        problems.append(
-            f"data.batch_size {d.batch_size} is not divisible by the {num_devices} devices: "
-            f"use {' or '.join(str(n) for n in near)}"
-        )
-    if d.batch_size > num_train:
-        problems.append(
-            f"data.batch_size {d.batch_size} is above the {num_train:,} training images ({num_validation:,} more are held "
-            f"out for validation): an image would be its own negative; use at most {num_train // num_devices * num_devices}"
-        )
-    if config.optim.warmup_steps >= steps:
-        problems.append(f"optim.warmup_steps {config.optim.warmup_steps} must be below the {steps} steps of the run")
-    _raise(problems)
-
-
-def _value_problems(c: ConfigDict) -> Iterator[str]:
-    d, m, q, loss, o, t = c.data, c.model, c.quantizer, c.loss, c.optim, c.train
-    if not d.source:
-        yield "data.source is not set: use digits, tfds:<name> or folder:<path>"
-    choices = {
-        "data.protocol": (d.protocol, protocols.PROTOCOLS),
-        "data.resize": (d.resize, images.RESIZES),
-        "model.name": (m.name, ("", *vit.SIZES)),
-        "model.pooling": (m.pooling, vit.POOLINGS),
-        "model.positions": (m.positions, vit.POSITIONS),
-        "model.dtype": (m.dtype, DTYPES),
-        "quantizer.metric": (q.metric, quantizer.METRICS),
-        "quantizer.init": (q.init, INITS),
-        "loss.pairing": (loss.pairing, losses.PAIRINGS),
-        "optim.name": (o.name, OPTIMIZERS),
-        "eval.score": (c.eval.score, ranking.METRICS),
-    }
-    for key, (value, known) in choices.items():
-        if value not in known:
-            yield f"{key} {value!r} is unknown: use one of {', '.join(repr(k) for k in known)}"
-    flat = _flatten(c)
-    for key, low, high in _RANGES:
-        if not low <= flat[key] <= high:
-            limits = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
-            yield f"{key} {flat[key]} must be {limits}"
-    for key in ("quantizer.scale", "loss.temperature", "optim.learning_rate", "model.mlp_ratio"):
-        if not 0 < flat[key] < float("inf"):
-            yield f"{key} {flat[key]} must be above 0"
-    for key in ("data.query", "data.validation", "data.augment.crop", "model.dropout", "model.drop_path"):
-        if not 0 <= flat[key] < 1:
-            yield f"{key} {flat[key]} must be in [0, 1)"
-    if m.patch > 0 and d.image_size % m.patch:
-        yield f"data.image_size {d.image_size} is not divisible by model.patch {m.patch}"
-    width, _, heads = vit.SIZES.get(m.name, (m.width, m.depth, m.heads))
-    if heads > 0 and width % heads:
-        yield f"model.width {width} is not divisible by model.heads {heads}"
-    if m.positions == "sincos2d" and width % 4:
-        yield f"model.width {width} is not divisible by 4, as model.positions sincos2d needs"
-    k = q.num_codewords
-    if k < 2 or k > quantizer.MAX_CODEWORDS or k & (k - 1):
-        near = 2 ** min(max(round(log2(max(k, 2))), 1), 16)
-        yield f"quantizer.num_codewords {k} is not a power of two from 2 to {quantizer.MAX_CODEWORDS}: use for example {near}"
-    elif q.bits not in (0, bits(c)):
-        yield (
-            f"quantizer.bits {q.bits} is not what the codebooks give: {q.num_codebooks} codebooks x {int(log2(k))} bits "
-            f"({k} codewords) = {bits(c)}; set quantizer.num_codebooks={q.bits / log2(k):g} or quantizer.bits=0"
-        )
-    yield from _clip_problems(loss.clip, d.batch_size)
-    if (t.total_steps > 0) == (t.total_epochs > 0):
-        yield f"set one of train.total_steps ({t.total_steps}) and train.total_epochs ({t.total_epochs}), and leave the other 0"
-    if 0 < t.total_steps <= o.warmup_steps:
-        yield f"optim.warmup_steps {o.warmup_steps} must be below train.total_steps {t.total_steps}"
-
-
-def _clip_problems(clip: Any, batch_size: int) -> Iterator[str]:
-    negatives = 2 * batch_size - 2
-    if isinstance(clip, bool) or not isinstance(clip, int | float):
-        yield f"loss.clip {clip!r} must be a count such as 64 or a fraction such as 0.1"
-    elif isinstance(clip, float) and not 0 <= clip < 1:
-        yield f"loss.clip {clip} is a fraction of the negatives and must be in [0, 1); a count is written without a point"
-    elif clip < 0 or clip_count(clip, batch_size) >= max(negatives, 1):
-        yield (
-            f"loss.clip {clip} must be from 0 to {negatives - 1}: "
-            f"a batch of {batch_size} has 2 x {batch_size} - 2 = {negatives} negatives per anchor"
-        )
-
-
-_INFINITY = float("inf")
-_RANGES: tuple[tuple[str, float, float], ...] = (
-    ("data.image_size", 1, 4096),
-    ("data.split_seed", 0, 2**32 - 1),
-    ("data.batch_size", 2, _INFINITY),
-    ("data.threads", 1, 256),
-    ("data.augment.stretch", 0, 2),
-    ("data.augment.rotate", 0, 180),
-    ("data.augment.shift", 0, 1),
-    ("data.augment.flip", 0, 1),
-    ("data.augment.brightness", 0, 1),
-    ("data.augment.contrast", 0, 1),
-    ("data.augment.saturation", 0, 1),
-    ("data.augment.hue", 0, 0.5),
-    ("data.augment.jitter", 0, 1),
-    ("data.augment.grayscale", 0, 1),
-    ("data.augment.blur", 0, 1),
-    ("model.width", 1, _INFINITY),
-    ("model.depth", 1, _INFINITY),
-    ("model.heads", 1, _INFINITY),
-    ("model.patch", 1, _INFINITY),
-    ("quantizer.num_codebooks", 1, _INFINITY),
-    ("quantizer.codeword_dim", 1, _INFINITY),
-    ("quantizer.init_images", 1, _INFINITY),
-    ("loss.entropy_weight", 0, _INFINITY),
-    ("loss.diversity_weight", 0, _INFINITY),
-    ("optim.warmup_steps", 0, _INFINITY),
-    ("optim.weight_decay", 0, _INFINITY),
-    ("optim.momentum", 0, 1),
-    ("optim.clip_norm", 0, _INFINITY),
-    ("train.total_steps", 0, 2**31 - 2),
-    ("train.total_epochs", 0, _INFINITY),
-    ("train.seed", 0, 2**32 - 1),
-    ("train.log_every_steps", 1, _INFINITY),
-    ("eval.every_steps", 0, _INFINITY),
-    ("eval.k", 0, _INFINITY),
-    ("eval.batch_size", 1, _INFINITY),
-    ("eval.max_database", 1, _INFINITY),
-    ("checkpoint.every_steps", 1, _INFINITY),
-    ("checkpoint.keep", 1, _INFINITY),
-)
-
-
-def _type_problems(config: ConfigDict) -> list[str]:
-    known, found = _flatten(_base()), _flatten(config)
-    problems = [f"{key}: there is no such key{_nearest(key, known)}" for key in found.keys() - known.keys()]
-    problems += [f"{key} is missing" for key in known.keys() - found.keys()]
-    for key in sorted(found.keys() & known.keys() - {"loss.clip"}):
-        want, value = type(known[key]), found[key]
-        fits = isinstance(value, want) and isinstance(value, bool) == (want is bool)
-        if not fits and not (want is float and type(value) is int):
-            problems.append(f"{key} {value!r} must be {want.__name__}, not {type(value).__name__}")
-    return sorted(problems)
-
-
-def _raise(problems: list[str]) -> None:
-    if len(problems) == 1:
-        raise ConfigError(problems[0])
-    if problems:
-        raise ConfigError("\n".join(["the config has these problems:", *(f"  - {p}" for p in problems)]))
 
 
 def _read(file: str, arguments: list[str]) -> ConfigDict:
@@ -281,24 +106,6 @@ def _read(file: str, arguments: list[str]) -> ConfigDict:
 
 def _as_flag(override: str) -> str:
     return override if override.startswith(("--config.", "--noconfig.")) else f"--config.{override.removeprefix('--')}"
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    by_tail = {k.split(".")[-1]: k for k in known}
-    near = difflib.get_close_matches(key, list(known), 1, 0.6) or [
-        by_tail[t] for t in difflib.get_close_matches(key.split(".")[-1], list(by_tail), 1, 0.6)
-    ]
-    return f": did you mean {near[0]}?" if near else "; configs/base.py lists them all"
-
-
-def _flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _home() -> Path:

@@ -46,6 +46,7 @@ def evaluate(workdir: str | Path, *, which: str = "best") -> dict[str, Any]:
     config = encoder.config
     source = open_source(config.data)
     split = protocols.of_source(source, config.data)
+    protocols.claim(workdir, source, split)
     if source.labels is None or not len(split.query):
         raise EvaluateError(
             f"{config.data.source} has {'no labels' if source.labels is None else 'no queries (data.query is 0)'}, so "

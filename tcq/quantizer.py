@@ -80,8 +80,9 @@ def codeword_usage(
 
     With `axis_name` the histogram is taken over all devices of that axis.
     """
-    one_hot = jax.nn.one_hot(jnp.asarray(codes), num_codewords, dtype=jnp.float32)  # (N, M, K)
-    share = one_hot.mean(axis=0)
+    codes = jnp.asarray(codes).astype(jnp.int32)
+    books = jnp.arange(codes.shape[1])
+    share = jnp.zeros((codes.shape[1], num_codewords)).at[books, codes].add(1.0 / codes.shape[0])  # (M, K)
     if axis_name is not None:
         share = jax.lax.pmean(share, axis_name)
     entropy = -jnp.sum(jax.scipy.special.xlogy(share, share), axis=-1)

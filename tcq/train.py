@@ -135,6 +135,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         config, num_devices=jax.device_count(), num_train=len(split.train), num_validation=len(split.validation)
     )
     _claim(workdir, config, source)
+    protocols.claim(workdir, source, split)
 
     steps = configs.total_steps(config, len(split.train))
     model = retriever.from_config(config)

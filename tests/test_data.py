@@ -53,6 +53,11 @@ class TestDecode:
         upright = images.decode(png(wide, exif=exif), size=12)
         assert upright[0].min() == 255 and upright[-1].max() == 0
 
+    def test_a_damaged_exif_tag_does_not_cost_the_image(self, pixels):
+        jpeg = io.BytesIO()
+        Image.fromarray(pixels).save(jpeg, "JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
+        assert images.decode(jpeg.getvalue(), size=12).shape == (12, 12, 3)
+
     def test_crop_keeps_the_middle_and_squash_keeps_all(self):
         wide = np.zeros((10, 30, 3), np.uint8)
         wide[:, 10:20] = 255

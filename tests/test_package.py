@@ -28,7 +28,18 @@ def site(tmp_path_factory):
         names = archive.namelist()
     assert "tcq/configs/base.py" in names
     assert not [n for n in names if n.startswith(("tests", "configs", "build"))]
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(where / "site"), str(wheel)]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(where / "site"),
+        str(wheel),
+    ]
     done = subprocess.run(install, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return where / "site"

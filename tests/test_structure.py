@@ -20,6 +20,7 @@ FLOORS = {
     "tcq.data.loader": 2,
     "tcq.checkpoint": 2,
     "tcq.parallel": 2,
+    "tcq.checks": 2,
     "tcq.config": 2,
     "tcq.journal": 2,
     "tcq.pictures": 2,

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import small
 
-from tcq import checkpoint, encode, parallel, train
+from tcq import checkpoint, checks, encode, evaluate, parallel, train
 from tcq import config as configs
+from tcq.data import protocols
 from tcq.models import retriever
 
 
@@ -103,7 +104,7 @@ class TestStep:
         still = [jax.tree_util.keystr(p) for p, m in jax.tree_util.tree_leaves_with_path(moved) if m == 0]
         assert still == []
 
-    @pytest.mark.parametrize("name", configs.OPTIMIZERS)
+    @pytest.mark.parametrize("name", checks.OPTIMIZERS)
     def test_optimizers_decay_kernels_only(self, name):
         c = small.config(f"optim.name={name}", "optim.weight_decay=0.5", "optim.warmup_steps=0")
         _, _, start = setup(c)
@@ -202,6 +203,17 @@ class TestRun:
         assert "mAP" not in train.train(small.config(*flags), tmp_path / "a")
         assert train.train(small.config(*flags, "data.validation=0"), tmp_path / "b") == {}
         assert encode.load(tmp_path / "b").step == 4
+
+    def test_images_that_changed_are_refused(self, tmp_path):
+        from test_data import write_images
+
+        write_images(tmp_path / "images", [f"{c}/{i:02}.png" for c in "ab" for i in range(12)])
+        c = small.config(f"data.source=folder:{tmp_path / 'images'}", "data.batch_size=8", "train.total_steps=3")
+        train.train(c, tmp_path / "run")
+        write_images(tmp_path / "images", ["a/new.png"])
+        for job in (lambda: train.train(c, tmp_path / "run"), lambda: evaluate.evaluate(tmp_path / "run")):
+            with pytest.raises(protocols.ProtocolError, match="have changed since this run began: 24 then, 25 now"):
+                job()
 
     def test_skipped_files_are_listed(self, tmp_path):
         from test_data import write_images

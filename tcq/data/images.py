@@ -1,5 +1,6 @@
 """Safe decoding: a file or bytes become one uint8 RGB square, or an `ImageError` that says why not."""
 
+import contextlib
 import io
 import os
 import stat
@@ -63,7 +64,10 @@ def _decode(data: bytes, size: int, resize: str) -> np.ndarray:
     if width * height > MAX_PIXELS:
         raise ImageError(f"{width} x {height} pixels is above the limit of {MAX_PIXELS:,}")
     image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
-    image = _to_rgb(ImageOps.exif_transpose(image))
+    image.load()
+    with contextlib.suppress(Exception):  # a damaged EXIF tag says nothing about the pixels
+        image = ImageOps.exif_transpose(image)
+    image = _to_rgb(image)
     width, height = image.size
     box = (0.0, 0.0, float(width), float(height))
     if resize == "crop":

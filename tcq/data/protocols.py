@@ -1,6 +1,8 @@
 """Which images are queries, which the database, which train the model, which validate it. Pure functions of their arguments."""
 
 import hashlib
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -64,6 +66,27 @@ def of_source(source: Source, data: ConfigDict) -> Split:
     """
     query = 0.0 if source.labels is None else data.query
     return split(data.protocol, len(source.images), query=query, validation=data.validation, seed=data.split_seed)
+
+
+def claim(workdir: Path, source: Source, split: Split) -> None:
+    """Remembers in data.json of the workdir which images were split how. Raises ProtocolError if they were others before.
+
+    Without this, an image added to a folder would silently turn training images into queries.
+    """
+    path = workdir / "data.json"
+    names = hashlib.sha256(json.dumps(source.names).encode()).hexdigest()
+    now = {"images": len(source.names), "names_sha256": names, "split_sha256": digest(split)}
+    if path.is_file():
+        before = json.loads(path.read_text())
+        if before != now:
+            raise ProtocolError(
+                f"the images have changed since this run began: {before['images']:,} then, {now['images']:,} now, so the "
+                f"split would be another; bring the images back, or train in a new --workdir"
+            )
+        return
+    half = path.with_suffix(".half")
+    half.write_text(json.dumps(now, indent=2) + "\n")
+    half.replace(path)
 
 
 def digest(parts: Split) -> str:

@@ -114,7 +114,8 @@ def _tfds(name: str, data: ConfigDict) -> Source:
     splits = [s for s in ("train", "validation", "test") if s in builder.info.splits]
     splits += sorted(set(builder.info.splits) - set(splits))
     rows = [(s, i) for s in splits for i in range(builder.info.splits[s].num_examples)]
-    sources = {s: builder.as_data_source(split=s) for s in splits}
+    encoded = {"image": tfds.decode.SkipDecoding()}  # bytes, which `decode` reads as safely as a file
+    sources = {s: builder.as_data_source(split=s, decoders=encoded) for s in splits}
 
     order, labels = [], []
     for split, i in rows:
@@ -123,8 +124,7 @@ def _tfds(name: str, data: ConfigDict) -> Source:
         labels.append(row["label"] if "label" in row else row.get("labels"))
     ranked = sorted(range(len(rows)), key=lambda r: order[r])  # TFDS shuffles on writing; ids give the official order
     names = [f"{rows[r][0]}/{order[r][1]}" for r in ranked]
-    arrays = (sources[rows[r][0]][rows[r][1]]["image"] for r in ranked)
-    items = ((n, _png(a)) for n, a in zip(names, arrays, strict=True))
+    items = ((name, bytes(sources[rows[r][0]][rows[r][1]]["image"])) for name, r in zip(names, ranked, strict=True))
     key = hashlib.sha256(
         json.dumps([CACHE_VERSION, data.image_size, data.resize, builder.info.full_name, names]).encode()
     )
