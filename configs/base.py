@@ -60,6 +60,8 @@ def get_config() -> ConfigDict:
     loss.pairing = "cross"  # cross | quantized | float
     loss.temperature = 0.5
     loss.clip = FieldReference(0, field_type=object)  # negatives removed per anchor: a count, or a fraction as a float
+    loss.clip_from = 0.0  # share of the run before which nothing is clipped
+    loss.clip_full = 0.0  # share of the run from which all of `clip` is; in between it grows linearly
     loss.entropy_weight = 0.0  # of the mean entropy of the soft codes
     loss.diversity_weight = 0.0  # of the mean cosine between codewords of a codebook
 

@@ -113,6 +113,8 @@ def _value_problems(c: ConfigDict) -> Iterator[str]:
             f"({k} codewords) = {bits(c)}; set quantizer.num_codebooks={q.bits / log2(k):g} or quantizer.bits=0"
         )
     yield from _clip_problems(loss.clip, d.batch_size)
+    if loss.clip_from > loss.clip_full:
+        yield f"loss.clip_from {loss.clip_from} must not be above loss.clip_full {loss.clip_full}"
     if (t.total_steps > 0) == (t.total_epochs > 0):
         yield f"set one of train.total_steps ({t.total_steps}) and train.total_epochs ({t.total_epochs}), and leave the other 0"
     if 0 < t.total_steps <= o.warmup_steps:
@@ -156,6 +158,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("quantizer.num_codebooks", 1, _INFINITY),
     ("quantizer.codeword_dim", 1, _INFINITY),
     ("quantizer.init_images", 1, _INFINITY),
+    ("loss.clip_from", 0, 1),
+    ("loss.clip_full", 0, 1),
     ("loss.entropy_weight", 0, _INFINITY),
     ("loss.diversity_weight", 0, _INFINITY),
     ("optim.warmup_steps", 0, _INFINITY),

@@ -18,7 +18,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from tcq.quantizer import unit
 
@@ -32,7 +32,7 @@ def nt_xent(
     b: Float[ArrayLike, "b D"],
     *,
     temperature: float,
-    clip: int = 0,
+    clip: int | Int[Array, ""] = 0,
     axis_name: str | None = None,
     labels: Num[ArrayLike, " b *L"] | None = None,
 ) -> tuple[Float[Array, ""], Logs]:
@@ -42,16 +42,17 @@ def nt_xent(
       a, b: the two views, (b, D) on each device; normalised inside, in float32.
       temperature: divisor of the cosine similarities, above 0.
       clip: how many of the 2B - 2 negatives of each anchor are removed, most similar first; among equals the one that
-        comes first in the stacked order [a, b] goes first, so that exactly `clip` go. 0 is plain NT-Xent.
+        comes first in the stacked order [a, b] goes first, so that exactly `clip` go. 0 is plain NT-Xent. An array may
+        change from step to step without compiling again; it is not checked.
       axis_name: the mapped axis over which the batch is spread.
       labels: (b,) class numbers or (b, L) multi-hot; only for the logs below.
 
     Returns:
       The mean over the 2B anchors, float32, and logs: positive_similarity, negative_similarity, accuracy (share of
-      anchors whose positive beats all negatives), with clip > 0 clip_similarity (mean similarity of the last negative
-      clipped); with labels false_negative_rate (share of negatives of the anchor's own class), and with clip > 0
-      clip_precision (share of clipped pairs that are false negatives) and clip_recall (share of false negatives that
-      are clipped).
+      anchors whose positive beats all negatives); where anything may be clipped clip_similarity (mean similarity of the
+      last negative clipped, or of the hardest while none is); with labels false_negative_rate (share of negatives of the
+      anchor's own class), and where anything may be clipped clip_precision (share of clipped pairs that are false
+      negatives) and clip_recall (share of false negatives that are clipped).
 
     Raises:
       ValueError: the shapes differ, the temperature is not positive, or clip is not in 0 .. 2B - 2.
@@ -63,7 +64,7 @@ def nt_xent(
         raise ValueError(f"temperature {temperature} must be above 0")
     columns = jnp.concatenate([_gather(a, axis_name), _gather(b, axis_name)])  # (2B, D)
     num_anchors = columns.shape[0]
-    if not 0 <= clip <= num_anchors - 2:
+    if isinstance(clip, int) and not 0 <= clip <= num_anchors - 2:
         raise ValueError(
             f"clip {clip} is not within the {num_anchors - 2} negatives of a global batch of {num_anchors // 2}"
         )
@@ -74,9 +75,11 @@ def nt_xent(
     positive_similarity = jnp.sum(jnp.where(positive_pair, similarity, 0.0), axis=1)  # (2b,)
 
     constant = jax.lax.stop_gradient(similarity)
-    clipped = largest(jnp.where(negative, constant, -jnp.inf), clip) if clip else jnp.zeros_like(negative)
-    logits = jnp.where(self_pair | clipped, -jnp.inf, similarity) / temperature
-    loss = jnp.mean(jax.nn.logsumexp(logits, axis=1) - positive_similarity / temperature)
+    clips = not isinstance(clip, int) or clip > 0
+    clipped = largest(jnp.where(negative, constant, -jnp.inf), clip) if clips else jnp.zeros_like(negative)
+    # Relative to the positive, whose own logit is then exactly 0: so is the loss where nothing else is left.
+    logits = jnp.where(self_pair | clipped, -jnp.inf, (similarity - positive_similarity[:, None]) / temperature)
+    loss = jnp.mean(jax.nn.logsumexp(logits, axis=1))
 
     hardest = jnp.max(jnp.where(negative, constant, -jnp.inf), axis=1)
     logs = {
@@ -84,12 +87,12 @@ def nt_xent(
         "negative_similarity": jnp.sum(jnp.where(negative, constant, 0.0)) / jnp.sum(negative),
         "accuracy": jnp.mean(jax.lax.stop_gradient(positive_similarity) > hardest),
     }
-    if clip:
-        logs["clip_similarity"] = jnp.mean(jnp.min(jnp.where(clipped, constant, jnp.inf), axis=1))
+    if clips:
+        logs["clip_similarity"] = jnp.mean(jnp.minimum(jnp.min(jnp.where(clipped, constant, jnp.inf), axis=1), hardest))
     if labels is not None:
         same = _same_class(jnp.asarray(labels), axis_name) & negative
         shares = {"false_negative_rate": (same, negative)}
-        if clip:
+        if clips:
             shares |= {"clip_precision": (same & clipped, clipped), "clip_recall": (same & clipped, same)}
         for name, (part, whole) in shares.items():
             logs[name] = _sum(part, axis_name) / jnp.maximum(_sum(whole, axis_name), 1)
@@ -104,7 +107,7 @@ def contrastive_loss(
     *,
     pairing: str,
     temperature: float,
-    clip: int = 0,
+    clip: int | Int[Array, ""] = 0,
     axis_name: str | None = None,
     labels: Num[ArrayLike, " b *L"] | None = None,
 ) -> tuple[Float[Array, ""], Logs]:
@@ -154,7 +157,7 @@ def largest(values: Float[Array, "R C"], count: int | Array) -> Bool[Array, "R C
     """A mask of the `count` largest values of every row, the first of equals first: exactly `count` per row.
 
     The row's threshold is found by bisection on the bits of the floats, 32 passes that compare and count, whatever the
-    count: no sort. NaN is not allowed; `count` is 1 .. C.
+    count: no sort. NaN is not allowed; `count` is 0 .. C.
     """
     values = jnp.where(values == 0, 0.0, values)  # -0.0 and 0.0 are equal, their bits are not
     bits = jax.lax.bitcast_convert_type(values, jnp.uint32)

@@ -40,14 +40,14 @@ class TrainState(NamedTuple):
 
 
 def step_body(
-    model: retriever.Retriever, optimizer: optax.GradientTransformation, config: ConfigDict
+    model: retriever.Retriever, optimizer: optax.GradientTransformation, config: ConfigDict, steps: int
 ) -> Callable[[TrainState, UInt8[Array, "b H W 3"]], tuple[TrainState, Logs]]:
     """The training step of one device, to be mapped over `AXIS`; what it returns is the same on all of them.
 
     Views are a function of (seed, step, place in the global batch), so they do not depend on the number of devices.
     """
     c = config.loss
-    clip = configs.clip_count(c.clip, config.data.batch_size)
+    clip_at = clip_schedule(config, steps)
     strengths = dict(config.data.augment.items())
 
     def view_pair(key: Array, image: Float[Array, "H W 3"]) -> tuple[Array, Array]:
@@ -70,7 +70,7 @@ def step_body(
                 *jnp.split(out.reconstructions, 2),
                 pairing=c.pairing,
                 temperature=c.temperature,
-                clip=clip,
+                clip=clip_at(state.step),
                 axis_name=AXIS,
             )
             if c.entropy_weight:
@@ -110,6 +110,15 @@ def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, o.learning_rate, o.warmup_steps, steps)
 
 
+def clip_schedule(config: ConfigDict, steps: int) -> Callable[[Array], int | Array]:
+    """How many negatives are clipped at a step (counted from 0): all of `loss.clip`, or fewer before `loss.clip_full`."""
+    c, count = config.loss, configs.clip_count(config.loss.clip, config.data.batch_size)
+    first, full = c.clip_from * steps, c.clip_full * steps
+    if not count or not full:
+        return lambda step: count
+    return lambda step: jnp.floor(count * jnp.clip((step - first + 1) / max(full - first, 1), 0, 1)).astype(jnp.int32)
+
+
 def _decayed(params: retriever.Params) -> Any:
     """Which parameters decay: kernels. Not biases, norms, positions, tokens and codewords."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
@@ -147,7 +156,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             state = TrainState(**checkpoint.restore(manager, manager.latest_step(), state._asdict()))
         _introduce(config, source, split, state, steps)
         with closing(Journal(workdir, step=int(state.step))) as journal:
-            run = parallel.pmap_step(step_body(model, optimizer, config))
+            run = parallel.pmap_step(step_body(model, optimizer, config, steps))
             validate = partial(_validate, config, model, source, split)
             return _loop(
                 config, state, steps, run, _batches(config, source, split, int(state.step)), validate, manager, journal

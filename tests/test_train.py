@@ -30,7 +30,11 @@ def setup(config, num_images=64):
     model = retriever.from_config(config)
     optimizer = train.make_optimizer(config, config.train.total_steps)
     images = np.random.RandomState(0).randint(0, 256, (num_images, 8, 8, 3)).astype(np.uint8)
-    return images, train.step_body(model, optimizer, config), train.initial_state(config, model, optimizer, images)
+    return (
+        images,
+        train.step_body(model, optimizer, config, config.train.total_steps),
+        train.initial_state(config, model, optimizer, images),
+    )
 
 
 class TestStep:
@@ -117,6 +121,13 @@ class TestStep:
     def test_learning_rate_warms_up_and_falls_to_zero(self):
         rate = train.learning_rate(small.config("optim.learning_rate=0.1"), 12)
         np.testing.assert_allclose([rate(0), rate(1), rate(2), rate(7), rate(12)], [0, 0.05, 0.1, 0.05, 0], atol=1e-7)
+
+    def test_clipping_is_off_then_grows_then_full(self):
+        c = small.config("loss.clip=8", "loss.clip_from=0.25", "loss.clip_full=0.75")
+        clip = train.clip_schedule(c, 16)
+        counts = [int(clip(jnp.int32(step))) for step in range(16)]
+        assert counts == [0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8, 8]
+        assert train.clip_schedule(small.config("loss.clip=8"), 16)(jnp.int32(3)) == 8
 
     def test_gradients_are_clipped_by_norm(self):
         c = small.config(
