@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
     quantizer.scale = 5.0  # inverse temperature of soft assignment
     quantizer.metric = "l2"  # l2 (SPQ) | ip (MeCoQ)
     quantizer.init = "data"  # data | random
-    quantizer.init_images = 1024  # first training images that "data" looks at
+    quantizer.init_images = 1024  # training images that "data" looks at, drawn by train.seed
 
     c.loss = loss = ConfigDict()
     loss.pairing = "cross"  # cross | quantized | float
@@ -82,7 +82,7 @@ def get_config() -> ConfigDict:
     c.eval = evaluation = ConfigDict()
     evaluation.every_steps = 0  # validation while training; 0 is only at the end
     evaluation.k = 1000  # cut-off of mAP@k; 0 is the whole database
-    evaluation.score = "l2"  # similarity of the ranking: l2 | ip | cosine
+    evaluation.score = "ip"  # similarity of the ranking: ip | l2 | cosine (what the loss compares; FAISS has no such)
     evaluation.batch_size = 512  # images per encoding step over all devices
     evaluation.max_database = 10_000  # database images used for validation while training
 

@@ -24,8 +24,10 @@ def get_config() -> ConfigDict:
 
     c.model.update(width=64, depth=2, heads=2, patch=4, pooling="flat")
 
-    c.loss.temperature = 0.2
+    c.loss.temperature = 0.7
     c.loss.clip = 0.1
+    c.loss.clip_from = 0.35  # from scratch, features have to tell classes apart before clipping can help
+    c.loss.clip_full = 0.5
 
     c.optim.learning_rate = 3e-3
     c.optim.warmup_steps = 50

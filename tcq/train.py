@@ -125,7 +125,7 @@ def _decayed(params: retriever.Params) -> Any:
 
 
 def initial_state(config: ConfigDict, model: retriever.Retriever, optimizer: Any, images: np.ndarray) -> TrainState:
-    """The state before the first step; `images` are the first training images (see `retriever.init`)."""
+    """The state before the first step; `images` are some training images (see `retriever.init`)."""
     key = jax.random.fold_in(jax.random.key(config.train.seed), 2**31 - 1)  # no step has this number
     params = retriever.init(key, model, images, from_data=config.quantizer.init == "data")
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
@@ -149,8 +149,9 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     steps = configs.total_steps(config, len(split.train))
     model = retriever.from_config(config)
     optimizer = make_optimizer(config, steps)
-    first_images = np.asarray(source.images[split.train[: config.quantizer.init_images]])
-    state = initial_state(config, model, optimizer, first_images)
+    # Drawn, because folders are in the order of their classes.
+    drawn = np.random.RandomState(config.train.seed).permutation(split.train)[: config.quantizer.init_images]
+    state = initial_state(config, model, optimizer, np.asarray(source.images[np.sort(drawn)]))
     with closing(checkpoint.open_manager(workdir, keep=config.checkpoint.keep, writable=True)) as manager:
         if manager.latest_step() is not None:
             state = TrainState(**checkpoint.restore(manager, manager.latest_step(), state._asdict()))

@@ -51,7 +51,9 @@ def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import small
 
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    flags = small.small_flags("data.image_size=8", "data.batch_size=32", "eval.k=0", "quantizer.num_codewords=8")
+    flags = small.small_flags(
+        "data.image_size=8", "data.batch_size=32", "eval.k=0", "eval.score=l2", "quantizer.num_codewords=8"
+    )
     done = small.tcq("train", f"--config=configs/folder.py:{images}", f"--workdir={workdir}", *flags, devices=2)
     assert done.returncode == 0, done.stderr
     assert "images/s" in done.stderr and "left 0:00:00" in done.stderr
