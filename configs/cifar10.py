@@ -25,6 +25,8 @@ def get_config(arg: str = "bits=32") -> ConfigDict:
     c.model.update(width=128, depth=4, heads=4, patch=8, pooling="flat")
     c.quantizer.num_codebooks = codebooks[arg]
 
-    c.train.total_steps = 1000
+    c.loss.temperature = 0.3
+    c.optim.learning_rate = 2e-3
+    c.train.total_steps = 900
     c.eval.k = 1000
     return c

@@ -32,8 +32,8 @@ def get_config() -> ConfigDict:
     c.optim.learning_rate = 3e-3
     c.optim.warmup_steps = 50
 
-    c.train.total_steps = 2400
+    c.train.total_steps = 4500
     c.eval.k = 0
-    c.eval.every_steps = 400
-    c.checkpoint.every_steps = 400
+    c.eval.every_steps = 750
+    c.checkpoint.every_steps = 750
     return c
