@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 $(VENV)/installed: requirements.txt setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "tcq needs Python 3.11 to 3.13, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
@@ -18,7 +18,7 @@ $(VENV)/installed-test: $(VENV)/installed requirements-test.txt
 
 demo: $(VENV)/installed
 	$(BIN)/python -m tcq train --config=configs/digits.py --workdir=runs/demo
-	$(BIN)/python -m tcq evaluate --workdir=runs/demo --recorded=benchmarks/digits_without_clipping.json
+	$(BIN)/python -m tcq evaluate --workdir=runs/demo --checkpoint=latest --recorded=benchmarks/digits_without_clipping.json
 
 test: $(VENV)/installed-test check
 	$(BIN)/python -m pytest

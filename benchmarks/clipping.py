@@ -30,8 +30,7 @@ def measure(clip: str, temperature: float, seed: int, overrides: list[str], work
         "test": results["mAP"]["asymmetric"],
         "symmetric": results["mAP"]["symmetric"],
         "float": results["mAP"]["float"],
-        "clip_precision": validated.get("clip_precision", float("nan")),
-    }
+    } | {key: value for key, value in validated.items() if key == "clip_precision"}
 
 
 def main() -> None:
@@ -54,13 +53,16 @@ def main() -> None:
             for key in runs[0]
         }
     best = max(rows, key=lambda t: rows[t]["validation"]["mean"])
+    name = f"clip {arguments.clip}" if float(arguments.clip) else "without clipping"
     words = " ".join(
         f"--{k}={v}" if not isinstance(v, list) else f"--{k} {' '.join(map(str, v))}"
         for k, v in vars(arguments).items()
         if v
     )
     record = {
-        "mAP": {f"recorded: clip {arguments.clip}, its best temperature {best}": rows[best]["test"]["mean"]},
+        "mAP": {
+            f"recorded: {name}, temperature {best}, mean of {len(arguments.seeds)} seeds": rows[best]["test"]["mean"]
+        },
         "command": f"python benchmarks/clipping.py {words}",
         "by_temperature": rows,
         "versions": {p: metadata.version(p) for p in ("jax", "flax", "optax", "numpy")},

@@ -27,6 +27,6 @@ def get_config(arg: str = "bits=32") -> ConfigDict:
 
     c.loss.temperature = 0.3
     c.optim.learning_rate = 2e-3
-    c.train.total_steps = 900
+    c.train.total_steps = 1200
     c.eval.k = 1000
     return c

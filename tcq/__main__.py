@@ -4,6 +4,7 @@ Exit status 0: done; 1: it broke on the way; 2: a call, config or file that cann
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -22,6 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"tcq {arguments.command}: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except (ValueError, RuntimeError) as error:
         if not type(error).__module__.startswith("tcq."):
             raise  # a defect of ours: show where
@@ -38,36 +45,45 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", "train a model, or go on with one; --config.group.key=value overrides a key")
     train.add_argument("--config", required=True, metavar="FILE[:ARG]", help="for example configs/digits.py")
-    train.add_argument("--workdir", required=True, help="where everything of this run is kept")
+    train.add_argument("--workdir", type=os.path.expanduser, required=True, help="where everything of this run is kept")
 
     evaluate = command("evaluate", "score a trained model under its protocol")
-    evaluate.add_argument("--workdir", required=True, help="of the training run; results.json and pictures go there")
+    evaluate.add_argument(
+        "--workdir",
+        type=os.path.expanduser,
+        required=True,
+        help="of the training run; results.json and pictures go there",
+    )
     evaluate.add_argument("--checkpoint", default="best", help="best (by validation), latest, or a step")
     evaluate.add_argument("--recorded", metavar="JSON", help="a file {name: mAP} of figures to show beside")
 
     index = command("index", "encode a folder of images into an index; or add to one, or remove from it")
-    index.add_argument("--workdir", help="of the training run whose model encodes")
+    index.add_argument("--workdir", type=os.path.expanduser, help="of the training run whose model encodes")
     index.add_argument("--checkpoint", default="best", help="best (by validation), latest, or a step")
-    index.add_argument("--images", help="folder of images, with all that is below it")
-    index.add_argument("--out", required=True, help="the index: a folder that does not exist yet")
+    index.add_argument("--images", type=os.path.expanduser, help="folder of images, with all that is below it")
+    index.add_argument(
+        "--out", type=os.path.expanduser, required=True, help="the index: a folder that does not exist yet"
+    )
     index.add_argument("--add", action="store_true", help="add --images to the existing index --out")
     index.add_argument(
         "--remove", nargs="+", metavar="PATH", help="remove these images or folders from the index --out"
     )
 
     search = command("search", "the indexed images nearest to a query image")
-    search.add_argument("--index", required=True, help="made by tcq index")
-    search.add_argument("--query", required=True, nargs="+", metavar="IMAGE", help="one image or more")
+    search.add_argument("--index", type=os.path.expanduser, required=True, help="made by tcq index")
+    search.add_argument(
+        "--query", type=os.path.expanduser, required=True, nargs="+", metavar="IMAGE", help="one image or more"
+    )
     search.add_argument("--k", type=_positive, default=10, help="how many (default 10)")
-    search.add_argument("--gallery", metavar="PNG", help="also draw the answers")
+    search.add_argument("--gallery", type=os.path.expanduser, metavar="PNG", help="also draw the answers")
 
     export = command("export", "write an index for FAISS, or as NumPy arrays")
-    export.add_argument("--index", required=True)
-    export.add_argument("--out", required=True)
+    export.add_argument("--index", type=os.path.expanduser, required=True)
+    export.add_argument("--out", type=os.path.expanduser, required=True)
     export.add_argument("--format", choices=("faiss", "npz"), default="faiss")
 
     serve = command("serve", "a search page for an index, on this machine only")
-    serve.add_argument("--index", required=True)
+    serve.add_argument("--index", type=os.path.expanduser, required=True)
     serve.add_argument("--port", type=int, default=8000)
     serve.add_argument("--k", type=_positive, default=10)
 

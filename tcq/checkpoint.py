@@ -1,5 +1,6 @@
 """The only file that knows Orbax: checkpoints of a workdir, saved as NumPy trees, so that they restore on any devices."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ def open_manager(workdir: str | Path, *, keep: int = 1, writable: bool = False) 
     return ocp.CheckpointManager(folder, options=options)
 
 
-def save(manager: ocp.CheckpointManager, step: int, state: Any, *, score: float | None) -> None:
-    """Saves a tree of NumPy arrays in the background; higher scores are better, None ranks last."""
+def save(manager: ocp.CheckpointManager, step: int, state: Mapping[str, Any], *, score: float | None) -> None:
+    """Saves named trees of NumPy arrays in the background; higher scores are better, None ranks last."""
     rank = _UNSCORED if score is None or not np.isfinite(score) else float(score)
-    manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state)), metrics={"score": rank})
+    items = {name: ocp.args.PyTreeSave(tree) for name, tree in state.items()}
+    manager.save(step, args=ocp.args.Composite(**items), metrics={"score": rank})
 
 
 def find_step(manager: ocp.CheckpointManager, which: str) -> int:
@@ -55,20 +57,20 @@ def find_step(manager: ocp.CheckpointManager, which: str) -> int:
     return int(which)
 
 
-def restore(manager: ocp.CheckpointManager, step: int, like: Any) -> Any:
-    """The saved tree as NumPy arrays. `like` is a dict with its structure, shapes and dtypes, or a part of it.
+def restore(manager: ocp.CheckpointManager, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved trees that `like` names, as NumPy arrays; `like` has their structures, shapes and dtypes.
 
     Raises CheckpointError where keys or shapes differ, or the files cannot be read.
     """
-    target = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+    target = {name: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree) for name, tree in like.items()}
+    items = {name: ocp.args.PyTreeRestore(tree) for name, tree in target.items()}
     try:
-        restored = manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(target, partial_restore=True))
-        )["state"]
+        restored = manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax and TensorStore raise many kinds
         raise CheckpointError(
-            f"checkpoint {step} in {manager.directory} cannot be restored: {str(error)[:2000]}"
+            f"checkpoint {step} in {manager.directory} does not fit the model, or cannot be read: {str(error)[:2000]}"
         ) from None
+    restored = {name: restored[name] for name in target}
     wrong = [
         f"{jax.tree_util.keystr(path)}: {np.shape(got)} there, {want.shape} expected"
         for (path, want), got in zip(

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -38,7 +39,7 @@ OPERATIONAL = (
 def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
     """The config of a file "path.py" or "path.py:argument", with overrides such as "loss.clip=64", checked.
 
-    A path that does not exist is also looked for among the configs of this project, by its file name.
+    A bare name, or one below configs/, is also looked for among the configs that come with tcq.
     Raises ConfigError for a missing or failing file, an unknown key, a wrong type, and all that `check` refuses.
     """
     file, colon, argument = path.partition(":")
@@ -53,6 +54,9 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
             raise ConfigError(f"{override}: a value is missing, write {override}=...")
     config = _read(file, arguments)
     check(config, _base())
+    kind, _, folder = config.data.source.partition(":")
+    if kind == "folder" and folder:  # the workdir stores it, and may be used from elsewhere
+        config.data.source = f"folder:{os.path.abspath(os.path.expanduser(folder))}"
     return config
 
 
@@ -115,7 +119,8 @@ def _home() -> Path:
 
 
 def _find(file: str) -> Path:
-    for candidate in (Path(file), _home() / Path(file).name, _home() / f"{Path(file).name}.py"):
+    shipped = _home() / Path(file).name if str(Path(file).parent) in (".", "configs") else Path(file)
+    for candidate in (Path(file), shipped, shipped.with_name(f"{shipped.name}.py")):
         if candidate.is_file() and candidate.suffix == ".py":
             return candidate
     known = ", ".join(sorted(p.name for p in _home().glob("*.py") if p.name != "__init__.py"))

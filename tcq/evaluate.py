@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,13 @@ def evaluate(workdir: str | Path, *, which: str = "best") -> dict[str, Any]:
     say(f"encoded {len(split.query):,} queries and {len(split.database):,} database images, {speed:,.0f} images/s")
 
     k = min(config.eval.k or len(split.database), len(split.database))
-    ks = sorted({*np.unique(np.geomspace(1, len(split.database), 60).astype(int)).tolist(), k})
+    ks = sorted(
+        {
+            *np.unique(np.geomspace(1, len(split.database), 60).astype(int)).tolist(),
+            k,
+            *(c for c in (1, 10, 100, 1000) if c <= len(split.database)),
+        }
+    )
     labels = source.labels[split.query], source.labels[split.database]
     found = {
         name: validation.retrieve(score, *labels, k=k, ks=ks)
@@ -135,20 +141,27 @@ def _scorers(
         say(f"FAISS PQ is left out: {len(split.database)} database images for {q.num_codewords} codewords")
         return scorers
 
-    def pixels(rows: np.ndarray) -> np.ndarray:
-        return source.images[rows].reshape(len(rows), -1).astype(np.float32) / 255
+    def pixels(places: np.ndarray) -> np.ndarray:
+        return source.images[places].reshape(len(places), -1).astype(np.float32) / 255
 
-    def pq(query_rows: np.ndarray, database_rows: np.ndarray) -> validation.Scorer:
+    sample = np.random.RandomState(0).permutation(len(split.database))[
+        : 256 * q.num_codewords
+    ]  # as many as FAISS looks at
+
+    def pq(query: Callable[[slice], np.ndarray], item: Callable[[np.ndarray], np.ndarray]) -> validation.Scorer:
+        blocks = np.array_split(np.arange(len(split.database)), -(-len(split.database) // 4096))
         codebooks, codes = baselines.faiss_pq(
-            database_rows, database_rows, num_codebooks=q.num_codebooks, num_codewords=q.num_codewords
-        )
-        query_rows = baselines.padded(query_rows, q.num_codebooks)
-        return lambda block: np.asarray(
-            ranking.scores(ranking.lookup_table(query_rows[block], codebooks, metric="l2"), codes)
+            item(sample), map(item, blocks), num_codebooks=q.num_codebooks, num_codewords=q.num_codewords
         )
 
-    scorers["pq_pixels"] = pq(pixels(split.query), pixels(split.database))
-    scorers["pq_features"] = pq(queries.features, database.features)
+        def score(block: slice) -> np.ndarray:
+            rows = baselines.padded(query(block), q.num_codebooks)
+            return np.asarray(ranking.scores(ranking.lookup_table(rows, codebooks, metric="l2"), codes))
+
+        return score
+
+    scorers["pq_pixels"] = pq(lambda b: pixels(split.query[b]), lambda i: pixels(split.database[i]))
+    scorers["pq_features"] = pq(lambda b: queries.features[b], lambda i: database.features[i])
     return scorers
 
 

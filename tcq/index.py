@@ -190,7 +190,11 @@ def _write(
         if out.exists():
             old = half.with_name(half.name + ".old")
             out.rename(old)
-            half.rename(out)
+            try:
+                half.rename(out)
+            except OSError:
+                old.rename(out)
+                raise
             shutil.rmtree(old)
         else:
             half.rename(out)

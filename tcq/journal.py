@@ -37,7 +37,7 @@ class Journal:
 
 
 class Progress:
-    """Rates between two calls of `line`, without the time spent in `pause` (validation, checkpoints)."""
+    """Rates since the last call of `rates` or `restart`."""
 
     def __init__(self, *, step: int, total_steps: int, batch_size: int) -> None:
         self.total_steps, self.batch_size = total_steps, batch_size
@@ -48,21 +48,22 @@ class Progress:
         self._waited += seconds
 
     def rates(self, step: int) -> dict[str, float]:
-        """images_per_second, data_wait (share of time) and eta_seconds since the last call."""
+        """images_per_second, data_wait (share of time) and eta_seconds; none where no step was timed."""
+        if step == self._step:
+            return {}
         elapsed = max(time.monotonic() - self._start, 1e-9)
-        steps = max(step - self._step, 1)
+        steps = step - self._step
         rates = {
             "images_per_second": steps * self.batch_size / elapsed,
             "data_wait": min(self._waited / elapsed, 1.0),
             "eta_seconds": (self.total_steps - step) * elapsed / steps,
         }
-        self._step = step
-        self.restart()
+        self.restart(step)
         return rates
 
-    def restart(self) -> None:
-        """Starts the clock anew, after something that is not training."""
-        self._start, self._waited = time.monotonic(), 0.0
+    def restart(self, step: int) -> None:
+        """Starts the clock anew after `step`, and after something that is not training."""
+        self._step, self._start, self._waited = step, time.monotonic(), 0.0
 
 
 def say(message: str) -> None:

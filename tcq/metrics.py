@@ -67,6 +67,8 @@ def hits(
 
 def _checked(scores: ArrayLike, relevance: ArrayLike, k: int) -> tuple[np.ndarray, np.ndarray, int]:
     scores, relevance = np.asarray(scores), np.asarray(relevance, bool)
+    if scores.dtype.kind != "f":
+        scores = scores.astype(np.float64)  # negated below, which unsigned numbers do not survive
     if scores.shape != relevance.shape or scores.ndim != 2 or scores.size == 0:
         raise ValueError(
             f"scores {scores.shape} and relevance {relevance.shape} must be one shape (Q, N), none of them 0"

@@ -42,9 +42,9 @@ def gallery(
             text = captions[r][c - 1] if captions is not None and c else ""
             if mark:
                 text = f"{mark['symbol']} {text}".strip()
-            axis.set_title("query" if c == 0 else text, fontsize=8, pad=3)
+            axis.set_title("query" if c == 0 else _plain(text), fontsize=8, pad=3, parse_math=False)
     if title:
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(_plain(title), fontsize=10, parse_math=False)
     figure.tight_layout(rect=(0, 0, 1, 0.99))
     _save(figure, path)
 
@@ -61,9 +61,14 @@ def curves(path: str | Path, results: Mapping[str, Mapping[str, Any]], *, ks: Se
     left.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     right.set(xlabel="images returned", ylabel="precision", xscale="log", ylim=(0, 1.02))
     left.legend(fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(_plain(title), fontsize=10, parse_math=False)
     figure.tight_layout()
     _save(figure, path)
+
+
+def _plain(text: str) -> str:
+    """Without what cannot be drawn: file names may hold any bytes."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _pyplot() -> Any:

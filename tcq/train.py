@@ -154,7 +154,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     state = initial_state(config, model, optimizer, np.asarray(source.images[np.sort(drawn)]))
     with closing(checkpoint.open_manager(workdir, keep=config.checkpoint.keep, writable=True)) as manager:
         if manager.latest_step() is not None:
-            state = TrainState(**checkpoint.restore(manager, manager.latest_step(), state._asdict()))
+            saved = checkpoint.restore(manager, manager.latest_step(), _items(state))
+            state = TrainState(params=saved["params"], **saved["training"])
         _introduce(config, source, split, state, steps)
         with closing(Journal(workdir, step=int(state.step))) as journal:
             run = parallel.pmap_step(step_body(model, optimizer, config, steps))
@@ -190,7 +191,7 @@ def _loop(
             _finite(*before)  # one step late, so that the device never waits for the host
         before = step, logs
         if step == start + 1:
-            progress.restart()  # the first step compiles
+            progress.restart(step)  # the first step compiles
 
         last = step == steps
         if last or step % t.log_every_steps == 0:
@@ -199,11 +200,17 @@ def _loop(
             journal.write(
                 step, {f"train/{k}": v for k, v in values.items()} | {f"speed/{k}": v for k, v in rates.items()}
             )
+            speed = (
+                (
+                    f"  {rates['images_per_second']:,.0f} images/s  waiting for data {rates['data_wait']:.0%}  "
+                    f"left {duration(rates['eta_seconds'])}"
+                )
+                if rates
+                else ""
+            )
             say(
                 f"step {step:,}/{steps:,}  loss {values['loss']:.4f}  accuracy {values['accuracy']:.3f}  "
-                f"usage {values['codeword_usage']:.1f}/{config.quantizer.num_codewords}  "
-                f"{rates['images_per_second']:,.0f} images/s  waiting for data {rates['data_wait']:.0%}  "
-                f"left {duration(rates['eta_seconds'])}"
+                f"usage {values['codeword_usage']:.1f}/{config.quantizer.num_codewords}{speed}"
             )
         validated_now = last or (config.eval.every_steps and step % config.eval.every_steps == 0)
         if validated_now:
@@ -212,13 +219,18 @@ def _loop(
             if validated:
                 journal.write(step, {f"validation/{k}": v for k, v in validated.items()})
                 say(f"step {step:,}/{steps:,}  validation: " + "  ".join(f"{k} {v:.4f}" for k, v in validated.items()))
-            progress.restart()
+            progress.restart(step)
         if last or step % config.checkpoint.every_steps == 0:
             _finite(step, logs)  # a poisoned state is never saved
             score = validated.get("mAP", -validated["loss"]) if validated_now and validated else None
-            checkpoint.save(manager, step, parallel.fetch(state)._asdict(), score=score)
-            progress.restart()
+            checkpoint.save(manager, step, _items(parallel.fetch(state)), score=score)
+            progress.restart(step)
     return validated
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """The two parts of a checkpoint: what encoding needs, and what only going on needs."""
+    return {"params": state.params, "training": {"step": state.step, "opt_state": state.opt_state}}
 
 
 def _validate(
@@ -293,11 +305,15 @@ def _claim(workdir: Path, config: ConfigDict, source: Source) -> None:
         raise configs.ConfigError(f"--workdir {str(workdir)!r} cannot be written: {error.strerror}") from None
 
 
+def _some(names: list[str]) -> str:
+    return f"{len(names)} classes ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+
+
 def _introduce(config: ConfigDict, source: Source, split: protocols.Split, state: TrainState, steps: int) -> None:
     """The start-up lines: what is trained on what."""
     B, q = config.data.batch_size, config.quantizer
     clip = configs.clip_count(config.loss.clip, B)
-    labels = "no labels" if source.labels is None else f"{len(source.classes) or 'some'} classes, used only to score"
+    labels = "no labels" if source.labels is None else f"labels of {_some(source.classes)}, used only to score"
     say(f"{config.data.source}: {len(source.images):,} images, {labels}; {len(source.skipped)} files skipped")
     say("  " + ", ".join(f"{len(part):,} {name}" for name, part in split._asdict().items()))
     say(

@@ -74,18 +74,21 @@ def test_crop_takes_a_part_of_the_image():
     assert 0.5 <= min(spans) < 0.6 and 0.9 < max(spans) <= 1.01  # widths from sqrt(0.25) to 1
 
 
-def test_rotation_by_ninety_degrees_is_numpys(image):
-    class Key:
-        pass
-
-    turned = augment.random_warp(jax.random.key(0), image, crop=0.0, stretch=0.0, degrees=1e-6, shift=0.0)
-    np.testing.assert_allclose(turned, image, atol=1e-4)
-    angles = [
-        augment.random_warp(jax.random.key(s), image, crop=0.0, stretch=0.0, degrees=180.0, shift=0.0)
-        for s in range(20)
-    ]
-    centre = np.stack([np.asarray(a)[7:9, 7:9].mean() for a in angles])
-    np.testing.assert_allclose(centre, np.asarray(image)[7:9, 7:9].mean(), atol=0.08)
+def test_rotation_turns_a_ramp_by_at_most_its_degrees():
+    """A ramp along x, turned by an angle, rises by its cosine along x and by minus its sine along y."""
+    ramp = jnp.broadcast_to(jnp.linspace(0.25, 0.75, 17)[None, :, None], (17, 17, 3))
+    rise = 0.5 / 16
+    angles = []
+    for seed in range(30):
+        view = augment.random_warp(jax.random.key(seed), ramp, crop=0.0, stretch=0.0, degrees=30.0, shift=0.0)
+        middle = np.asarray(view)[6:11, 6:11, 0]
+        along_x, along_y = np.diff(middle, axis=1).mean() / rise, np.diff(middle, axis=0).mean() / rise
+        np.testing.assert_allclose(along_x**2 + along_y**2, 1, atol=1e-3)
+        np.testing.assert_allclose(middle[2, 2], 0.5, atol=1e-3)  # the centre stays
+        angles.append(np.degrees(np.arctan2(-along_y, along_x)))
+    assert np.abs(angles).max() <= 30.1
+    assert min(angles) < -15
+    assert max(angles) > 15
 
 
 def test_shift_moves_by_at_most_its_share():

@@ -10,7 +10,7 @@ import small
 from PIL import Image
 
 from tcq import config as configs
-from tcq import encode, evaluate, export, metrics, serve, validation
+from tcq import encode, evaluate, export, metrics, serve, train, validation
 from tcq import index as indexes
 from tcq.data import protocols, sources
 
@@ -71,6 +71,7 @@ class TestEvaluate:
         assert results["protocol"] == "seeded" and results["bits"] == 6 and results["k"] == 108
         assert set(results["mAP"]) == {"asymmetric", "symmetric", "float", "random", "pq_pixels", "pq_features"}
         assert all(0 < v <= 1 for v in results["mAP"].values())
+        assert set(results["precision_at"]["asymmetric"]) == {"1", "10", "100", "108"}
         assert results["mAP"]["pq_pixels"] > results["mAP"]["random"]
         assert {"ties", "average_precision", "empty_queries", "similarity"} <= results["conventions"].keys()
         assert results["sizes"] == {"query": 12, "database": 108, "train": 97, "validation": 11}
@@ -106,6 +107,28 @@ class TestEvaluate:
         assert "another method" in text and "0.5000" in text
         with pytest.raises(evaluate.EvaluateError, match="is not a JSON file with"):
             evaluate.read_recorded(tmp_path / "none.json")
+
+    def test_few_images_and_no_labels(self, tmp_path):
+        from test_data import write_images
+
+        write_images(tmp_path / "images", [f"{c}/{i}.png" for c in "ab" for i in range(5)])
+        flags = [
+            "data.batch_size=4",
+            "train.total_steps=3",
+            "quantizer.num_codewords=16",
+            "data.query=0.2",
+            "data.validation=0.1",
+        ]
+        c = small.config(f"data.source=folder:{tmp_path / 'images'}", *flags)
+        train.train(c, tmp_path / "few")
+        results = evaluate.evaluate(tmp_path / "few")  # 8 in the database, 16 codewords, one validation image
+        assert results["mAP"]["pq_pixels"] is None
+        assert 0 < results["mAP"]["asymmetric"] <= 1
+        assert "random order" in evaluate.table(results)
+        c = small.config(f"data.source=folder:{tmp_path / 'images' / 'a'}", *flags)
+        train.train(c, tmp_path / "unlabelled")
+        with pytest.raises(evaluate.EvaluateError, match="has no labels, so there is nothing to score"):
+            evaluate.evaluate(tmp_path / "unlabelled")
 
     def test_what_cannot_be_scored(self, run, tmp_path):
         refused(small.tcq("evaluate", f"--workdir={tmp_path}"), "holds no config.json")
@@ -186,6 +209,22 @@ class TestIndexAndSearch:
         (tmp_path / "a").rename(tmp_path / "b")
         assert len(indexes.open_index(tmp_path / "b" / "index").paths) == 120
 
+    def test_odd_names_are_printed_and_drawn(self, run, images, tmp_path):
+        import os
+        import shutil
+
+        (tmp_path / "odd").mkdir()
+        for name in (b"cost_$5_$6.png", b"\xff.png", "\u00fc \u6f22.png".encode(), b"line\nbreak.png"):
+            shutil.copy(images / "class 3" / "003.png", os.fsdecode(os.fsencode(tmp_path / "odd") + b"/" + name))
+        out = tmp_path / "index"
+        done = small.tcq("index", f"--workdir={run}", f"--images={tmp_path / 'odd'}", f"--out={out}")
+        assert done.returncode == 0, done.stderr
+        query, gallery = images / "class 3" / "003.png", tmp_path / "gallery.png"
+        done = small.tcq("search", f"--index={out}", f"--query={query}", f"--gallery={gallery}")
+        assert done.returncode == 0, done.stderr
+        assert "cost_$5_$6.png" in done.stdout
+        assert gallery.stat().st_size > 1000
+
     def test_add_and_remove(self, run, images, tmp_path):
         out = tmp_path / "index"
         indexes.build(run, images / "class 1", out)
@@ -223,15 +262,16 @@ class TestIndexAndSearch:
         refused(small.tcq("search", f"--index={index}", f"--query={images / 'class 2' / 'text.png'}"), "not an image")
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_checkpoint_that_does_not_fit_its_config(self, run, images, tmp_path):
+    @pytest.mark.parametrize(("key", "value"), [("width", 32), ("depth", 2), ("pooling", "cls")])
+    def test_a_checkpoint_that_does_not_fit_its_config(self, run, images, tmp_path, key, value):
         import shutil
 
         shutil.copytree(run, tmp_path / "run")
         config = json.loads((tmp_path / "run" / "config.json").read_text())
-        config["model"]["width"] = 32
+        config["model"][key] = value
         (tmp_path / "run" / "config.json").write_text(json.dumps(config))
         done = small.tcq("index", f"--workdir={tmp_path / 'run'}", f"--images={images}", f"--out={tmp_path / 'out'}")
-        refused(done, "does not fit the model", "['params']")
+        refused(done, "does not fit the model")
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("name", ["codes.npy", "encoder.npz", "paths.json", "meta.json"])
@@ -297,6 +337,9 @@ class TestServe:
         with urllib.request.urlopen(urllib.request.Request(f"{address}/search", body)) as answer:
             hits = json.load(answer)["hits"]
         assert len(hits) == 3 and all(h["image"].startswith("data:image/jpeg;base64,") for h in hits)
+
+    def test_a_port_in_use(self, address, index):
+        refused(small.tcq("serve", f"--index={index}", f"--port={address.rsplit(':')[-1]}"), "Address already in use")
 
     def test_what_is_no_image_and_other_paths(self, address):
         for path, body in (("/search", b"hello"), ("/search", b""), ("/other", b"x"), ("/etc/passwd", None)):

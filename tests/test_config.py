@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from tcq import config as configs
@@ -76,6 +78,8 @@ def test_overrides_and_arguments():
     assert (c.optim.learning_rate, type(c.optim.learning_rate)) == (1.0, float)
     assert "argument 'bits=12' is unknown: use one of bits=16" in refused([], "configs/cifar10.py:bits=12")
     assert configs.load("configs/folder.py:/a/b").data.source == "folder:/a/b"
+    assert configs.load("configs/folder.py:photos").data.source == f"folder:{Path.cwd() / 'photos'}"
+    assert "does not exist" in refused([], "experiments/digits.py")
     assert configs.load("digits").data.source == "digits"  # by name, from anywhere
 
 
@@ -113,8 +117,6 @@ def test_run_checks_carry_the_numbers():
 
 
 def test_every_shipped_config_is_valid_and_says_its_command():
-    from pathlib import Path
-
     for path in sorted(Path("configs").glob("*.py")):
         if path.name != "base.py":
             configs.load(f"{path}:/images" if path.name == "folder.py" else str(path))

@@ -138,6 +138,15 @@ class TestFolder:
         for name, pixels in zip(found.names, found.images, strict=True):
             np.testing.assert_array_equal(pixels, images.decode(tmp_path / name, size=8))
 
+    def test_classes_below_one_common_folder_and_behind_links(self, tmp_path):
+        write_images(tmp_path / "elsewhere", ["c.png"])
+        write_images(tmp_path / "images", ["train/cat/b.png", "train/dog/c.png"])
+        (tmp_path / "images" / "train" / "fox").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "images" / "train" / "loop").symlink_to(tmp_path / "images")
+        found = sources.folder(tmp_path / "images", size=8)
+        assert found.classes == ["cat", "dog", "fox"]
+        assert found.names == ["train/cat/b.png", "train/dog/c.png", "train/fox/c.png"]
+
     def test_without_sub_folders_there_are_no_labels(self, tmp_path):
         write_images(tmp_path, ["a.png", "cat/b.png", "dog/c.png"])
         assert sources.folder(tmp_path, size=8).labels is None
@@ -246,9 +255,7 @@ class TestProtocols:
 
     def test_the_seeded_stream_is_frozen(self):
         parts = protocols.split("seeded", 1000, query=0.1, validation=0.2, seed=0)
-        expected = np.sort(np.random.RandomState(0).permutation(1000)[:100])
-        np.testing.assert_array_equal(parts.query, expected)
-        assert protocols.digest(parts).startswith("a" * 0)
+        assert protocols.digest(parts) == "4e1d7d179c001f33a4cac34bff915e23dbe68783a60858c693467a0f47a13c82"
         assert parts.query.dtype == np.int64
 
     def test_cifar10_spq(self):

@@ -68,6 +68,14 @@ def test_random_order_is_a_constant_score():
     assert 0.1 < value < 0.11  # the base rate, a little more by the formula
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, bool])
+@pytest.mark.parametrize("ties", metrics.TIES)
+def test_scores_may_be_of_any_number_type(dtype, ties):
+    scores = np.array([[0, 1, 1, 0]], dtype)
+    relevance = np.array([[False, True, True, False]])
+    assert metrics.mean_average_precision(scores, relevance, k=4, ties=ties) == 1.0
+
+
 def test_hits_are_expectations_over_tied_orders():
     scores, relevance = np.array([[1.0, 1, 1, 0]]), np.array([[True, False, False, True]])
     np.testing.assert_allclose(metrics.hits(scores, relevance, ks=[1, 2, 3, 4]), [[1 / 3, 2 / 3, 1, 2]])

@@ -38,7 +38,7 @@ def decode(source: str | Path | bytes, *, size: int, resize: str = "crop") -> UI
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata; what cannot be decoded raises
             return _decode(data, size, resize)
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except Image.UnidentifiedImageError:
         raise ImageError(f"not an image of a known format ({', '.join(FORMATS)})") from None

@@ -53,8 +53,9 @@ def open_source(data: ConfigDict) -> Source:
 def folder(path: str | Path, *, size: int, resize: str = "crop", cache_dir: str = "") -> Source:
     """Every image below a folder, in the order of their paths; what cannot be decoded is listed in `skipped`.
 
-    Where every image lies in a sub-folder of `path` and there are at least two, the names of those sub-folders are the
-    labels. The decoded images are cached under a key made of paths, sizes, times and the decoding rule.
+    Where every image lies in a sub-folder and there are at least two, the names of those sub-folders are the labels (below
+    the first folder that holds more than one). Hidden files and folders are left out, linked folders are followed. The
+    decoded images are cached under a key made of paths, sizes, times and the decoding rule.
     Raises SourceError if the path is no folder or holds no image.
     """
     root = Path(path).expanduser()
@@ -67,7 +68,7 @@ def folder(path: str | Path, *, size: int, resize: str = "crop", cache_dir: str 
     key = hashlib.sha256(json.dumps([CACHE_VERSION, size, resize, str(root.resolve())]).encode())
     for name in files:
         found = os.stat(root / name, follow_symlinks=True) if os.path.exists(root / name) else None
-        key.update(json.dumps([name, found and [found.st_size, found.st_mtime_ns]]).encode())
+        key.update(json.dumps([name, found and [found.st_size, found.st_mtime_ns, found.st_mode]]).encode())
     items = ((name, root / name) for name in files)
     images, kept, bad = _decode_once(items, len(files), key.hexdigest(), size=size, resize=resize, cache_dir=cache_dir)
     if not kept:
@@ -93,7 +94,7 @@ def _tfds(name: str, data: ConfigDict) -> Source:
 
     where = f" --data_dir={data.tfds_dir}" if data.tfds_dir else ""
     advice = (
-        f"prepare it once, where TensorFlow is installed (pip install 'tcq[tensorflow]'):\n"
+        f"prepare it once, where TensorFlow is installed (pip install tensorflow-cpu):\n"
         f"  tfds build {name} --file_format=array_record{where}"
     )
     data_dir = os.path.expanduser(data.tfds_dir) if data.tfds_dir else None
@@ -190,15 +191,22 @@ def _walk(root: Path) -> tuple[list[str], list[dict[str, str]]]:
     def unreadable(error: OSError) -> None:
         skipped.append({"path": os.path.relpath(error.filename, root), "reason": f"cannot be read: {error.strerror}"})
 
-    files = []
-    for here, folders, names in os.walk(root, onerror=unreadable):
-        folders[:] = [f for f in folders if not f.startswith(".")]
+    files, seen = [], set()
+    for here, folders, names in os.walk(root, onerror=unreadable, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:  # a link to a folder that is listed already, or to one above it
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
         files += [os.path.relpath(os.path.join(here, n), root) for n in names if not n.startswith(".")]
     return sorted(files), skipped
 
 
 def _folder_labels(names: list[str]) -> tuple[list[str], np.ndarray | None]:
-    top = [name.split(os.sep)[0] if os.sep in name else None for name in names]
+    common = os.path.commonpath([os.path.dirname(name) for name in names])
+    below = [os.path.relpath(name, common or ".") for name in names]
+    top = [name.split(os.sep)[0] if os.sep in name else None for name in below]
     classes = sorted({t for t in top if t is not None})
     if None in top or len(classes) < 2:
         return [], None
@@ -214,6 +222,9 @@ def _decode_once(
     place = home / key[:32]
     if not (place / "names.json").is_file():
         home.mkdir(parents=True, exist_ok=True)
+        for left in home.glob("half-*"):  # of a killed run
+            if time.time() - left.stat().st_mtime > 86_400:
+                shutil.rmtree(left, ignore_errors=True)
         half = Path(tempfile.mkdtemp(prefix="half-", dir=home))
         try:
             names, skipped = [], []
