@@ -24,6 +24,8 @@ def get_config(arg: str = "bits=32") -> ConfigDict:
 
     c.model.update(width=128, depth=4, heads=4, patch=8, pooling="flat")
     c.quantizer.num_codebooks = codebooks[arg]
+    c.quantizer.metric = "ip"
+    c.quantizer.scale = 10.0
 
     c.loss.temperature = 0.3
     c.optim.learning_rate = 2e-3

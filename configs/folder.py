@@ -15,6 +15,10 @@ def get_config(path: str = "") -> ConfigDict:
     c = base.get_config()
     c.data.source = f"folder:{path}" if path else ""
     c.model.update(width=128, depth=4, heads=4, patch=8, pooling="flat")
+    c.quantizer.metric = "ip"
+    c.quantizer.scale = 10.0
+    c.loss.temperature = 0.3
+    c.optim.learning_rate = 2e-3
     c.train.total_steps = 1000
     c.eval.every_steps = 500
     return c
