@@ -111,17 +111,17 @@ class TestEvaluate:
     def test_few_images_and_no_labels(self, tmp_path):
         from test_data import write_images
 
-        write_images(tmp_path / "images", [f"{c}/{i}.png" for c in "ab" for i in range(5)])
+        write_images(tmp_path / "images", [f"{c}/{i}.png" for c in "ab" for i in range(10)])
         flags = [
-            "data.batch_size=4",
+            "data.batch_size=8",
             "train.total_steps=3",
-            "quantizer.num_codewords=16",
+            "quantizer.num_codewords=32",
             "data.query=0.2",
             "data.validation=0.1",
         ]
         c = small.config(f"data.source=folder:{tmp_path / 'images'}", *flags)
         train.train(c, tmp_path / "few")
-        results = evaluate.evaluate(tmp_path / "few")  # 8 in the database, 16 codewords, one validation image
+        results = evaluate.evaluate(tmp_path / "few")  # 16 in the database, 32 codewords
         assert results["mAP"]["pq_pixels"] is None
         assert 0 < results["mAP"]["asymmetric"] <= 1
         assert "random order" in evaluate.table(results)
