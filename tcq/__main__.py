@@ -4,6 +4,7 @@ Exit status 0: done; 1: it broke on the way; 2: a call, config or file that cann
 """
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "config" not in arguments or not argument.startswith(("--config.", "--noconfig.")):
             parser.error(f"unrecognized argument {argument!r} for {arguments.command}")
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names may be any bytes
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names may be any bytes
     try:
         return RUN[arguments.command](arguments, overrides)
     except KeyboardInterrupt:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from tcq import augment, checkpoint, encode, losses, parallel, quantizer, validation
 from tcq import config as configs
+from tcq import optimizer as optimizers
 from tcq.data import protocols
 from tcq.data.loader import batches
 from tcq.data.sources import Source, open_source
@@ -91,25 +92,6 @@ def step_body(
     return body
 
 
-def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """Gradient clipping by norm, then AdamW, LARS or SGD on a linear warm-up and a cosine to 0."""
-    o = config.optim
-    rate = learning_rate(config, steps)
-    if o.name == "adamw":
-        rule = optax.adamw(rate, weight_decay=o.weight_decay, mask=_decayed)
-    elif o.name == "lars":
-        rule = optax.lars(rate, o.weight_decay, _decayed, trust_ratio_mask=_decayed, momentum=o.momentum)
-    else:
-        rule = optax.chain(optax.add_decayed_weights(o.weight_decay, _decayed), optax.sgd(rate, o.momentum))
-    return optax.chain(optax.clip_by_global_norm(o.clip_norm), rule) if o.clip_norm else rule
-
-
-def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
-    """Linear from 0 over the warm-up, then cosine to 0 at the last step."""
-    o = config.optim
-    return optax.warmup_cosine_decay_schedule(0.0, o.learning_rate, o.warmup_steps, steps)
-
-
 def clip_schedule(config: ConfigDict, steps: int) -> Callable[[Array], int | Array]:
     """How many negatives are clipped at a step (counted from 0): all of `loss.clip`, or fewer before `loss.clip_full`."""
     c, count = config.loss, configs.clip_count(config.loss.clip, config.data.batch_size)
@@ -117,11 +99,6 @@ def clip_schedule(config: ConfigDict, steps: int) -> Callable[[Array], int | Arr
     if not count or not full:
         return lambda step: count
     return lambda step: jnp.floor(count * jnp.clip((step - first + 1) / max(full - first, 1), 0, 1)).astype(jnp.int32)
-
-
-def _decayed(params: retriever.Params) -> Any:
-    """Which parameters decay: kernels. Not biases, norms, positions, tokens and codewords."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def initial_state(config: ConfigDict, model: retriever.Retriever, optimizer: Any, images: np.ndarray) -> TrainState:
@@ -148,7 +125,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
     steps = configs.total_steps(config, len(split.train))
     model = retriever.from_config(config)
-    optimizer = make_optimizer(config, steps)
+    optimizer = optimizers.make(config, steps)
     # Drawn, because folders are in the order of their classes.
     drawn = np.random.RandomState(config.train.seed).permutation(split.train)[: config.quantizer.init_images]
     state = initial_state(config, model, optimizer, np.asarray(source.images[np.sort(drawn)]))
@@ -176,7 +153,7 @@ def _loop(
     journal: Journal,
 ) -> dict[str, float]:
     t, start = config.train, int(state.step)
-    rate = learning_rate(config, steps)
+    rate = optimizers.learning_rate(config, steps)
     state = parallel.replicate(state)
     progress = Progress(step=start, total_steps=steps, batch_size=config.data.batch_size)
     validated: dict[str, float] = {}

@@ -25,6 +25,7 @@ FLOORS = {
     "tcq.journal": 2,
     "tcq.pictures": 2,
     "tcq.baselines": 2,
+    "tcq.optimizer": 2,
     "tcq.encode": 3,
     "tcq.validation": 4,
     "tcq.train": 5,

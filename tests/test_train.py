@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import small
 
-from tcq import checkpoint, checks, encode, evaluate, parallel, train
+from tcq import checkpoint, checks, encode, evaluate, optimizer, parallel, train
 from tcq import config as configs
 from tcq.data import protocols
 from tcq.models import retriever
@@ -27,12 +27,12 @@ def assert_same_bits(a, b):
 
 def setup(config, num_images=64):
     model = retriever.from_config(config)
-    optimizer = train.make_optimizer(config, config.train.total_steps)
+    rule = optimizer.make(config, config.train.total_steps)
     images = np.random.RandomState(0).randint(0, 256, (num_images, 8, 8, 3)).astype(np.uint8)
     return (
         images,
-        train.step_body(model, optimizer, config, config.train.total_steps),
-        train.initial_state(config, model, optimizer, images),
+        train.step_body(model, rule, config, config.train.total_steps),
+        train.initial_state(config, model, rule, images),
     )
 
 
@@ -111,14 +111,14 @@ class TestStep:
     def test_optimizers_decay_kernels_only(self, name):
         c = small.config(f"optim.name={name}", "optim.weight_decay=0.5", "optim.warmup_steps=0")
         _, _, start = setup(c)
-        optimizer = train.make_optimizer(c, 10)
+        rule = optimizer.make(c, 10)
         zero = jax.tree.map(jnp.zeros_like, start.params)
-        updates, _ = optimizer.update(zero, optimizer.init(start.params), start.params)
+        updates, _ = rule.update(zero, rule.init(start.params), start.params)
         for path, update in jax.tree_util.tree_leaves_with_path(updates):
             assert bool(jnp.any(update != 0)) == (path[-1].key == "kernel"), jax.tree_util.keystr(path)
 
     def test_learning_rate_warms_up_and_falls_to_zero(self):
-        rate = train.learning_rate(small.config("optim.learning_rate=0.1"), 12)
+        rate = optimizer.learning_rate(small.config("optim.learning_rate=0.1"), 12)
         np.testing.assert_allclose([rate(0), rate(1), rate(2), rate(7), rate(12)], [0, 0.05, 0.1, 0.05, 0], atol=1e-7)
 
     def test_clipping_is_off_then_grows_then_full(self):
@@ -133,9 +133,9 @@ class TestStep:
         c = small.config(
             "optim.name=sgd", "optim.clip_norm=0.5", "optim.weight_decay=0", "optim.warmup_steps=0", "optim.momentum=0"
         )
-        optimizer = train.make_optimizer(c, 10)
+        rule = optimizer.make(c, 10)
         params = {"kernel": jnp.zeros(4)}
-        updates, _ = optimizer.update({"kernel": jnp.full(4, 100.0)}, optimizer.init(params), params)
+        updates, _ = rule.update({"kernel": jnp.full(4, 100.0)}, rule.init(params), params)
         np.testing.assert_allclose(jnp.linalg.norm(updates["kernel"]), 0.5 * c.optim.learning_rate, rtol=1e-5)
 
 
