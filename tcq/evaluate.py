@@ -99,7 +99,7 @@ def evaluate(workdir: str | Path, *, which: str = "best") -> dict[str, Any]:
     half.replace(workdir / "results.json")
     title = f"{config.data.source}, {configs.bits(config)} bits, mAP@{k}"
     pictures.curves(workdir / "curves.png", {NAMES[n]: results["curves"][n] for n in found}, ks=ks, title=title)
-    _gallery(workdir / "gallery.png", encoder, source, split, queries, database)
+    _gallery(workdir / "gallery.png", encoder, source, split, queries, database, found["asymmetric"].average_precision)
     return results
 
 
@@ -172,9 +172,11 @@ def _gallery(
     split: protocols.Split,
     queries: encode.Encoded,
     database: encode.Encoded,
+    average_precision: np.ndarray,
 ) -> None:
-    """Eight queries, spread evenly over the query set, with their ten nearest database images."""
-    shown = np.unique(np.linspace(0, len(split.query) - 1, 8).astype(int))
+    """Eight queries, from the best answered to the worst, with their ten nearest database images."""
+    places = np.unique(np.linspace(0, len(split.query) - 1, 8).astype(int))
+    shown = np.argsort(-average_precision, kind="stable")[places]
     metric, codebooks = encoder.config.eval.score, encoder.codebooks
     tables = ranking.lookup_table(queries.features[shown], codebooks, metric=metric)
     norms = np.asarray(ranking.code_norms(database.codes, codebooks)) if metric == "cosine" else None
@@ -186,5 +188,5 @@ def _gallery(
         [source.images[i] for i in split.query[shown]],
         [[source.images[split.database[n]] for n in row] for row in nearest],
         right=np.take_along_axis(relevant, nearest, axis=1),
-        title=f"queries of {encoder.config.data.source} and their ten nearest, {configs.bits(encoder.config)} bits",
+        title=f"{encoder.config.data.source}, {configs.bits(encoder.config)} bits: queries from the best answered to the worst",
     )
