@@ -9,9 +9,9 @@ def get_config() -> ConfigDict:
 
     c.data = data = ConfigDict()
     data.source = ""  # digits | tfds:<name> | folder:<path>
-    data.protocol = "seeded"  # how images are split, see tcq/data/protocols.py: seeded | cifar10_spq
-    data.split_seed = 0  # of the seeded protocol and of the validation split
-    data.query = 0.1  # share of the images held out as queries (seeded); 0 where there are no labels
+    data.protocol = "folder"  # which images are queries, database, training images: see docs/protocols.md
+    data.split_seed = -1  # of the draw of the protocol; -1 is its own, which gives the published split
+    data.query = 0.1  # share of the images held out as queries (protocol folder); 0 where there are no labels
     data.validation = 0.1  # share of the training images held out for validation
     data.image_size = 32  # pixels, the side to which images are decoded, once
     data.resize = "crop"  # crop (scale the shorter side, cut the middle) | squash (scale both sides)
@@ -81,8 +81,16 @@ def get_config() -> ConfigDict:
 
     c.eval = evaluation = ConfigDict()
     evaluation.every_steps = 0  # validation while training; 0 is only at the end
-    evaluation.k = 1000  # cut-off of mAP@k; 0 is the whole database
+    evaluation.k = -1  # cut-off of mAP@k; -1 is the protocol's own, 0 the whole database
     evaluation.score = "ip"  # similarity of the ranking: ip | l2 | cosine (what the loss compares; FAISS has no such)
+    evaluation.normalize = (
+        "auto"  # queries before ranking: none | whole | subvectors | auto (as the training loss sees them)
+    )
+    evaluation.squared = True  # "l2" adds squared distances of subvectors; False adds distances, as SPQ's code does
+    evaluation.ties = "expected"  # equal scores: expected | index | best | worst (see tcq/metrics.py)
+    evaluation.denominator = "hits"  # of average precision: hits | min | all
+    evaluation.empty = "zero"  # queries with nothing relevant: zero (they count) | skip
+    evaluation.max_scores = 16_777_216  # scores held in memory at once, about 12 bytes each
     evaluation.batch_size = 512  # images per encoding step over all devices
     evaluation.max_database = 10_000  # database images used for validation while training
 

@@ -15,7 +15,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments, overrides = parser.parse_known_args(argv)
     for argument in overrides:
-        if "config" not in arguments or not argument.startswith(("--config.", "--noconfig.")):
+        takes = "config" in arguments or arguments.command == "evaluate"
+        if not takes or not argument.startswith(("--config.", "--noconfig.")):
             parser.error(f"unrecognized argument {argument!r} for {arguments.command}")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -49,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", required=True, metavar="FILE[:ARG]", help="for example configs/digits.py")
     train.add_argument("--workdir", type=os.path.expanduser, required=True, help="where everything of this run is kept")
 
-    evaluate = command("evaluate", "score a trained model under its protocol")
+    evaluate = command(
+        "evaluate", "score a trained model under its protocol; --config.eval.key=value overrides a convention"
+    )
     evaluate.add_argument(
         "--workdir",
         type=os.path.expanduser,
@@ -89,6 +92,21 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=8000)
     serve.add_argument("--k", type=_positive, default=10)
 
+    prepare = command("prepare", "prepare a dataset once from its published files, without network")
+    prepare.add_argument("--dataset", required=True, help="cifar10, mirflickr25k, nus_wide or nus_wide/concepts81")
+    prepare.add_argument(
+        "--files",
+        type=os.path.expanduser,
+        default="",
+        help="folder of the files (default: <data_dir>/downloads/manual)",
+    )
+    prepare.add_argument(
+        "--data_dir", type=os.path.expanduser, default="", help="where TFDS keeps datasets (default: its own choice)"
+    )
+    prepare.add_argument(
+        "--unverified", action="store_true", help="take other files than the published ones, of the same layout"
+    )
+
     doctor = command("doctor", "check versions, devices, and whether a config and its images fit them")
     doctor.add_argument("--config", metavar="FILE[:ARG]")
     return parser
@@ -108,11 +126,11 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _evaluate(arguments: argparse.Namespace, _: list[str]) -> int:
+def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from tcq import evaluate
 
     recorded = evaluate.read_recorded(arguments.recorded) if arguments.recorded else None
-    results = evaluate.evaluate(arguments.workdir, which=arguments.checkpoint)
+    results = evaluate.evaluate(arguments.workdir, which=arguments.checkpoint, overrides=overrides)
     print(evaluate.table(results, recorded))
     for name in ("results.json", "curves.png", "gallery.png"):
         print(f"{arguments.workdir}/{name}")
@@ -171,6 +189,16 @@ def _serve(arguments: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
+def _prepare(arguments: argparse.Namespace, _: list[str]) -> int:
+    from tcq.data import prepare
+
+    made = prepare.prepare(
+        arguments.dataset, files=arguments.files, data_dir=arguments.data_dir, verify=not arguments.unverified
+    )
+    print(f"prepared: {made}")
+    return 0
+
+
 def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from tcq import doctor
 
@@ -188,6 +216,7 @@ RUN = {
     "search": _search,
     "export": _export,
     "serve": _serve,
+    "prepare": _prepare,
     "doctor": _doctor,
 }
 

@@ -1,6 +1,6 @@
-"""What a number has to be compared with: FAISS product quantization at the same bits, without any of our training."""
+"""What a number has to be compared with: FAISS at the same bits, without any of our training."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from jaxtyping import Float, UInt
@@ -41,3 +41,28 @@ def padded(vectors: Float[np.ndarray, "N D"], num_codebooks: int) -> Float[np.nd
     """float32 vectors with zeros appended until M divides their width."""
     extra = -vectors.shape[1] % num_codebooks
     return np.ascontiguousarray(np.pad(vectors, [(0, 0), (0, extra)]), np.float32)
+
+
+def pca(train: Float[np.ndarray, "T D"], width: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Centring and the `width` directions of largest variance of `train` (at most D and T), by FAISS; maps (N, D) rows."""
+    import faiss
+
+    train = np.ascontiguousarray(train, np.float32)
+    made = faiss.PCAMatrix(train.shape[1], min(width, *train.shape))
+    made.train(train)
+    return lambda rows: made.apply(np.ascontiguousarray(rows, np.float32))
+
+
+def sign_bits(train: Float[np.ndarray, "T D"], bits: int, *, seed: int = 0) -> Callable[[np.ndarray], np.ndarray]:
+    """PCA to `bits` directions, a random rotation, and signs: maps (N, D) rows to float32 (N, bits) of -1 and 1.
+
+    Their inner product is the number of bits less twice the Hamming distance. (The start of ITQ, Gong et al. 2013; where
+    features have fewer than `bits` directions, the rotation spreads them over as many signs.)
+    """
+    import faiss
+
+    project = pca(train, bits)
+    width = project(train[:1]).shape[1]
+    rotation = faiss.RandomRotationMatrix(width, bits)
+    rotation.init(seed)
+    return lambda rows: np.where(rotation.apply(project(rows)) >= 0, 1, -1).astype(np.float32)

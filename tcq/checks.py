@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tcq import losses, quantizer, ranking
+from tcq import losses, metrics, quantizer, ranking
 from tcq.data import images, protocols
 from tcq.models import vit
 
@@ -70,7 +70,7 @@ def _value_problems(c: ConfigDict) -> Iterator[str]:
     if not d.source:
         yield "data.source is not set: use digits, tfds:<name> or folder:<path>"
     choices = {
-        "data.protocol": (d.protocol, protocols.PROTOCOLS),
+        "data.protocol": (d.protocol, tuple(protocols.PROTOCOLS)),
         "data.resize": (d.resize, images.RESIZES),
         "model.name": (m.name, ("", *vit.SIZES)),
         "model.pooling": (m.pooling, vit.POOLINGS),
@@ -81,6 +81,10 @@ def _value_problems(c: ConfigDict) -> Iterator[str]:
         "loss.pairing": (loss.pairing, losses.PAIRINGS),
         "optim.name": (o.name, OPTIMIZERS),
         "eval.score": (c.eval.score, ranking.METRICS),
+        "eval.normalize": (c.eval.normalize, ("auto", *ranking.NORMALIZE)),
+        "eval.ties": (c.eval.ties, metrics.TIES),
+        "eval.denominator": (c.eval.denominator, metrics.DENOMINATORS),
+        "eval.empty": (c.eval.empty, metrics.EMPTY),
     }
     for key, (value, known) in choices.items():
         if value not in known:
@@ -137,7 +141,7 @@ def _clip_problems(clip: Any, batch_size: int) -> Iterator[str]:
 _INFINITY = float("inf")
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("data.image_size", 1, 4096),
-    ("data.split_seed", 0, 2**32 - 1),
+    ("data.split_seed", -1, 2**32 - 1),
     ("data.batch_size", 2, _INFINITY),
     ("data.threads", 1, 256),
     ("data.augment.stretch", 0, 2),
@@ -171,7 +175,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("train.seed", 0, 2**32 - 1),
     ("train.log_every_steps", 1, _INFINITY),
     ("eval.every_steps", 0, _INFINITY),
-    ("eval.k", 0, _INFINITY),
+    ("eval.k", -1, _INFINITY),
+    ("eval.max_scores", 1, _INFINITY),
     ("eval.batch_size", 1, _INFINITY),
     ("eval.max_database", 1, _INFINITY),
     ("checkpoint.every_steps", 1, _INFINITY),

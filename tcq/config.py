@@ -24,6 +24,7 @@ __all__ = [
     "load",
     "to_json",
     "total_steps",
+    "with_eval",
 ]
 # Changing these does not change what a run computes; a workdir may go on with other values of them.
 OPERATIONAL = (
@@ -72,6 +73,26 @@ def from_json(text: str) -> ConfigDict:
         raise ConfigError(f"the stored config cannot be read: {error}") from None
     check(config, _base())
     return config
+
+
+def with_eval(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
+    """A copy of a stored config with overrides such as "eval.ties=index", checked. Raises ConfigError, also for other groups."""
+    values = json.loads(to_json(config))
+    for override in overrides:
+        key, equals, text = override.removeprefix("--").removeprefix("config.").partition("=")
+        group, _, name = key.partition(".")
+        if group != "eval":
+            raise ConfigError(f"{override}: a trained run takes only --config.eval.<key>=<value>")
+        if name not in values["eval"]:
+            raise ConfigError(f"--config.{key}: there is no such key{nearest(key, flatten(_base()))}")
+        kind = type(values["eval"][name])
+        try:
+            values["eval"][name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            raise ConfigError(f"{override}: must be {kind.__name__}") from None
+        if not equals:
+            raise ConfigError(f"{override}: a value is missing, write {override}=...")
+    return from_json(json.dumps(values))
 
 
 def to_json(config: ConfigDict) -> str:

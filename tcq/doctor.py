@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from tcq import config as configs
-from tcq.data import protocols, sources
+from tcq.data import protocols, sources, splits
 
 PACKAGES = (
     "jax",
@@ -42,7 +42,7 @@ def report(config: str | None = None, overrides: Sequence[str] = ()) -> tuple[li
         )
         source = sources.open_source(c.data)
         lines.append(f"{c.data.source}: {len(source.images):,} images, {len(source.skipped)} skipped")
-        split = protocols.of_source(source, c.data)
+        split = splits.of_source(source, c.data)
         lines.append(", ".join(f"{len(part):,} {name}" for name, part in split._asdict().items()))
         configs.check_run(
             c, num_devices=jax.device_count(), num_train=len(split.train), num_validation=len(split.validation)

@@ -2,32 +2,46 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from tcq import baselines, encode, pictures, ranking, validation
+from tcq import baselines, encode, metrics, pictures, ranking, validation
 from tcq import config as configs
-from tcq.data import protocols
+from tcq.data import protocols, splits
 from tcq.data.sources import Source, open_source
 from tcq.journal import say
 
-CONVENTIONS = {
-    "average_precision": "divided by the relevant items among the first k",
-    "empty_queries": "a query without a hit scores 0 and counts",
-    "ties": "exact expectation over the orders of equal scores",
-    "relevance": "same class, or at least one shared label",
-    "query_in_database": False,
+MEANINGS = {
+    "ties": {
+        "expected": "exact expectation over the orders of equal scores",
+        "index": "equal scores in database order",
+        "best": "of equal scores relevant items first",
+        "worst": "of equal scores relevant items last",
+    },
+    "denominator": {
+        "hits": "relevant items among the first k",
+        "min": "relevant items in the database, at most k",
+        "all": "relevant items in the database",
+    },
+    "empty": {
+        "zero": "a query without a hit scores 0 and counts",
+        "skip": "a query to which nothing in the database is relevant is left out",
+    },
 }
 NAMES = {
     "asymmetric": "tcq, float query against codes",
     "symmetric": "tcq, codes against codes",
     "float": "tcq, float features (no quantization)",
+    "best_possible": "best possible order",
     "random": "random order (exact expectation)",
     "pq_pixels": "FAISS PQ on pixels",
     "pq_features": "FAISS PQ on tcq's float features",
+    "pca_pq_features": "PCA and FAISS PQ on tcq's float features",
+    "pca_sign_features": "PCA, rotation and signs of tcq's float features",
 }
 
 
@@ -35,18 +49,20 @@ class EvaluateError(ValueError):
     """This run cannot be scored; the message says why."""
 
 
-def evaluate(workdir: str | Path, *, which: str = "best") -> dict[str, Any]:
+def evaluate(workdir: str | Path, *, which: str = "best", overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Scores the run of a workdir on its queries; returns what results.json holds.
 
-    Leaves results.json, curves.png and gallery.png in the workdir. The model is rebuilt from the workdir alone.
-    Raises EvaluateError without labels or queries, or as `encode.load` and `open_source`.
+    Leaves results.json, curves.png and gallery.png in the workdir. The model is rebuilt from the workdir alone; `overrides`
+    such as "eval.ties=index" change the conventions of the scoring.
+    Raises EvaluateError without labels or queries, or as `encode.load`, `configs.with_eval` and `open_source`.
     """
     workdir = Path(workdir)
     encoder = encode.load(workdir, which=which)
-    config = encoder.config
+    config = configs.with_eval(encoder.config, overrides)
+    encoder = encoder._replace(config=config)
     source = open_source(config.data)
-    split = protocols.of_source(source, config.data)
-    protocols.claim(workdir, source, split)
+    split = splits.of_source(source, config.data)
+    splits.claim(workdir, source, split)
     if source.labels is None or not len(split.query):
         raise EvaluateError(
             f"{config.data.source} has {'no labels' if source.labels is None else 'no queries (data.query is 0)'}, so "
@@ -58,7 +74,9 @@ def evaluate(workdir: str | Path, *, which: str = "best") -> dict[str, Any]:
     speed = (len(split.query) + len(split.database)) / (time.monotonic() - start)
     say(f"encoded {len(split.query):,} queries and {len(split.database):,} database images, {speed:,.0f} images/s")
 
-    k = min(config.eval.k or len(split.database), len(split.database))
+    protocol = protocols.PROTOCOLS[config.data.protocol]
+    conventions = validation.Conventions(config.eval.ties, config.eval.denominator, config.eval.empty)
+    k = protocols.cut_off(config.data.protocol, config.eval.k, len(split.database))
     ks = sorted(
         {
             *np.unique(np.geomspace(1, len(split.database), 60).astype(int)).tolist(),
@@ -68,19 +86,33 @@ def evaluate(workdir: str | Path, *, which: str = "best") -> dict[str, Any]:
     )
     labels = source.labels[split.query], source.labels[split.database]
     found = {
-        name: validation.retrieve(score, *labels, k=k, ks=ks)
+        name: validation.retrieve(
+            score, *labels, k=k, ks=ks, conventions=conventions, max_scores=config.eval.max_scores
+        )
         for name, score in _scorers(encoder, source, split, queries, database).items()
     }
+    relevant = found["asymmetric"].relevant
+    best = metrics.best_possible(relevant, k=k, denominator=conventions.denominator)
+    values = {name: result.mean_average_precision for name, result in found.items()}
+    values["best_possible"] = metrics.mean(best, relevant, empty=conventions.empty)
     results = {
         "protocol": config.data.protocol,
+        "protocol_source": protocol.source,
         "source": config.data.source,
         "split_sha256": protocols.digest(split),
         "sizes": {name: len(part) for name, part in split._asdict().items()},
         "bits": configs.bits(config),
         "k": k,
         "step": encoder.step,
-        "conventions": CONVENTIONS | {"similarity": config.eval.score},
-        "mAP": {name: found[name].mean_average_precision if name in found else None for name in NAMES},
+        "seed": protocol.seed if config.data.split_seed < 0 else config.data.split_seed,
+        "conventions": {
+            **{name: f"{value}: {MEANINGS[name][value]}" for name, value in conventions._asdict().items()},
+            "relevance": protocol.relevance,
+            "query_in_database": bool(np.isin(split.query, split.database).any()),
+            "similarity": _similarity(config),
+        },
+        "notes": list(source.notes),
+        "mAP": {name: values.get(name) for name in NAMES},
         "precision_at": {
             name: {str(c): float(result.precision[ks.index(c)]) for c in ks if c in (1, 10, 100, 1000) or c == k}
             for name, result in found.items()
@@ -108,8 +140,9 @@ def table(results: Mapping[str, Any], recorded: Mapping[str, float] | None = Non
     rows = [(NAMES[n], v) for n, v in results["mAP"].items() if v is not None]
     rows[1:1] = list((recorded or {}).items())
     width = max(len(name) for name, _ in rows)
+    notes = [f"note: {note}" for note in results.get("notes", [])]
     head = f"mAP@{results['k']}, {results['bits']} bits, protocol {results['protocol']}, {results['source']}"
-    lines = [head, "-" * max(len(head), width + 8), *(f"{name:<{width}}  {value:.4f}" for name, value in rows)]
+    lines = [head, "-" * max(len(head), width + 8), *(f"{name:<{width}}  {value:.4f}" for name, value in rows), *notes]
     clipping = results.get("clipping", {})
     if "clip_precision" in clipping:
         lines.append(
@@ -134,7 +167,7 @@ def _scorers(
     encoder: encode.Encoder, source: Source, split: protocols.Split, queries: encode.Encoded, database: encode.Encoded
 ) -> dict[str, validation.Scorer]:
     """Ours, the ceiling, the floor, and FAISS PQ at the same bits."""
-    scorers = validation.scorers(encoder, queries, database, metric=encoder.config.eval.score)
+    scorers = validation.scorers(encoder, queries, database)
     scorers["random"] = lambda block: np.zeros((block.stop - block.start, len(split.database)), np.float32)
     q = encoder.config.quantizer
     if len(split.database) < q.num_codewords:
@@ -162,7 +195,26 @@ def _scorers(
 
     scorers["pq_pixels"] = pq(lambda b: pixels(split.query[b]), lambda i: pixels(split.database[i]))
     scorers["pq_features"] = pq(lambda b: queries.features[b], lambda i: database.features[i])
+    bits = configs.bits(encoder.config)
+    project = baselines.pca(database.features[sample], bits)
+    scorers["pca_pq_features"] = pq(lambda b: project(queries.features[b]), lambda i: project(database.features[i]))
+    signs = baselines.sign_bits(database.features[sample], bits)
+    codes = signs(database.features)
+    scorers["pca_sign_features"] = lambda block: signs(queries.features[block]) @ codes.T
     return scorers
+
+
+def _similarity(config: ConfigDict) -> str:
+    """How the asymmetric scores compare a query with an item, in words."""
+    name = {"ip": "inner product", "cosine": "cosine", "l2": "minus the squared L2 distance"}[config.eval.score]
+    if config.eval.score == "l2" and not config.eval.squared:
+        name = "minus the sum of the L2 distances of subvectors"
+    norm = {
+        "none": "queries as they are",
+        "whole": "queries of unit length",
+        "subvectors": "queries of unit subvectors",
+    }
+    return f"{name}, {norm[validation.query_norm(config)]}"
 
 
 def _gallery(
@@ -178,7 +230,13 @@ def _gallery(
     places = np.unique(np.linspace(0, len(split.query) - 1, 8).astype(int))
     shown = np.argsort(-average_precision, kind="stable")[places]
     metric, codebooks = encoder.config.eval.score, encoder.codebooks
-    tables = ranking.lookup_table(queries.features[shown], codebooks, metric=metric)
+    tables = ranking.lookup_table(
+        queries.features[shown],
+        codebooks,
+        metric=metric,
+        squared=encoder.config.eval.squared,
+        normalize=validation.query_norm(encoder.config),
+    )
     norms = np.asarray(ranking.code_norms(database.codes, codebooks)) if metric == "cosine" else None
     _, nearest = ranking.top_k(tables, database.codes, 10, norms=norms)
     assert source.labels is not None

@@ -17,7 +17,8 @@ class ExportError(ValueError):
 def to_faiss(index: indexes.Index) -> Any:
     """A faiss.IndexPQ with our codebooks and codes. It takes float features (`encode.encode`) and ranks as we do.
 
-    eval.score "l2" becomes METRIC_L2 (smaller is closer there), "ip" METRIC_INNER_PRODUCT.
+    eval.score "l2" becomes METRIC_L2 (smaller is closer there), "ip" METRIC_INNER_PRODUCT. Where `validation.query_norm` is
+    not "none", features have to be scaled so before they are handed to FAISS.
     Raises ExportError for "cosine", whose scores are no sum over codebooks alone.
     """
     import faiss
@@ -26,6 +27,8 @@ def to_faiss(index: indexes.Index) -> Any:
     metrics = {"l2": faiss.METRIC_L2, "ip": faiss.METRIC_INNER_PRODUCT}
     if score not in metrics:
         raise ExportError(f"eval.score {score!r} has no FAISS metric: only {', '.join(metrics)} do")
+    if score == "l2" and not index.encoder.config.eval.squared:
+        raise ExportError("FAISS sums squared distances: this index has eval.squared False")
     num_codebooks, num_codewords, d = codebooks.shape
     bits = num_codewords.bit_length() - 1
     made = faiss.IndexPQ(num_codebooks * d, num_codebooks, bits, metrics[score])

@@ -20,7 +20,7 @@ from flax import traverse_util
 from jaxtyping import Float, Int, UInt, UInt8
 
 from tcq import config as configs
-from tcq import encode, ranking
+from tcq import encode, ranking, validation
 from tcq.data import sources
 from tcq.data.images import ImageError, decode
 from tcq.models import retriever
@@ -99,7 +99,14 @@ def search_features(
     index: Index, features: Float[np.ndarray, "Q D"], *, k: int
 ) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
     """Scores and positions of the k nearest items of float features, best first."""
-    tables = ranking.lookup_table(features, index.encoder.codebooks, metric=index.encoder.config.eval.score)
+    config = index.encoder.config
+    tables = ranking.lookup_table(
+        features,
+        index.encoder.codebooks,
+        metric=config.eval.score,
+        squared=config.eval.squared,
+        normalize=validation.query_norm(config),
+    )
     return ranking.top_k(tables, index.codes, k, norms=index.norms)
 
 

@@ -1,31 +1,62 @@
-"""Retrieval metrics as the hashing field computes them. Every convention is an argument. NumPy, float64.
+"""Retrieval metrics under every convention that was ever published; each is an argument. NumPy, float64.
 
-AP@k of a query: rank the database, look at the first k; sum over relevant ranks r of (hits up to r) / r, divided by the
-number of relevant items among the first k. A query without a hit scores 0 and counts in the mean. (The formula of the
-released SPQ, MeCoQ and DeepHash code; it is not the AP of trec_eval, which divides by all relevant items.)
+AP@k of a query: rank the database, look at the first k; sum over relevant ranks r of (hits up to r) / r, over a denominator.
 
-Codes are few, so scores tie. ``ties="expected"`` is the exact expectation over all orders of the tied items, also where
-a group of equals straddles the cut-off; ``ties="index"`` takes equals in database order, as a stable sort would.
+* ``denominator="hits"`` divides by the relevant items among the first k: the formula of the released SPQ, MeCoQ and
+  DeepHash code, and our default. ``"min"`` divides by min(relevant items, k), ``"all"`` by all relevant items, as trec_eval.
+* ``empty="zero"``: a query without a hit scores 0 and counts in the mean (all three). ``"skip"``: queries to which nothing in
+  the database is relevant are left out of the mean.
+* Codes are few, so scores tie. ``ties="expected"`` is the exact expectation over all orders of the tied items, also where a
+  group of equals straddles the cut-off; ``"index"`` takes equals in database order, as a stable sort would; ``"best"`` puts
+  the relevant ones of a group of equals first, ``"worst"`` last. (With "min" and "all" no order of the equals can score
+  higher, or lower; with "hits" a relevant item late in the list can lower the score.)
 """
 
+from functools import lru_cache
 from math import lgamma
+from typing import NamedTuple
 
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Num
 
-TIES = ("expected", "index")
+TIES = ("expected", "index", "best", "worst")
+DENOMINATORS = ("hits", "min", "all")
+EMPTY = ("zero", "skip")
+
+
+class Found(NamedTuple):
+    """What each query found."""
+
+    average_precision: Float[np.ndarray, " Q"]
+    hits: Float[np.ndarray, "Q C"]  # relevant items among the first c, for each cut-off c asked for
+    relevant: Int[np.ndarray, " Q"]  # in the whole database
 
 
 def mean_average_precision(
-    scores: Num[ArrayLike, "Q N"], relevance: Bool[ArrayLike, "Q N"], *, k: int, ties: str = "expected"
+    scores: Num[ArrayLike, "Q N"],
+    relevance: Bool[ArrayLike, "Q N"],
+    *,
+    k: int,
+    ties: str = "expected",
+    denominator: str = "hits",
+    empty: str = "zero",
 ) -> float:
-    """Mean of `average_precision` over the queries, 0 to 1. Arguments and errors as there."""
-    return float(np.mean(average_precision(scores, relevance, k=k, ties=ties)))
+    """Mean of `average_precision` over the queries, 0 to 1.
+
+    Arguments as there, and `empty`: "zero" or "skip", see the module's docstring. Errors as there and as `mean`.
+    """
+    found = search(scores, relevance, k=k, cuts=[], ties=ties, denominator=denominator)
+    return mean(found.average_precision, found.relevant, empty=empty)
 
 
 def average_precision(
-    scores: Num[ArrayLike, "Q N"], relevance: Bool[ArrayLike, "Q N"], *, k: int, ties: str = "expected"
+    scores: Num[ArrayLike, "Q N"],
+    relevance: Bool[ArrayLike, "Q N"],
+    *,
+    k: int,
+    ties: str = "expected",
+    denominator: str = "hits",
 ) -> Float[np.ndarray, " Q"]:
     """AP@k of each query, float64, 0 to 1.
 
@@ -33,36 +64,83 @@ def average_precision(
       scores: higher is closer.
       relevance: whether item n is relevant to query q.
       k: cut-off, 1 or more; cut to N.
-      ties: "expected" or "index", see the module's docstring.
+      ties: "expected", "index", "best" or "worst", see the module's docstring.
+      denominator: "hits", "min" or "all", see there.
 
     Raises:
-      ValueError: the shapes differ, there is no query or item, k is below 1, a score is NaN, or ties is unknown.
+      ValueError: the shapes differ, there is no query or item, k is below 1, a score is NaN, or a convention is unknown.
     """
-    scores, relevance, k = _checked(scores, relevance, k)
-    if ties not in TIES:
-        raise ValueError(f"ties {ties!r} is unknown: use one of {', '.join(TIES)}")
-    one_query = _expected_ap if ties == "expected" else _index_ap
-    return np.array([one_query(s, r, k) for s, r in zip(scores, relevance, strict=True)])
+    return search(scores, relevance, k=k, cuts=[], ties=ties, denominator=denominator).average_precision
 
 
 def hits(
-    scores: Num[ArrayLike, "Q N"], relevance: Bool[ArrayLike, "Q N"], *, ks: Int[ArrayLike, " C"] | list[int]
+    scores: Num[ArrayLike, "Q N"],
+    relevance: Bool[ArrayLike, "Q N"],
+    *,
+    ks: Int[ArrayLike, " C"] | list[int],
+    ties: str = "expected",
 ) -> Float[np.ndarray, "Q C"]:
-    """How many relevant items each query finds among its first k, for each k of `ks`; expectations over tied orders.
+    """How many relevant items each query finds among its first k, for each k of `ks`.
 
     Divided by k it is precision@k, divided by the relevant items of the query it is recall@k.
     Raises ValueError as `average_precision`, and for a k above N.
     """
-    cuts = np.asarray(ks, np.int64)
-    scores, relevance, _ = _checked(scores, relevance, int(cuts.min()))
-    if cuts.max() > scores.shape[1]:
-        raise ValueError(f"cut-off {cuts.max()} is above the {scores.shape[1]} items")
-    found = np.empty((len(scores), len(cuts)))
-    for q, (s, r) in enumerate(zip(scores, relevance, strict=True)):
-        start, size, relevant = _tie_groups(s, r, int(cuts.max()))
-        edges = np.concatenate([start, [start[-1] + size[-1]]])  # expected hits grow linearly within a group of equals
-        found[q] = np.interp(cuts, edges, np.concatenate([[0], np.cumsum(relevant)]))
-    return found
+    return search(scores, relevance, k=1, cuts=ks, ties=ties).hits
+
+
+def search(
+    scores: Num[ArrayLike, "Q N"],
+    relevance: Bool[ArrayLike, "Q N"],
+    *,
+    k: int,
+    cuts: Int[ArrayLike, " C"] | list[int],
+    ties: str = "expected",
+    denominator: str = "hits",
+) -> Found:
+    """`average_precision` at k and `hits` at `cuts` from one sort of each row. Arguments and errors as there."""
+    scores, relevance, k = _checked(scores, relevance, k)
+    cut = np.asarray(cuts, np.int64)
+    for name, value, known in (("ties", ties, TIES), ("denominator", denominator, DENOMINATORS)):
+        if value not in known:
+            raise ValueError(f"{name} {value!r} is unknown: use one of {', '.join(known)}")
+    if cut.size and not 1 <= cut.min() <= cut.max() <= scores.shape[1]:
+        raise ValueError(
+            f"cut-off {cut.max() if cut.min() > 0 else cut.min()} is not within the {scores.shape[1]} items"
+        )
+    precision, found = np.empty(len(scores)), np.empty((len(scores), cut.size))
+    relevant = relevance.sum(axis=1)
+    for q, (row, right) in enumerate(zip(scores, relevance, strict=True)):
+        if ties == "index":
+            hit = right[_stable_order(row, max(k, int(cut.max(initial=0))))]
+            found[q] = np.cumsum(hit)[cut - 1]
+            precision[q] = _of_ranks(np.flatnonzero(hit[:k]), int(relevant[q]), k, denominator)
+            continue
+        ordered, ordered_relevant = np.sort(-row), np.sort(-row[right])
+        found[q] = _hits(ordered, ordered_relevant, cut, ties)
+        groups = _groups(ordered, ordered_relevant, k)
+        if ties == "expected":
+            precision[q] = _expected(groups, int(relevant[q]), k, denominator)
+        else:
+            precision[q] = _of_ranks(_extreme_ranks(groups, k, ties), int(relevant[q]), k, denominator)
+    return Found(precision, found, relevant)
+
+
+def mean(average_precision: Float[np.ndarray, " Q"], relevant: Int[np.ndarray, " Q"], *, empty: str = "zero") -> float:
+    """Mean AP; with empty="skip" over the queries that have any relevant item. Raises ValueError if that is none."""
+    if empty not in EMPTY:
+        raise ValueError(f"empty {empty!r} is unknown: use one of {', '.join(EMPTY)}")
+    counted = np.ones(len(relevant), bool) if empty == "zero" else relevant > 0
+    if not counted.any():
+        raise ValueError(f"nothing in the database is relevant to any of the {len(relevant)} queries")
+    return float(average_precision[counted].mean())
+
+
+def best_possible(relevant: Int[ArrayLike, " Q"], *, k: int, denominator: str = "hits") -> Float[np.ndarray, " Q"]:
+    """AP@k of the best ranking there is, all relevant items first: 1 or 0, but less where "all" exceeds k."""
+    relevant = np.asarray(relevant, np.int64)
+    seen = np.minimum(relevant, k)
+    under = {"hits": seen, "min": seen, "all": relevant}[denominator]
+    return np.where(relevant > 0, seen / np.maximum(under, 1), 0.0)
 
 
 def _checked(scores: ArrayLike, relevance: ArrayLike, k: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -80,54 +158,97 @@ def _checked(scores: ArrayLike, relevance: ArrayLike, k: int) -> tuple[np.ndarra
     return scores, relevance, min(k, scores.shape[1])
 
 
-def _index_ap(scores: np.ndarray, relevance: np.ndarray, k: int) -> float:
-    hit = relevance[np.argsort(-scores, kind="stable")[:k]]
-    if not hit.any():
+class _Groups(NamedTuple):
+    """The groups of equal scores that begin within the first k, best first."""
+
+    start: np.ndarray
+    size: np.ndarray
+    relevant: np.ndarray
+
+
+def _groups(ordered: np.ndarray, relevant: np.ndarray, k: int) -> _Groups:
+    """`ordered` and `relevant`: negated scores of all items and of the relevant ones, ascending."""
+    last = ordered[k - 1]
+    reached = ordered[: np.searchsorted(ordered, last, "right")]
+    start = np.concatenate([[0], np.flatnonzero(reached[1:] != reached[:-1]) + 1])
+    edges = np.searchsorted(relevant, np.append(reached[start], last), "left")
+    edges[-1] = np.searchsorted(relevant, last, "right")
+    return _Groups(start, np.diff(np.append(start, len(reached))), np.diff(edges))
+
+
+def _hits(ordered: np.ndarray, relevant: np.ndarray, cuts: np.ndarray, ties: str) -> np.ndarray:
+    value = ordered[cuts - 1]
+    start, stop = np.searchsorted(ordered, value, "left"), np.searchsorted(ordered, value, "right")
+    before = np.searchsorted(relevant, value, "left")
+    inside = np.searchsorted(relevant, value, "right") - before
+    seen, size = cuts - start, stop - start
+    if ties == "best":
+        return before + np.minimum(seen, inside)
+    if ties == "worst":
+        return before + np.maximum(seen - (size - inside), 0)
+    return before + inside * (seen / size)  # expected hits grow linearly within a group of equals
+
+
+def _stable_order(scores: np.ndarray, k: int) -> np.ndarray:
+    """The first k places of a stable sort, best first. Only what reaches the k-th score is sorted."""
+    kth = np.partition(scores, len(scores) - k)[len(scores) - k]
+    reached = np.flatnonzero(scores >= kth)
+    return reached[np.argsort(-scores[reached], kind="stable")[:k]]
+
+
+def _extreme_ranks(groups: _Groups, k: int, ties: str) -> np.ndarray:
+    """The ranks below k, from 0, of relevant items that come first or last in their groups."""
+    first = groups.start if ties == "best" else groups.start + groups.size - groups.relevant
+    within = np.arange(groups.relevant.sum()) - np.repeat(np.cumsum(groups.relevant) - groups.relevant, groups.relevant)
+    ranks = np.repeat(first, groups.relevant) + within
+    return ranks[ranks < k]
+
+
+def _of_ranks(ranks: np.ndarray, relevant: int, k: int, denominator: str) -> float:
+    """AP from the ranks, from 0 and ascending, of the relevant items among the first k."""
+    if not len(ranks):
         return 0.0
-    return float(np.sum(np.cumsum(hit)[hit] / (np.flatnonzero(hit) + 1)) / hit.sum())
+    under = {"hits": len(ranks), "min": min(relevant, k), "all": relevant}[denominator]
+    return float(np.sum(np.arange(1, len(ranks) + 1) / (ranks + 1)) / under)
 
 
-def _expected_ap(scores: np.ndarray, relevance: np.ndarray, k: int) -> float:
+def _expected(groups: _Groups, all_relevant: int, k: int, denominator: str) -> float:
     """Expectation of AP@k over the orders of equal scores.
 
     Inside a group of n equals of which r are relevant, after `before` items with `hits` relevant ones, position j holds
     a relevant item with probability r/n, and then (j-1)(r-1)/(n-1) of the items in front of it within the group are
-    relevant. Of the last group only t < n items may be seen: how many of them are relevant is hypergeometric, and given
+    relevant. Of the last group only t <= n items may be seen: how many of them are relevant is hypergeometric, and given
     that number the same formula holds with (t, h) in place of (n, r).
     """
-    start, size, relevant = _tie_groups(scores, relevance, k)
-    hits = np.concatenate([[0], np.cumsum(relevant)])[:-1]
-    whole = start + size <= k
-    total = _group_sum(start[whole], size[whole], hits[whole], relevant[whole]).sum()
-    if whole.all():
-        found = relevant.sum()
-        return float(total / found) if found else 0.0
-    before, n, first, r = (int(x[-1]) for x in (start, size, hits, relevant))
-    seen = k - before
+    start, size, relevant = groups
+    before_hits = np.cumsum(relevant) - relevant
+    seen = k - int(start[-1])
+    whole = slice(None) if seen == size[-1] else slice(-1)
+    total = _group_sum(start[whole], size[whole], before_hits[whole], relevant[whole], k).sum()
+    if seen == size[-1]:
+        under = {"hits": relevant.sum(), "min": min(all_relevant, k), "all": all_relevant}[denominator]
+        return float(total / under) if under else 0.0
+    before, n, first, r = (int(x[-1]) for x in (start, size, before_hits, relevant))
     h = np.arange(max(0, seen - (n - r)), min(seen, r) + 1)
     chance = np.exp(_log_choose(r, h) + _log_choose(n - r, seen - h) - _log_choose(n, np.array([seen])))
-    value = (total + _group_sum(before, seen, first, h)) / np.maximum(first + h, 1)
+    under = {"hits": first + h, "min": np.array(min(all_relevant, k)), "all": np.array(all_relevant)}[denominator]
+    value = (total + _group_sum(before, seen, first, h, k)) / np.maximum(under, 1)
     return float(np.sum(chance * value) / np.sum(chance))
 
 
-def _group_sum(before: int | np.ndarray, n: int | np.ndarray, hits: int | np.ndarray, r: np.ndarray) -> np.ndarray:
+def _group_sum(
+    before: int | np.ndarray, n: int | np.ndarray, hits: int | np.ndarray, r: np.ndarray, k: int
+) -> np.ndarray:
     """Sum over the positions of a group of P(relevant) * E[hits up to it] / rank."""
-    last = int(np.max(before + n)) if np.size(n) else 0
-    harmonic = np.concatenate([[0.0], np.cumsum(1.0 / np.arange(1, last + 1))])
+    harmonic = _harmonic(k)
     inverse_ranks = harmonic[before + n] - harmonic[before]  # sum of 1 / rank
     places = n - (before + 1) * inverse_ranks  # sum of (j - 1) / rank
     return r / n * ((hits + 1) * inverse_ranks + (r - 1) / np.maximum(n - 1, 1) * places)
 
 
-def _tie_groups(scores: np.ndarray, relevance: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Start, size and relevant count of each group of equal scores that begins within the first k, best first."""
-    kth = np.partition(scores, len(scores) - k)[len(scores) - k]
-    reached = np.flatnonzero(scores >= kth)
-    order = reached[np.argsort(-scores[reached], kind="stable")]
-    ranked = scores[order]
-    start = np.concatenate([[0], np.flatnonzero(ranked[1:] != ranked[:-1]) + 1])
-    size = np.diff(np.concatenate([start, [len(ranked)]]))
-    return start, size, np.add.reduceat(relevance[order].astype(np.int64), start)
+@lru_cache(maxsize=8)
+def _harmonic(k: int) -> np.ndarray:
+    return np.concatenate([[0.0], np.cumsum(1.0 / np.arange(1, k + 1))])
 
 
 def _log_choose(n: int, m: np.ndarray) -> np.ndarray:

@@ -10,30 +10,47 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, UInt
 
+from tcq.quantizer import unit
+
 METRICS = ("l2", "ip", "cosine")
+NORMALIZE = ("none", "whole", "subvectors")
 
 
 def lookup_table(
-    queries: Float[ArrayLike, "Q D"], codebooks: Float[ArrayLike, "M K d"], *, metric: str
+    queries: Float[ArrayLike, "Q D"],
+    codebooks: Float[ArrayLike, "M K d"],
+    *,
+    metric: str,
+    squared: bool = True,
+    normalize: str = "none",
 ) -> Float[Array, "Q M K"]:
     """One table per query: "l2" holds -||q_m - c_mk||^2; "ip" and "cosine" hold <q_m, c_mk>, "cosine" of q / ||q||.
 
+    With squared=False "l2" holds -||q_m - c_mk||, as SPQ's released code sums them: another ranking.
+    `normalize` scales queries first: "none" (as MeCoQ's released code ranks), "whole" vectors or "subvectors" to unit length
+    (as MeCoQ's training sees them).
+
     Scores summed from a "cosine" table are cosine similarities once divided by the norms of the decoded items
     (`scores(..., norms=...)`), which is what the training loss compares. For "ip" codebooks hand unit codewords.
-    Raises ValueError for an unknown metric or D other than M * d.
+    Raises ValueError for an unknown metric or normalization, or D other than M * d.
     """
     queries, codebooks = jnp.asarray(queries, jnp.float32), jnp.asarray(codebooks, jnp.float32)
     num_codebooks, _, d = codebooks.shape
+    if normalize not in NORMALIZE:
+        raise ValueError(f"normalize {normalize!r} is unknown: use one of {', '.join(NORMALIZE)}")
     if queries.ndim != 2 or queries.shape[1] != num_codebooks * d:
         raise ValueError(
             f"queries {queries.shape} do not fit codebooks {codebooks.shape}: want (Q, {num_codebooks * d})"
         )
-    if metric == "cosine":
-        queries = queries / jnp.maximum(jnp.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
+    if metric == "cosine" or normalize == "whole":
+        queries = unit(queries)
     q = queries.reshape(queries.shape[0], num_codebooks, d)
+    if normalize == "subvectors":
+        q = unit(q)
     inner = jnp.einsum("qmd,mkd->qmk", q, codebooks, precision="highest")
     if metric == "l2":
-        return 2 * inner - jnp.sum(codebooks**2, axis=-1) - jnp.sum(q**2, axis=-1, keepdims=True)
+        distance = jnp.sum(codebooks**2, axis=-1) + jnp.sum(q**2, axis=-1, keepdims=True) - 2 * inner
+        return -distance if squared else -jnp.sqrt(jnp.maximum(distance, 0))
     if metric in ("ip", "cosine"):
         return inner
     raise ValueError(f"metric {metric!r} is unknown: use one of {', '.join(METRICS)}")

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from tcq import augment, checkpoint, encode, losses, parallel, quantizer, validation
 from tcq import config as configs
 from tcq import optimizer as optimizers
-from tcq.data import protocols
+from tcq.data import protocols, splits
 from tcq.data.loader import batches
 from tcq.data.sources import Source, open_source
 from tcq.journal import Journal, Progress, duration, say
@@ -116,12 +116,12 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     """
     workdir = Path(workdir)
     source = open_source(config.data)
-    split = protocols.of_source(source, config.data)
+    split = splits.of_source(source, config.data)
     configs.check_run(
         config, num_devices=jax.device_count(), num_train=len(split.train), num_validation=len(split.validation)
     )
     _claim(workdir, config, source)
-    protocols.claim(workdir, source, split)
+    splits.claim(workdir, source, split)
 
     steps = configs.total_steps(config, len(split.train))
     model = retriever.from_config(config)
@@ -229,8 +229,8 @@ def _validate(
         chosen = np.random.RandomState(0).permutation(split.train)[: config.eval.max_database]
         database = encode.encode(encoder, source.images[np.sort(chosen)])
         queries = encode.encode(encoder, images)
-        score = validation.scorers(encoder, queries, database, metric=config.eval.score)["asymmetric"]
-        k = config.eval.k or len(chosen)
+        score = validation.scorers(encoder, queries, database)["asymmetric"]
+        k = protocols.cut_off(config.data.protocol, config.eval.k, len(chosen))
         result = validation.retrieve(score, labels, source.labels[np.sort(chosen)], k=k, ks=[1])
         values = {"mAP": result.mean_average_precision} | values
     return values

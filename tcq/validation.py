@@ -1,6 +1,8 @@
 """Ranking a database for queries and scoring it; and whether clipping removes what it should. Used in and after training."""
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -8,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
+from ml_collections import ConfigDict
 
 from tcq import augment, encode, losses, metrics, parallel, quantizer, ranking
 from tcq import config as configs
@@ -15,16 +18,25 @@ from tcq import config as configs
 Scorer = Callable[[slice], Float[np.ndarray, "Q N"]]
 
 
+class Conventions(NamedTuple):
+    """How a ranking is scored; see `metrics`."""
+
+    ties: str = "expected"
+    denominator: str = "hits"
+    empty: str = "zero"
+
+
+DEFAULT = Conventions()
+
+
 class Retrieval(NamedTuple):
     """How well a ranking answers the queries."""
 
+    mean_average_precision: float
     average_precision: Float[np.ndarray, " Q"]
-    precision: Float[np.ndarray, " C"]  # at each cut-off asked for
-    recall: Float[np.ndarray, " C"]
-
-    @property
-    def mean_average_precision(self) -> float:
-        return float(self.average_precision.mean())
+    relevant: Int[np.ndarray, " Q"]  # in the whole database
+    precision: Float[np.ndarray, " C"]  # at each cut-off asked for, mean over the queries
+    recall: Float[np.ndarray, " C"]  # mean over the queries that have anything relevant
 
 
 def relevance(queries: Int[np.ndarray, " Q"] | Bool[np.ndarray, "Q L"], database: Any) -> Bool[np.ndarray, "Q N"]:
@@ -35,32 +47,71 @@ def relevance(queries: Int[np.ndarray, " Q"] | Bool[np.ndarray, "Q L"], database
 
 
 def retrieve(
-    score: Scorer, query_labels: Any, database_labels: Any, *, k: int, ks: list[int], block_size: int = 256
+    score: Scorer,
+    query_labels: Any,
+    database_labels: Any,
+    *,
+    k: int,
+    ks: list[int],
+    conventions: Conventions = DEFAULT,
+    own: Int[np.ndarray, " Q"] | None = None,
+    max_scores: int = 2**24,
 ) -> Retrieval:
-    """AP@k, precision and recall at `ks` of the ranking that `score` gives for a slice of the queries, block by block."""
-    parts = []
-    for start in range(0, len(query_labels), block_size):
-        block = slice(start, min(start + block_size, len(query_labels)))
-        values, relevant = np.asarray(score(block)), relevance(query_labels[block], database_labels)
-        average_precision = metrics.average_precision(values, relevant, k=k)
-        parts.append((average_precision, metrics.hits(values, relevant, ks=ks), relevant.sum(axis=1)))
-    average_precision, hits, relevant = (np.concatenate(p) for p in zip(*parts, strict=True))
-    some = relevant > 0
-    recall = (hits[some] / relevant[some, None]).mean(axis=0) if some.any() else np.zeros(len(ks))
-    return Retrieval(average_precision, (hits / np.asarray(ks)).mean(axis=0), recall)
+    """AP@k, and precision and recall at `ks`, of the ranking that `score` gives for a slice of the queries.
+
+    Queries are ranked in blocks of at most `max_scores` scores (and at least one query), which are counted in threads; no
+    number depends on the size of the blocks. `own` is where each query itself lies in the database, to be left out of its
+    answers; -1 where it does not.
+    """
+    step = max(1, max_scores // max(len(database_labels), 1))
+    threads = os.cpu_count() or 1
+
+    def count(values: np.ndarray, rows: slice) -> metrics.Found:
+        relevant = relevance(query_labels[rows], database_labels)
+        if own is not None:
+            mine = own[rows, None] == np.arange(len(database_labels))
+            values, relevant = np.where(mine, -np.inf, values), relevant & ~mine
+        return metrics.search(
+            values, relevant, k=k, cuts=ks, ties=conventions.ties, denominator=conventions.denominator
+        )
+
+    parts: list[metrics.Found] = []
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(query_labels), step):
+            stop = min(start + step, len(query_labels))
+            values = np.asarray(score(slice(start, stop)))
+            edges = np.linspace(start, stop, min(threads, stop - start) + 1).astype(int)
+            pieces = [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+            parts += pool.map(count, [values[p.start - start : p.stop - start] for p in pieces], pieces)
+    found = metrics.Found(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    some = found.relevant > 0
+    recall = (found.hits[some] / found.relevant[some, None]).mean(axis=0) if some.any() else np.zeros(len(ks))
+    mean = metrics.mean(found.average_precision, found.relevant, empty=conventions.empty)
+    return Retrieval(mean, found.average_precision, found.relevant, (found.hits / np.asarray(ks)).mean(axis=0), recall)
 
 
-def scorers(
-    encoder: encode.Encoder, queries: encode.Encoded, database: encode.Encoded, *, metric: str
-) -> dict[str, Scorer]:
+def query_norm(config: ConfigDict) -> str:
+    """`eval.normalize`, where "auto" is what the training loss compares: with pairing "quantized" and metric "ip"
+    reconstructions, which depend on unit subvectors only; else the features as they are."""
+    if config.eval.normalize != "auto":
+        return str(config.eval.normalize)
+    return "subvectors" if (config.loss.pairing, config.quantizer.metric) == ("quantized", "ip") else "none"
+
+
+def scorers(encoder: encode.Encoder, queries: encode.Encoded, database: encode.Encoded) -> dict[str, Scorer]:
     """Scores by "asymmetric" (float query, stored code), "symmetric" (both codes) and "float" (both features)."""
-    codebooks = encoder.codebooks
+    codebooks, c = encoder.codebooks, encoder.config.eval
+    metric, normalize = c.score, query_norm(encoder.config)
     norms = ranking.code_norms(database.codes, codebooks) if metric == "cosine" else None
     decoded = np.asarray(quantizer.decode(queries.codes, codebooks))
 
     def coded(rows: Float[np.ndarray, "Q D"]) -> Scorer:
         return lambda block: np.asarray(
-            ranking.scores(ranking.lookup_table(rows[block], codebooks, metric=metric), database.codes, norms=norms)
+            ranking.scores(
+                ranking.lookup_table(rows[block], codebooks, metric=metric, squared=c.squared, normalize=normalize),
+                database.codes,
+                norms=norms,
+            )
         )
 
     return {

@@ -57,17 +57,23 @@ def contrastive_loss(xa, xb, za, zb, pairing, temperature, clip):
     return np.mean([nt_xent(a, b, temperature, clip) for a, b in problems])
 
 
-def one_ap(relevance, k):
+def one_ap(relevance, k, denominator="hits"):
+    """AP@k of a ranked list of booleans, the whole database."""
     hits, total = 0, 0.0
     for rank, relevant in enumerate(relevance[:k], 1):
         if relevant:
             hits += 1
             total += hits / rank
-    return total / hits if hits else 0.0
+    under = {"hits": hits, "min": min(k, sum(relevance)), "all": sum(relevance)}[denominator]
+    return total / under if under else 0.0
 
 
-def expected_ap(scores, relevance, k):
-    """Mean AP@k over every order that sorts the scores: brute force."""
+def orders(scores):
+    """Every order that sorts the scores, best first: brute force."""
     n = len(scores)
-    orders = [o for o in permutations(range(n)) if all(scores[o[i]] >= scores[o[i + 1]] for i in range(n - 1))]
-    return np.mean([one_ap([relevance[i] for i in o], k) for o in orders])
+    return [o for o in permutations(range(n)) if all(scores[o[i]] >= scores[o[i + 1]] for i in range(n - 1))]
+
+
+def all_aps(scores, relevance, k, denominator="hits"):
+    """AP@k in every order that sorts the scores."""
+    return [one_ap([relevance[i] for i in o], k, denominator) for o in orders(scores)]

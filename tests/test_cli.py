@@ -12,7 +12,7 @@ from PIL import Image
 from tcq import config as configs
 from tcq import encode, evaluate, export, metrics, serve, train, validation
 from tcq import index as indexes
-from tcq.data import protocols, sources
+from tcq.data import sources, splits
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +45,7 @@ class TestTrain:
             (["--config=configs/folder.py:/no/such/folder"], "image folder '/no/such/folder' does not exist"),
             (
                 ["--config=configs/cifar10.py", "--config.data.tfds_dir=/no/such"],
-                "tfds build cifar10 --file_format=array_record",
+                "python -m tcq prepare --dataset=cifar10",
             ),
         ],
     )
@@ -68,12 +68,15 @@ class TestEvaluate:
         return json.loads((run / "results.json").read_text())
 
     def test_results_hold_what_a_reader_needs(self, run, results):
-        assert results["protocol"] == "seeded" and results["bits"] == 6 and results["k"] == 108
-        assert set(results["mAP"]) == {"asymmetric", "symmetric", "float", "random", "pq_pixels", "pq_features"}
+        assert results["protocol"] == "folder" and results["bits"] == 6 and results["k"] == 108
+        assert set(results["mAP"]) == set(evaluate.NAMES)
         assert all(0 < v <= 1 for v in results["mAP"].values())
+        assert results["mAP"]["best_possible"] == max(results["mAP"].values())
         assert set(results["precision_at"]["asymmetric"]) == {"1", "10", "100", "108"}
         assert results["mAP"]["pq_pixels"] > results["mAP"]["random"]
-        assert {"ties", "average_precision", "empty_queries", "similarity"} <= results["conventions"].keys()
+        assert {"ties", "denominator", "empty", "relevance", "similarity", "query_in_database"} == set(
+            results["conventions"]
+        )
         assert results["sizes"] == {"query": 12, "database": 108, "train": 97, "validation": 11}
         for name in ("gallery.png", "curves.png"):
             with Image.open(run / name) as picture:
@@ -83,7 +86,7 @@ class TestEvaluate:
         """The number in results.json, computed here from codes with nothing but NumPy."""
         encoder = encode.load(run)
         source = sources.open_source(encoder.config.data)
-        split = protocols.of_source(source, encoder.config.data)
+        split = splits.of_source(source, encoder.config.data)
         queries = encode.encode(encoder, source.images[split.query]).features.astype(np.float64)
         codes = encode.encode(encoder, source.images[split.database]).codes
         items = np.concatenate([encoder.codebooks[m][codes[:, m]] for m in range(2)], axis=1)
@@ -100,6 +103,30 @@ class TestEvaluate:
         again = json.loads((run / "results.json").read_text())
         for name, value in results["mAP"].items():
             np.testing.assert_allclose(again["mAP"][name], value, atol=1e-6, err_msg=name)
+
+    def test_conventions_may_be_overridden_and_are_recorded(self, run, results, tmp_path):
+        import shutil
+
+        shutil.copytree(run, tmp_path / "run")
+        flags = [
+            "--config.eval.ties=worst",
+            "--config.eval.k=5",
+            "--config.eval.squared=false",
+            "--config.eval.empty=skip",
+        ]
+        done = small.tcq("evaluate", f"--workdir={tmp_path / 'run'}", *flags, "--config.eval.denominator=all")
+        assert done.returncode == 0, done.stderr
+        changed = json.loads((tmp_path / "run" / "results.json").read_text())
+        assert changed["k"] == 5 and changed["conventions"]["ties"].startswith("worst: ")
+        assert changed["conventions"]["denominator"] == "all: relevant items in the database"
+        assert changed["conventions"]["similarity"].startswith("minus the sum of the L2 distances of subvectors")
+        assert changed["mAP"]["asymmetric"] < results["mAP"]["asymmetric"]
+        assert changed["mAP"]["best_possible"] < 1  # more than 5 are relevant
+        refused(
+            small.tcq("evaluate", f"--workdir={run}", "--config.loss.clip=3"), "takes only --config.eval.<key>=<value>"
+        )
+        refused(small.tcq("evaluate", f"--workdir={run}", "--config.eval.ties=random"), "eval.ties 'random' is unknown")
+        refused(small.tcq("evaluate", f"--workdir={run}", "--config.eval.k=x"), "must be int")
 
     def test_recorded_figures_are_shown_beside(self, results, tmp_path):
         (tmp_path / "recorded.json").write_text('{"mAP": {"another method": 0.5}}')
@@ -156,12 +183,36 @@ def test_retrieval_does_not_depend_on_the_block(run):
     encoder = encode.load(run)
     source = sources.open_source(encoder.config.data)
     both = encode.encode(encoder, source.images)
-    score = validation.scorers(encoder, both, both, metric="cosine")["asymmetric"]
+    score = validation.scorers(encoder, both, both)["asymmetric"]
     results = [
-        validation.retrieve(score, source.labels, source.labels, k=50, ks=[1, 50], block_size=b) for b in (1, 7, 1000)
+        validation.retrieve(score, source.labels, source.labels, k=50, ks=[1, 50], max_scores=120 * b)
+        for b in (1, 7, 1000)
     ]
     for other in results[1:]:
-        np.testing.assert_allclose(other.average_precision, results[0].average_precision, atol=1e-6)
+        for a, b in zip(other, results[0], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_query_may_be_left_out_of_its_own_answers(run):
+    encoder = encode.load(run)
+    source = sources.open_source(encoder.config.data)
+    both = encode.encode(encoder, source.images)
+    score = validation.scorers(encoder, both, both)["float"]
+    places = np.arange(len(source.labels))
+    options = {"k": 119, "ks": [1, 119]}
+    kept = validation.retrieve(score, source.labels, source.labels, **options)
+    left_out = validation.retrieve(score, source.labels, source.labels, own=places, **options)
+    assert kept.precision[0] == 1 > left_out.precision[0]
+    np.testing.assert_array_equal(left_out.relevant, kept.relevant - 1)
+    for q in (0, 50):  # the same as a database without it
+        others = np.delete(places, q)
+        one = validation.retrieve(
+            lambda block, q=q, others=others: score(slice(q, q + 1))[:, others],
+            source.labels[q : q + 1],
+            source.labels[others],
+            **options,
+        )
+        np.testing.assert_allclose(one.average_precision, left_out.average_precision[q], atol=1e-12)
 
 
 class TestIndexAndSearch:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tcq import config as configs
-from tcq.data import images, loader, protocols, sources
+from tcq.data import images, loader, sources
 
 
 def png(pixels, **options):
@@ -238,37 +238,13 @@ class TestTfds:
 
     def test_what_is_not_prepared_names_the_command(self, prepared):
         with pytest.raises(
-            sources.SourceError, match=r"not prepared.*\n  tfds build cifar10 --file_format=array_record --data_dir"
+            sources.SourceError, match=r"not prepared.*\n  tfds build cars196 --file_format=array_record --data_dir"
+        ):
+            sources.open_source(self.config(prepared, "cars196"))
+        with pytest.raises(
+            sources.SourceError, match=r"not prepared.*\n  python -m tcq prepare --dataset=cifar10 --data_dir"
         ):
             sources.open_source(self.config(prepared, "cifar10"))
-
-
-class TestProtocols:
-    def test_parts_are_disjoint_complete_and_seeded(self):
-        parts = protocols.split("seeded", 1000, query=0.1, validation=0.2, seed=3)
-        assert [len(p) for p in parts] == [100, 900, 720, 180]
-        np.testing.assert_array_equal(np.sort(np.concatenate([parts.query, parts.database])), np.arange(1000))
-        np.testing.assert_array_equal(np.sort(np.concatenate([parts.train, parts.validation])), parts.database)
-        again = protocols.split("seeded", 1000, query=0.1, validation=0.2, seed=3)
-        other = protocols.split("seeded", 1000, query=0.1, validation=0.2, seed=4)
-        assert protocols.digest(parts) == protocols.digest(again) != protocols.digest(other)
-
-    def test_the_seeded_stream_is_frozen(self):
-        parts = protocols.split("seeded", 1000, query=0.1, validation=0.2, seed=0)
-        assert protocols.digest(parts) == "4e1d7d179c001f33a4cac34bff915e23dbe68783a60858c693467a0f47a13c82"
-        assert parts.query.dtype == np.int64
-
-    def test_cifar10_spq(self):
-        parts = protocols.split("cifar10_spq", 60_000, query=0.5, validation=0.02, seed=0)
-        np.testing.assert_array_equal(parts.query, np.arange(50_000, 60_000))
-        np.testing.assert_array_equal(parts.database, np.arange(50_000))
-        assert len(parts.train) == 49_000 and len(parts.validation) == 1000
-
-    def test_errors(self):
-        with pytest.raises(protocols.ProtocolError, match="found 50,000"):
-            protocols.split("cifar10_spq", 50_000, query=0.1, validation=0.1, seed=0)
-        with pytest.raises(protocols.ProtocolError, match="'coco' is unknown"):
-            protocols.split("coco", 10, query=0.1, validation=0.1, seed=0)
 
 
 class TestLoader:

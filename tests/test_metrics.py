@@ -7,15 +7,50 @@ import oracle
 from tcq import metrics
 
 
+@st.composite
+def rankings(draw):
+    n = draw(st.integers(1, 6))
+    scores = draw(st.lists(st.sampled_from([0.0, 1.0, 2.0]), min_size=n, max_size=n))
+    return scores, draw(st.lists(st.booleans(), min_size=n, max_size=n)), draw(st.integers(1, n + 1))
+
+
 @settings(deadline=None, max_examples=150)
-@given(st.data())
-def test_expected_ap_equals_the_mean_over_all_orders(data):
-    n = data.draw(st.integers(1, 6))
-    scores = data.draw(st.lists(st.sampled_from([0.0, 1.0, 2.0]), min_size=n, max_size=n))
-    relevance = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
-    k = data.draw(st.integers(1, n + 1))
-    ours = metrics.mean_average_precision(np.array([scores]), np.array([relevance]), k=k)
-    np.testing.assert_allclose(ours, oracle.expected_ap(scores, relevance, min(k, n)), atol=1e-12)
+@given(rankings(), st.sampled_from(metrics.DENOMINATORS))
+def test_expected_ap_equals_the_mean_over_all_orders(ranking, denominator):
+    scores, relevance, k = ranking
+    ours = metrics.mean_average_precision(np.array([scores]), np.array([relevance]), k=k, denominator=denominator)
+    k = min(k, len(scores))
+    np.testing.assert_allclose(ours, np.mean(oracle.all_aps(scores, relevance, k, denominator)), atol=1e-12)
+
+
+@settings(deadline=None, max_examples=150)
+@given(rankings(), st.sampled_from(metrics.DENOMINATORS))
+def test_best_and_worst_are_those_orders(ranking, denominator):
+    scores, relevance, k = ranking
+    n, k = len(scores), min(k, len(scores))
+    for ties, sign in (("best", -1), ("worst", 1)):
+        order = sorted(range(n), key=lambda i: (-scores[i], sign * relevance[i]))
+        ours = metrics.mean_average_precision(
+            np.array([scores]), np.array([relevance]), k=k, ties=ties, denominator=denominator
+        )
+        np.testing.assert_allclose(ours, oracle.one_ap([relevance[i] for i in order], k, denominator), atol=1e-12)
+        if denominator != "hits":
+            every = oracle.all_aps(scores, relevance, k, denominator)
+            np.testing.assert_allclose(ours, max(every) if ties == "best" else min(every), atol=1e-12)
+
+
+@settings(deadline=None, max_examples=100)
+@given(rankings())
+def test_hits_under_every_rule_for_ties(ranking):
+    scores, relevance, _ = ranking
+    n, every = len(scores), oracle.orders(ranking[0])
+    counts = np.array([np.cumsum([relevance[i] for i in o]) for o in every])
+    for ties, truth in (("expected", counts.mean(0)), ("best", counts.max(0)), ("worst", counts.min(0))):
+        ours = metrics.hits(np.array([scores]), np.array([relevance]), ks=list(range(1, n + 1)), ties=ties)
+        np.testing.assert_allclose(ours[0], truth, atol=1e-12, err_msg=ties)
+    stable = sorted(range(n), key=lambda i: -scores[i])
+    ours = metrics.hits(np.array([scores]), np.array([relevance]), ks=list(range(1, n + 1)), ties="index")
+    np.testing.assert_array_equal(ours[0], np.cumsum([relevance[i] for i in stable]))
 
 
 def test_worked_by_hand():
@@ -29,6 +64,24 @@ def test_a_query_without_hits_scores_zero_and_counts():
     scores, relevance = np.array([[2.0, 1], [2, 1]]), np.array([[True, False], [False, False]])
     assert metrics.mean_average_precision(scores, relevance, k=2) == 0.5
     assert metrics.mean_average_precision(scores, relevance, k=2, ties="index") == 0.5
+
+
+def test_queries_with_nothing_relevant_may_be_left_out():
+    scores, relevance = np.array([[2.0, 1], [2, 1]]), np.array([[False, True], [False, False]])
+    assert metrics.mean_average_precision(scores, relevance, k=1, empty="skip") == 0.0  # no hit, but something relevant
+    assert metrics.mean_average_precision(scores, relevance, k=2, empty="skip") == 0.5
+    assert metrics.mean_average_precision(scores, relevance, k=2, empty="zero") == 0.25
+    with pytest.raises(ValueError, match="relevant to any of the 1 queries"):
+        metrics.mean_average_precision(scores[1:], relevance[1:], k=2, empty="skip")
+
+
+@pytest.mark.parametrize("denominator", metrics.DENOMINATORS)
+def test_best_possible_is_the_score_of_relevance_itself(denominator):
+    relevance = np.random.RandomState(0).rand(20, 30) < np.linspace(0, 1, 20)[:, None]
+    for k in (1, 7, 30):
+        ideal = metrics.average_precision(relevance.astype(float), relevance, k=k, denominator=denominator, ties="best")
+        ours = metrics.best_possible(relevance.sum(1), k=k, denominator=denominator)
+        np.testing.assert_allclose(ours, ideal, atol=1e-12)
 
 
 def test_ties_by_index_take_the_database_order():
@@ -50,12 +103,15 @@ def test_large_tie_group_across_the_cut_matches_sampling():
     assert abs(exact - np.mean(samples)) < 4 * np.std(samples) / np.sqrt(3000)
 
 
-def test_without_ties_both_conventions_agree():
+def test_without_ties_all_rules_agree():
     random = np.random.RandomState(1)
     scores, relevance = random.rand(5, 300), random.rand(5, 300) < 0.1
     for k in (1, 10, 300):
         by_index = metrics.average_precision(scores, relevance, k=k, ties="index")
-        np.testing.assert_allclose(metrics.average_precision(scores, relevance, k=k), by_index, rtol=1e-12)
+        for ties in metrics.TIES:
+            np.testing.assert_allclose(
+                metrics.average_precision(scores, relevance, k=k, ties=ties), by_index, rtol=1e-9
+            )
         np.testing.assert_allclose(
             by_index, [oracle.one_ap(r[np.argsort(-s)], k) for s, r in zip(scores, relevance, strict=True)]
         )
@@ -88,7 +144,9 @@ def test_errors_carry_the_numbers(untyped):
         metrics.mean_average_precision(np.array([[np.nan, 1]]), np.zeros((1, 2), bool), k=1)
     with pytest.raises(ValueError, match="k 0"):
         metrics.mean_average_precision(np.zeros((1, 3)), np.zeros((1, 3), bool), k=0)
-    with pytest.raises(ValueError, match="'best' is unknown"):
-        metrics.mean_average_precision(np.zeros((1, 3)), np.zeros((1, 3), bool), k=1, ties="best")
-    with pytest.raises(ValueError, match="cut-off 4 is above the 3 items"):
+    with pytest.raises(ValueError, match="ties 'random' is unknown"):
+        metrics.mean_average_precision(np.zeros((1, 3)), np.zeros((1, 3), bool), k=1, ties="random")
+    with pytest.raises(ValueError, match="denominator 'k' is unknown"):
+        metrics.average_precision(np.zeros((1, 3)), np.zeros((1, 3), bool), k=1, denominator="k")
+    with pytest.raises(ValueError, match="cut-off 4 is not within the 3 items"):
         metrics.hits(np.zeros((1, 3)), np.zeros((1, 3), bool), ks=[1, 4])

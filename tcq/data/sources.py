@@ -16,9 +16,11 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 from ml_collections import ConfigDict
 
+from tcq.data import prepare, protocols
 from tcq.data.images import ImageError, decode
 
 CACHE_VERSION = 1
+LABEL_FEATURES = ("label", "labels", "strict_labels")
 
 
 class SourceError(ValueError):
@@ -33,13 +35,27 @@ class Source(NamedTuple):
     names: list[str]  # the path below the folder, or an id
     classes: list[str]
     skipped: list[dict[str, str]]  # {"path", "reason"}
+    notes: tuple[str, ...] = ()  # what a reader of results has to know
 
 
 def open_source(data: ConfigDict) -> Source:
-    """The images of `config.data.source`.
+    """The images of `config.data.source`, with the labels that `config.data.protocol` looks at.
 
-    Raises SourceError if the source is not of a known kind, is missing, is not prepared, or holds no image.
+    Raises SourceError if the source is not of a known kind, is missing, is not prepared, holds no image, or has fewer labels
+    than the protocol.
     """
+    source, want = _open(data), protocols.PROTOCOLS[data.protocol].num_labels
+    if not want or source.labels is None:
+        return source
+    if source.labels.ndim != 2 or source.labels.shape[1] < want:
+        raise SourceError(
+            f"protocol {data.protocol} is for {want} labels, {data.source} has {len(source.classes)} classes; "
+            f"protocol folder takes any"
+        )
+    return source._replace(labels=source.labels[:, :want], classes=source.classes[:want])
+
+
+def _open(data: ConfigDict) -> Source:
     kind, _, rest = data.source.partition(":")
     if data.source == "digits":
         return _digits(data.image_size)
@@ -92,22 +108,18 @@ def _digits(size: int) -> Source:
 def _tfds(name: str, data: ConfigDict) -> Source:
     import tensorflow_datasets as tfds
 
-    where = f" --data_dir={data.tfds_dir}" if data.tfds_dir else ""
-    advice = (
-        f"prepare it once, where TensorFlow is installed (pip install tensorflow-cpu):\n"
-        f"  tfds build {name} --file_format=array_record{where}"
-    )
-    data_dir = os.path.expanduser(data.tfds_dir) if data.tfds_dir else None
+    home = os.path.expanduser(data.tfds_dir) if data.tfds_dir else str(tfds.core.constants.DATA_DIR)
     try:
-        builder = tfds.builder_from_directory(_prepared(name, data_dir or tfds.core.constants.DATA_DIR))
+        builder = tfds.builder_from_directory(_prepared(name, home))
     except FileNotFoundError:
         raise SourceError(
-            f"TFDS dataset {name!r} is not prepared in {data_dir or tfds.core.constants.DATA_DIR}; {advice}"
+            f"TFDS dataset {name!r} is not prepared in {home}; {_advice(name, home, data.tfds_dir)}"
         ) from None
     if builder.info.file_format is None or builder.info.file_format.value != "array_record":
-        found = builder.info.file_format and builder.info.file_format.value
+        stored = builder.info.file_format and builder.info.file_format.value
         raise SourceError(
-            f"TFDS dataset {name!r} in {builder.data_dir} is stored as {found}, not as array_record; {advice}"
+            f"TFDS dataset {name!r} in {builder.data_dir} is stored as {stored}, not as array_record; "
+            f"{_advice(name, home, data.tfds_dir)}"
         )
     features = builder.info.features
     if "image" not in features:
@@ -116,16 +128,17 @@ def _tfds(name: str, data: ConfigDict) -> Source:
     splits += sorted(set(builder.info.splits) - set(splits))
     rows = [(s, i) for s in splits for i in range(builder.info.splits[s].num_examples)]
     encoded = {"image": tfds.decode.SkipDecoding()}  # bytes, which `decode` reads as safely as a file
-    sources = {s: builder.as_data_source(split=s, decoders=encoded) for s in splits}
+    stores = {s: builder.as_data_source(split=s, decoders=encoded) for s in splits}
 
-    order, labels = [], []
+    order, ids, labels = [], [], []
     for split, i in rows:
-        row = sources[split][i]
-        order.append((splits.index(split), _text(row["id"]) if "id" in row else f"{i:09d}"))
-        labels.append(row["label"] if "label" in row else row.get("labels"))
-    ranked = sorted(range(len(rows)), key=lambda r: order[r])  # TFDS shuffles on writing; ids give the official order
-    names = [f"{rows[r][0]}/{order[r][1]}" for r in ranked]
-    items = ((name, bytes(sources[rows[r][0]][rows[r][1]]["image"])) for name, r in zip(names, ranked, strict=True))
+        row = stores[split][i]
+        ids.append(_text(row["id"]) if "id" in row else f"{i:09d}")
+        order.append((splits.index(split), int(row["index"]) if "index" in row else 0, ids[-1]))
+        labels.append({key: row[key] for key in LABEL_FEATURES if key in row})
+    ranked = sorted(range(len(rows)), key=lambda r: order[r])  # TFDS shuffles on writing: back to the official order
+    names = [f"{rows[r][0]}/{ids[r]}" for r in ranked]
+    items = ((name, bytes(stores[rows[r][0]][rows[r][1]]["image"])) for name, r in zip(names, ranked, strict=True))
     key = hashlib.sha256(
         json.dumps([CACHE_VERSION, data.image_size, data.resize, builder.info.full_name, names]).encode()
     )
@@ -135,12 +148,39 @@ def _tfds(name: str, data: ConfigDict) -> Source:
     )
     if bad:
         raise SourceError(f"{len(bad)} of {len(rows)} images of {name!r} cannot be decoded, the first: {bad[0]}")
-    return Source(images, *_tfds_labels([labels[r] for r in ranked], features), kept, _class_names(features), [])
+    array, classes = _tfds_labels([labels[r] for r in ranked], features)
+    facts = builder.info.metadata or {}
+    notes = () if facts.get("verified", True) else (f"{name} was prepared from files that were not verified",)
+    excluded = [{"path": row["id"], "reason": row["reason"]} for row in facts.get("excluded", [])]
+    return Source(images, array, kept, classes, excluded, notes)
+
+
+def _advice(name: str, home: str, tfds_dir: str) -> str:
+    """The command that prepares a dataset, and for those of `prepare.DATASETS` the files that it needs."""
+    short = name.partition("/")[0]
+    if short not in prepare.DATASETS:
+        where = f" --data_dir={tfds_dir}" if tfds_dir else ""
+        return (
+            f"prepare it once, where TensorFlow is installed (pip install tensorflow-cpu):\n"
+            f"  tfds build {name} --file_format=array_record{where}"
+        )
+    where = f" --data_dir={tfds_dir}" if tfds_dir else ""
+    manual = prepare.manual_dir(home)
+    files = [f"  {file}: {'found' if there else 'missing'}" for file, there in prepare.found(short, manual).items()]
+    return "\n".join(
+        [
+            f"prepare it once:\n  python -m tcq prepare --dataset={name}{where}",
+            f"which reads from {manual} (or --files=<another folder>):",
+            *files,
+            prepare.instructions(short),
+        ]
+    )
 
 
 def _prepared(name: str, data_dir: str) -> str:
     """The newest version folder below <data_dir>/<name>[/<config>]. Raises FileNotFoundError."""
-    root = Path(data_dir).expanduser() / name
+    default = prepare.DATASETS.get(name, ("", "", None))[2]
+    root = Path(data_dir).expanduser() / name / (default or "")
     found = [
         p.parent
         for p in [
@@ -154,20 +194,20 @@ def _prepared(name: str, data_dir: str) -> str:
     return str(max(found, key=lambda p: [int(n) if n.isdigit() else -1 for n in p.name.split(".")]))
 
 
-def _tfds_labels(labels: list[Any], features: Any) -> tuple[np.ndarray | None]:
-    if not labels or labels[0] is None:
-        return (None,)
-    if "label" in features:
-        return (np.array(labels, np.int64),)
-    hot = np.zeros((len(labels), len(_class_names(features))), bool)
-    for i, row in enumerate(labels):
-        hot[i, np.asarray(row, np.int64)] = True
-    return (hot,)
-
-
-def _class_names(features: Any) -> list[str]:
-    feature = features["label"] if "label" in features else features["labels"].feature if "labels" in features else None
-    return list(getattr(feature, "names", None) or [])
+def _tfds_labels(rows: list[dict[str, Any]], features: Any) -> tuple[np.ndarray | None, list[str]]:
+    """Class numbers of a feature `label`, or multi-hot columns of `labels` and then of `strict_labels`; their names."""
+    keys = [key for key in LABEL_FEATURES if rows and key in rows[0]]
+    if not keys:
+        return None, []
+    names = {k: list(getattr(getattr(features[k], "feature", features[k]), "names", None) or []) for k in keys}
+    if "label" in keys:
+        return np.array([row["label"] for row in rows], np.int64), names["label"]
+    hot = {key: np.zeros((len(rows), len(names[key])), bool) for key in keys}
+    for key in keys:
+        for i, row in enumerate(rows):
+            hot[key][i, np.asarray(row[key], np.int64)] = True
+    classes = [f"{name} (strict)" if key == "strict_labels" else name for key in keys for name in names[key]]
+    return np.concatenate([hot[key] for key in keys], axis=1), classes
 
 
 def _text(value: Any) -> str:

@@ -1,0 +1,96 @@
+"""Reading upstream archives safely: members by name into memory, nothing unpickled, no path of an archive ever written to."""
+
+import hashlib
+import os
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Collection
+from pathlib import Path
+
+MAX_MEMBER = 64 * 2**20  # bytes; the largest members read are CIFAR-10's batches of 30,730,000
+
+
+class ArchiveError(ValueError):
+    """A file of the dataset is missing, damaged, or not what was published; the message names it and what was expected."""
+
+
+def find(folder: str | os.PathLike[str], name: str, *, size: int | None = None) -> Path:
+    """The file `name` in the folder. Raises ArchiveError if it is missing, or not of the published size."""
+    path = Path(folder) / name
+    if not path.is_file():
+        raise ArchiveError(f"{str(path)!r} is missing")
+    found = path.stat().st_size
+    if size is not None and found != size:
+        raise ArchiveError(
+            f"{str(path)!r} has {found:,} bytes, the published file has {size:,}: the download may have been cut short"
+        )
+    return path
+
+
+def verify(path: Path, algorithm: str, digest: str) -> None:
+    """Raises ArchiveError unless the file has this checksum."""
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, algorithm).hexdigest()
+    if found != digest:
+        raise ArchiveError(f"{str(path)!r} has {algorithm} {found}, the published file has {digest}: download it again")
+
+
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """Opens a zip file for `read_member`. Raises ArchiveError if it is truncated or no zip file."""
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise ArchiveError(
+            f"{str(path)!r} is truncated or no zip file ({error}): the download may have been cut short"
+        ) from None
+
+
+def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """One member, its checksum verified. Raises ArchiveError if it is missing, damaged or above MAX_MEMBER."""
+    where = f"{str(archive.filename)!r}, member {name!r}"
+    try:
+        info = archive.getinfo(name)
+    except KeyError:
+        raise ArchiveError(f"{where}, is missing") from None
+    try:
+        with archive.open(info) as file:
+            data = file.read(MAX_MEMBER + 1)  # not what the header claims: what is really there
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
+        raise ArchiveError(f"{where}, cannot be read: {error}") from None
+    if len(data) > MAX_MEMBER:
+        raise ArchiveError(f"{where}, is above the limit of {MAX_MEMBER:,} bytes")
+    return data
+
+
+def read_tar(path: Path, names: Collection[str]) -> dict[str, bytes]:
+    """These regular members of a tar.gz file. Raises ArchiveError if one is missing, damaged or above MAX_MEMBER."""
+    found: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path, "r|gz") as archive:
+            for member in archive:
+                if member.name not in names or not member.isreg():
+                    continue
+                if member.size > MAX_MEMBER:
+                    raise ArchiveError(
+                        f"{str(path)!r}, member {member.name!r}, is above the limit of {MAX_MEMBER:,} bytes"
+                    )
+                file = archive.extractfile(member)
+                assert file is not None
+                found[member.name] = file.read()
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        raise ArchiveError(f"{str(path)!r} is truncated or no tar.gz file ({error})") from None
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ArchiveError(f"{str(path)!r} holds no {', '.join(missing)}")
+    return found
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file without trailing blank ones. Raises ArchiveError if it is missing or no text."""
+    try:
+        return path.read_text(encoding="utf-8").rstrip().splitlines()
+    except UnicodeDecodeError:
+        raise ArchiveError(f"{str(path)!r} is not a text file") from None
+    except OSError as error:
+        raise ArchiveError(f"{str(path)!r} cannot be read: {error.strerror}") from None

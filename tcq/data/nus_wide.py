@@ -1,0 +1,191 @@
+"""NUS-WIDE as a TFDS dataset: Flickr photos with 81 concepts, and the subset of the 21 most frequent ones."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from tcq.data import archives
+from tcq.data.images import ImageError, decode
+
+NUM_IMAGES = 269_648
+NUM_TRAIN = 161_789  # of the published training list, the others are its test list
+NUM_IMAGES_21 = 195_834  # with at least one of the 21 most frequent concepts
+IMAGE_FOLDERS = ("Flickr", "images", "Images", ".")
+FILES = ("Groundtruth", "ConceptsList", "ImageList", "Flickr")
+INSTRUCTIONS = """NUS-WIDE, unpacked, with the names that its archives give:
+  Groundtruth/AllLabels/Labels_<concept>.txt   81 files with a line of 0 or 1 for each image
+  ConceptsList/Concepts81.txt
+  ImageList/Imagelist.txt                      the images in the order of those lines, as actor\\0001_2124494179.jpg
+  Flickr/<folder>/<name>.jpg                   the photos (also found in images/, in Images/, here, or without <folder>)
+or, instead of AllLabels and Imagelist.txt, Groundtruth/TrainTestLabels/Labels_<concept>_{Train,Test}.txt with
+ImageList/TrainImagelist.txt and ImageList/TestImagelist.txt.
+Labels and lists: https://lms.comp.nus.edu.sg/wp-content/uploads/2019/research/nuswide/NUS-WIDE.html. The photos are handed
+out by the National University of Singapore to those who sign its agreement and disclaimer form."""
+
+
+@dataclass(eq=False, kw_only=True)
+class NusWideConfig(tfds.core.BuilderConfig):
+    """Which concepts are labels. Of 21, images without any of them are left out."""
+
+    num_concepts: int = 81
+
+
+class NusWide(tfds.core.GeneratorBasedBuilder):
+    """One split, "train", of all images in the order of the image list (feature `index`); the protocols make the splits.
+
+    verify: refuse anything but the published numbers of images, concepts and lines, and missing or damaged photos.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    MANUAL_DOWNLOAD_INSTRUCTIONS = INSTRUCTIONS
+    BUILDER_CONFIGS: ClassVar[list[tfds.core.BuilderConfig]] = [
+        NusWideConfig(name="concepts21", num_concepts=21, description="the 195,834 images with a frequent concept"),
+        NusWideConfig(name="concepts81", num_concepts=81, description="all images"),
+    ]
+
+    def __init__(self, *, verify: bool = True, **options: Any) -> None:
+        self.verify = verify
+        super().__init__(**options)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Flickr photos with 81 concepts by hand.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "index": tfds.features.Scalar(
+                        np.int64, doc="place among the kept images, in the order of the list"
+                    ),
+                    "row": tfds.features.Scalar(np.int64, doc="line in AllLabels, from 0"),
+                    "id": tfds.features.Text(),
+                    "image": tfds.features.Image(encoding_format="jpeg"),
+                    "labels": tfds.features.Sequence(
+                        tfds.features.ClassLabel(num_classes=self.builder_config.num_concepts)
+                    ),
+                }
+            ),
+            homepage="https://lms.comp.nus.edu.sg/wp-content/uploads/2019/research/nuswide/NUS-WIDE.html",
+            citation="Chua et al., NUS-WIDE: A Real-World Web Image Database from National University of Singapore, CIVR 2009",
+            metadata=tfds.core.MetadataDict({"verified": self.verify, "excluded": []}),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Any]]:
+        root = Path(dl_manager.manual_dir)
+        concepts = [line.strip() for line in archives.read_lines(root / "ConceptsList" / "Concepts81.txt")]
+        if self.verify and len(concepts) != 81:
+            raise archives.ArchiveError(f"{str(root)!r}, Concepts81.txt, lists {len(concepts)} concepts, expected 81")
+        names, labels = _ground_truth(root, concepts, verify=self.verify)
+        kept = np.arange(len(names))
+        if self.builder_config.num_concepts == 21:
+            by_count = sorted(range(len(concepts)), key=lambda c: (-int(labels[:, c].sum()), concepts[c]))
+            frequent = sorted(by_count[:21], key=lambda c: concepts[c])
+            concepts, labels = [concepts[c] for c in frequent], labels[:, frequent]
+            kept = np.flatnonzero(labels.any(axis=1))
+            if self.verify and len(kept) != NUM_IMAGES_21:
+                raise archives.ArchiveError(
+                    f"{str(root)!r}: {len(kept):,} images have one of the 21 most frequent concepts, expected {NUM_IMAGES_21:,}"
+                )
+        if len(concepts) != self.builder_config.num_concepts:
+            raise archives.ArchiveError(
+                f"{str(root)!r} has {len(concepts)} concepts, expected {self.builder_config.num_concepts}"
+            )
+        self.info.features["labels"].feature.names = concepts
+        files = _locate(root, [names[row] for row in kept])
+        missing = [names[row] for row, file in zip(kept, files, strict=True) if file is None]
+        if missing and self.verify:
+            raise archives.ArchiveError(
+                f"{str(root)!r}: {len(missing):,} of {len(kept):,} images are missing, the first is {missing[0]!r}; every "
+                f"protocol is for all of them"
+            )
+        self.info.metadata["excluded"] += [{"id": name, "reason": "the file is missing"} for name in missing]
+        return {"train": self._generate_examples(names, labels, kept, files)}
+
+    def _generate_examples(
+        self, names: list[str], labels: np.ndarray, kept: np.ndarray, files: list[Path | None]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        index = 0
+        for row, file in zip(kept.tolist(), files, strict=True):
+            if file is None:
+                continue
+            try:
+                decode(file, size=16)
+            except ImageError as error:
+                if self.verify:
+                    raise archives.ArchiveError(f"{str(file)!r}: {error}; every protocol is for all images") from None
+                self.info.metadata["excluded"].append({"id": names[row], "reason": str(error)})
+                continue
+            yield (
+                row,
+                {
+                    "index": index,
+                    "row": row,
+                    "id": names[row],
+                    "image": io.BytesIO(file.read_bytes()),
+                    "labels": np.flatnonzero(labels[row]).tolist(),
+                },
+            )
+            index += 1
+
+
+def _ground_truth(root: Path, concepts: list[str], *, verify: bool) -> tuple[list[str], np.ndarray]:
+    """Names of the images and their labels (N, concepts), from either of the two layouts."""
+    lists, truth = root / "ImageList", root / "Groundtruth"
+    whole = lists / "Imagelist.txt"
+    if whole.is_file():
+        parts = [(whole, truth / "AllLabels", "", NUM_IMAGES)]
+    elif (lists / "TrainImagelist.txt").is_file():
+        parts = [
+            (lists / "TrainImagelist.txt", truth / "TrainTestLabels", "_Train", NUM_TRAIN),
+            (lists / "TestImagelist.txt", truth / "TrainTestLabels", "_Test", NUM_IMAGES - NUM_TRAIN),
+        ]
+    else:
+        raise archives.ArchiveError(f"{str(whole)!r} is missing, and so is TrainImagelist.txt beside it")
+    names: list[str] = []
+    blocks = []
+    for path, folder, end, count in parts:
+        rows = [line.strip().replace("\\", "/") for line in archives.read_lines(path)]
+        if verify and len(rows) != count:
+            raise archives.ArchiveError(f"{str(path)!r} lists {len(rows):,} images, expected {count:,}")
+        for place, name in enumerate(rows, 1):
+            if not name or name.startswith("/") or ".." in name.split("/"):
+                raise archives.ArchiveError(
+                    f"{str(path)!r}, line {place}, is {name[:80]!r}, expected a path below the folder of images"
+                )
+        columns = [_column(folder / f"Labels_{concept}{end}.txt", len(rows), str(path)) for concept in concepts]
+        names += rows
+        blocks.append(np.stack(columns, axis=1) if columns else np.zeros((len(rows), 0), bool))
+    if len(set(names)) != len(names):
+        raise archives.ArchiveError(f"{str(lists)!r} lists {len(names) - len(set(names)):,} images twice")
+    return names, np.concatenate(blocks)
+
+
+def _column(path: Path, expected: int, listed_in: str) -> np.ndarray:
+    lines = [line.strip() for line in archives.read_lines(path)]
+    if len(lines) != expected:
+        raise archives.ArchiveError(
+            f"{str(path)!r} has {len(lines):,} lines, expected {expected:,}, one for each image of {listed_in}"
+        )
+    for place, text in enumerate(lines, 1):
+        if text not in ("0", "1"):
+            raise archives.ArchiveError(f"{str(path)!r}, line {place}, is {text[:40]!r}, expected 0 or 1")
+    return np.array([text == "1" for text in lines], bool)
+
+
+def _locate(root: Path, names: list[str]) -> list[Path | None]:
+    """The file of each image, in the first folder that holds the first few of them; None where there is none."""
+    candidates = [
+        (root / folder, flat) for folder in IMAGE_FOLDERS for flat in (False, True) if (root / folder).is_dir()
+    ]
+
+    def path(base: Path, flat: bool, name: str) -> Path:
+        return base / (name.rsplit("/", 1)[-1] if flat else name)
+
+    counts = [sum(path(*candidate, name).is_file() for name in names[:100]) for candidate in candidates]
+    base, flat = candidates[int(np.argmax(counts))]
+    found = [path(base, flat, name) for name in names]
+    return [file if file.is_file() else None for file in found]
