@@ -74,18 +74,22 @@ def test_crop_takes_a_part_of_the_image():
     assert 0.5 <= min(spans) < 0.6 and 0.9 < max(spans) <= 1.01  # widths from sqrt(0.25) to 1
 
 
-def test_rotation_turns_a_ramp_by_at_most_its_degrees():
-    """A ramp along x, turned by an angle, rises by its cosine along x and by minus its sine along y."""
-    ramp = jnp.broadcast_to(jnp.linspace(0.25, 0.75, 17)[None, :, None], (17, 17, 3))
-    rise = 0.5 / 16
+def test_rotation_turns_ramps_by_at_most_its_degrees():
+    """Ramps along x and along y (red and green), turned by one angle: each rises by its cosine and by plus or minus its sine."""
+    ramp = jnp.linspace(0.25, 0.75, 17)
+    image = jnp.stack(jnp.broadcast_arrays(ramp[None, :], ramp[:, None], jnp.float32(0)), axis=-1)
     angles = []
     for seed in range(30):
-        view = augment.random_warp(jax.random.key(seed), ramp, crop=0.0, stretch=0.0, degrees=30.0, shift=0.0)
-        middle = np.asarray(view)[6:11, 6:11, 0]
-        along_x, along_y = np.diff(middle, axis=1).mean() / rise, np.diff(middle, axis=0).mean() / rise
-        np.testing.assert_allclose(along_x**2 + along_y**2, 1, atol=1e-3)
-        np.testing.assert_allclose(middle[2, 2], 0.5, atol=1e-3)  # the centre stays
-        angles.append(np.degrees(np.arctan2(-along_y, along_x)))
+        view = augment.random_warp(jax.random.key(seed), image, crop=0.0, stretch=0.0, degrees=30.0, shift=0.0)
+        middle = np.asarray(view)[6:11, 6:11]
+        rise = [
+            [np.diff(middle[..., c], axis=a).mean() * 32 for a in (1, 0)] for c in (0, 1)
+        ]  # by channel, along x and y
+        angle = np.arctan2(-rise[0][1], rise[0][0])
+        cos, sin = np.cos(angle), np.sin(angle)
+        np.testing.assert_allclose(rise, [[cos, -sin], [sin, cos]], atol=2e-3)
+        np.testing.assert_allclose(middle[2, 2, :2], 0.5, atol=1e-3)  # the centre stays
+        angles.append(np.degrees(angle))
     assert np.abs(angles).max() <= 30.1
     assert min(angles) < -15
     assert max(angles) > 15
