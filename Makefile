@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check format benchmark clean
+.PHONY: demo test test-slow test-tensorflow check format clean
 
 $(VENV)/installed: requirements.txt setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "tcq needs Python 3.11 to 3.13, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
@@ -25,6 +25,10 @@ test: $(VENV)/installed-test check
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow
+
+test-tensorflow: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'tensorflow-cpu>=2.21'
+	$(BIN)/python -m pytest -m tensorflow
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff format --check .

@@ -97,7 +97,7 @@ def search(
     ties: str = "expected",
     denominator: str = "hits",
 ) -> Found:
-    """`average_precision` at k and `hits` at `cuts` from one sort of each row. Arguments and errors as there."""
+    """`average_precision` at k and `hits` at `cuts`, both from one look at each row. Arguments and errors as there."""
     scores, relevance, k = _checked(scores, relevance, k)
     cut = np.asarray(cuts, np.int64)
     for name, value, known in (("ties", ties, TIES), ("denominator", denominator, DENOMINATORS)):
@@ -115,9 +115,7 @@ def search(
             found[q] = np.cumsum(hit)[cut - 1]
             precision[q] = _of_ranks(np.flatnonzero(hit[:k]), int(relevant[q]), k, denominator)
             continue
-        ordered, ordered_relevant = np.sort(-row), np.sort(-row[right])
-        found[q] = _hits(ordered, ordered_relevant, cut, ties)
-        groups = _groups(ordered, ordered_relevant, k)
+        found[q], groups = _look(row, right, k, cut, ties)
         if ties == "expected":
             precision[q] = _expected(groups, int(relevant[q]), k, denominator)
         else:
@@ -166,27 +164,60 @@ class _Groups(NamedTuple):
     relevant: np.ndarray
 
 
+def _look(scores: np.ndarray, right: np.ndarray, k: int, cuts: np.ndarray, ties: str) -> tuple[np.ndarray, _Groups]:
+    """Hits at the cut-offs, and the groups among the first k, without sorting all scores.
+
+    A radix sort of coarse keys of 16 bits tells in which interval of scores each cut-off falls. Only the items of these
+    intervals, and those above the k-th, are sorted by their scores. A row of few items is one interval.
+    """
+    keys = _coarse_keys(scores)
+    ranked, ranked_relevant = np.sort(keys, kind="stable"), np.sort(keys[right], kind="stable")
+    cut_keys, last_key = ranked[cuts - 1], ranked[k - 1]
+    wanted = np.zeros(int(ranked[-1]) + 1, bool)
+    wanted[cut_keys], wanted[: int(last_key) + 1] = True, True
+    places = np.flatnonzero(wanted[keys])
+    values = -scores[places]  # ascending from here on: best first
+    order = np.argsort(values, kind="stable")
+    ordered, ordered_keys = values[order], keys[places][order]
+    hit = right[places][order]
+    relevant, relevant_keys = ordered[hit], ordered_keys[hit]
+
+    # Of an interval all items are in `ordered`, of those before it perhaps not: how many are left out.
+    skipped = np.searchsorted(ranked, cut_keys) - np.searchsorted(ordered_keys, cut_keys)
+    skipped_relevant = np.searchsorted(ranked_relevant, cut_keys) - np.searchsorted(relevant_keys, cut_keys)
+    value = ordered[cuts - 1 - skipped]
+    start = np.searchsorted(ordered, value, "left") + skipped
+    size = np.searchsorted(ordered, value, "right") + skipped - start
+    first = np.searchsorted(relevant, value, "left")
+    inside = np.searchsorted(relevant, value, "right") - first
+    before, seen = first + skipped_relevant, cuts - start
+    hits = {
+        "best": before + np.minimum(seen, inside),
+        "worst": before + np.maximum(seen - (size - inside), 0),
+        "expected": before + inside * (seen / size),  # grow linearly within a group of equals
+    }[ties]
+    return hits, _groups(ordered, relevant, k)
+
+
+def _coarse_keys(scores: np.ndarray) -> np.ndarray:
+    """uint16 keys that never grow where scores grow: the place of a score between the highest and the lowest finite one."""
+    finite = scores[np.isfinite(scores)] if np.isinf(scores).any() else scores
+    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 0.0)
+    with np.errstate(over="ignore"):
+        step = 65_535 / (high - low) if high > low else np.inf
+    if len(scores) < 10_000 or not 0 < step < np.inf:
+        return np.zeros(len(scores), np.uint16)
+    return np.minimum((high - np.clip(scores, low, high)) * step, 65_535).astype(np.uint16)
+
+
 def _groups(ordered: np.ndarray, relevant: np.ndarray, k: int) -> _Groups:
-    """`ordered` and `relevant`: negated scores of all items and of the relevant ones, ascending."""
+    """`ordered` and `relevant`: negated scores of the first items, and of the relevant ones of them, ascending."""
     last = ordered[k - 1]
     reached = ordered[: np.searchsorted(ordered, last, "right")]
     start = np.concatenate([[0], np.flatnonzero(reached[1:] != reached[:-1]) + 1])
     edges = np.searchsorted(relevant, np.append(reached[start], last), "left")
     edges[-1] = np.searchsorted(relevant, last, "right")
     return _Groups(start, np.diff(np.append(start, len(reached))), np.diff(edges))
-
-
-def _hits(ordered: np.ndarray, relevant: np.ndarray, cuts: np.ndarray, ties: str) -> np.ndarray:
-    value = ordered[cuts - 1]
-    start, stop = np.searchsorted(ordered, value, "left"), np.searchsorted(ordered, value, "right")
-    before = np.searchsorted(relevant, value, "left")
-    inside = np.searchsorted(relevant, value, "right") - before
-    seen, size = cuts - start, stop - start
-    if ties == "best":
-        return before + np.minimum(seen, inside)
-    if ties == "worst":
-        return before + np.maximum(seen - (size - inside), 0)
-    return before + inside * (seen / size)  # expected hits grow linearly within a group of equals
 
 
 def _stable_order(scores: np.ndarray, k: int) -> np.ndarray:

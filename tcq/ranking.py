@@ -127,9 +127,17 @@ def _best_columns(values: np.ndarray, k: int) -> np.ndarray:
 
 
 def _pick(tables: Float[Array, "Q M K"], codes: UInt[Array, "N M"]) -> Float[Array, "Q N"]:
-    total = jnp.zeros((tables.shape[0], codes.shape[0]), jnp.float32)
-    for m in range(tables.shape[1]):  # M is small; one gather each keeps memory at Q * N
-        total = total + jnp.take(tables[:, m], codes[:, m].astype(jnp.int32), axis=1)
+    codes = codes.astype(jnp.int32)
+    queries, num_codebooks, num_codewords = tables.shape
+    if (
+        num_codewords <= 16 and num_codebooks % 2 == 0
+    ):  # two small codebooks are one of their pairs: half as many gathers
+        pairs = tables[:, 0::2, :, None] + tables[:, 1::2, None, :]
+        tables = pairs.reshape(queries, num_codebooks // 2, num_codewords**2)
+        codes = codes[:, 0::2] * num_codewords + codes[:, 1::2]
+    total = jnp.zeros((queries, codes.shape[0]), jnp.float32)
+    for m in range(tables.shape[1]):  # few; one gather each keeps memory at Q * N
+        total = total + jnp.take(tables[:, m], codes[:, m], axis=1, mode="clip")
     return total
 
 

@@ -7,9 +7,9 @@ import zipfile
 
 import numpy as np
 import pytest
+
 import small
 import upstream
-
 from tcq import config as configs
 from tcq.data import archives, cifar10, images, mirflickr25k, prepare, sources
 

@@ -117,6 +117,36 @@ def test_without_ties_all_rules_agree():
         )
 
 
+@pytest.mark.parametrize("kind", ["smooth", "few values", "outlier", "infinite", "constant", "huge"])
+def test_many_items_give_what_a_full_sort_gives(kind, monkeypatch):
+    """Above 10,000 items rows are not sorted as a whole."""
+    random = np.random.RandomState(0)
+    scores = random.randn(4, 12_000)
+    scores = {
+        "smooth": scores,
+        "few values": np.round(scores, 1),
+        "outlier": np.where(scores > 3.5, 1e30, scores),
+        "infinite": np.where(scores > 3, np.inf, np.where(scores < -3, -np.inf, scores)),
+        "constant": np.zeros_like(scores),
+        "huge": scores * 3e307,
+    }[kind]
+    relevance = random.rand(4, 12_000) < np.array([0, 0.001, 0.1, 0.9])[:, None]
+    cuts = np.unique(np.geomspace(1, 12_000, 40).astype(int))
+    for dtype in (np.float64, np.float32) if kind != "huge" else (np.float64,):
+        for ties in metrics.TIES:
+            options = {"k": 700, "cuts": cuts, "ties": ties}
+            ours = metrics.search(scores.astype(dtype), relevance, **options)
+            with monkeypatch.context() as patch:
+                patch.setattr(metrics, "_coarse_keys", lambda row: np.zeros(len(row), np.uint16))
+                whole = metrics.search(scores.astype(dtype), relevance, **options)
+            for a, b in zip(ours, whole, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-12)
+    order = np.argsort(-scores[2], kind="stable")
+    np.testing.assert_array_equal(
+        metrics.hits(scores[2:3], relevance[2:3], ks=cuts, ties="index")[0], np.cumsum(relevance[2][order])[cuts - 1]
+    )
+
+
 def test_random_order_is_a_constant_score():
     relevance = np.zeros((1, 50_000), bool)
     relevance[0, :5000] = True

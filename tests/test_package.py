@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 import small
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,9 +1,9 @@
 """The same codes under our conventions and under those of the released code of three peers."""
 
 import numpy as np
-import peers
 import pytest
 
+import peers
 from tcq import metrics, quantizer, ranking, validation
 
 

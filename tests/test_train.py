@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small
 
+import small
 from tcq import checkpoint, checks, encode, evaluate, optimizer, parallel, train
 from tcq import config as configs
 from tcq.data import protocols
