@@ -27,7 +27,7 @@ test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow
 
 test-tensorflow: $(VENV)/installed-test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'tensorflow-cpu>=2.21'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'tensorflow-cpu>=2.21' dill
 	$(BIN)/python -m pytest -m tensorflow
 
 check: $(VENV)/installed-test

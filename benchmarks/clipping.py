@@ -1,7 +1,7 @@
 """What clipping buys: digits trained at several clips, temperatures and seeds; the choice is by validation only.
 
     python benchmarks/clipping.py --clip=0 --temperatures 0.5 0.7 1.0 --seeds 0 1 2 --out=runs/without_clipping.json
-    python benchmarks/clipping.py --clip=0.1 --temperatures 0.2 --seeds 0 1 2 --out=runs/with_clipping.json
+    python benchmarks/clipping.py --clip=0.1 --temperatures 1.0 --seeds 0 1 2 --out=runs/with_clipping.json
 
 Prints and writes, for each temperature, mean and standard deviation over the seeds of the validation mAP and of the test
 mAP (whole ranking, 32 bits, asymmetric). Each training takes about a minute on two CPU cores.
@@ -36,7 +36,7 @@ def measure(clip: str, temperature: float, seed: int, overrides: list[str], work
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clip", default="0.1")
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.2])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--override", nargs="*", default=[], metavar="KEY=VALUE")
     parser.add_argument("--out", required=True)

@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
 
     c.model.update(width=64, depth=2, heads=2, patch=4, pooling="flat")
 
-    c.loss.temperature = 0.7
+    c.loss.temperature = 1.0
     c.loss.clip = 0.1
     c.loss.clip_from = 0.35  # from scratch, features have to tell classes apart before clipping can help
     c.loss.clip_full = 0.5

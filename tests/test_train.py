@@ -193,7 +193,7 @@ class TestRun:
 
     def test_another_config_is_refused(self, tmp_path):
         train.train(small.config(), tmp_path)
-        with pytest.raises(configs.ConfigError, match=r"another config(.|\n)*loss.temperature: 0.7 there, 0.3 now"):
+        with pytest.raises(configs.ConfigError, match=r"another config(.|\n)*loss.temperature: 1.0 there, 0.3 now"):
             train.train(small.config("loss.temperature=0.3"), tmp_path)
 
     def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(self, tmp_path):
