@@ -353,9 +353,12 @@ class TestExport:
         peer, opened = faiss.read_index(str(tmp_path / "x.faiss")), indexes.open_index(index)
         query = indexes.read_queries(opened, [images / "class 5" / "005.png", images / "class 6" / "006.png"])
         features = encode.encode(opened.encoder, query).features
-        distances, _ = peer.search(features, 9)
+        distances, ids = peer.search(features, 9)
         ours, _ = indexes.search_features(opened, features, k=9)
         np.testing.assert_allclose(ours, -distances, rtol=1e-3, atol=1e-4)
+        items = np.concatenate([opened.encoder.codebooks[m][opened.codes[:, m]] for m in range(2)], axis=1)
+        own = ((features[:, None] - items[ids]) ** 2).sum(-1)  # which of equals comes first is FAISS's choice
+        np.testing.assert_allclose(own, distances, rtol=1e-3, atol=1e-4)
 
     def test_npz_without_pickles(self, index, tmp_path):
         export.export(index, tmp_path / "x.npz", format="npz")
