@@ -4,6 +4,9 @@ A float query is compared with every codeword once, a table of M * K numbers; th
 the M numbers that its code names. Asymmetric: the query is a float feature. Symmetric: it is itself decoded from a code.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +17,7 @@ from tcq.quantizer import unit
 
 METRICS = ("l2", "ip", "cosine")
 NORMALIZE = ("none", "whole", "subvectors")
+ROWS = 32  # queries whose scores are computed at a time; slices that begin at a multiple of it give the same bits
 
 
 def lookup_table(
@@ -42,18 +46,8 @@ def lookup_table(
         raise ValueError(
             f"queries {queries.shape} do not fit codebooks {codebooks.shape}: want (Q, {num_codebooks * d})"
         )
-    if metric == "cosine" or normalize == "whole":
-        queries = unit(queries)
-    q = queries.reshape(queries.shape[0], num_codebooks, d)
-    if normalize == "subvectors":
-        q = unit(q)
-    inner = jnp.einsum("qmd,mkd->qmk", q, codebooks, precision="highest")
-    if metric == "l2":
-        distance = jnp.sum(codebooks**2, axis=-1) + jnp.sum(q**2, axis=-1, keepdims=True) - 2 * inner
-        return -distance if squared else -jnp.sqrt(jnp.maximum(distance, 0))
-    if metric in ("ip", "cosine"):
-        return inner
-    raise ValueError(f"metric {metric!r} is unknown: use one of {', '.join(METRICS)}")
+    _check_metric(metric)
+    return _tables(queries, codebooks, metric=metric, squared=squared, normalize=normalize)
 
 
 def code_norms(codes: UInt[ArrayLike, "N M"], codebooks: Float[ArrayLike, "M K d"]) -> Float[Array, " N"]:
@@ -73,15 +67,8 @@ def dense_scores(
     queries: Float[ArrayLike, "Q D"], items: Float[ArrayLike, "N D"], *, metric: str
 ) -> Float[np.ndarray, "Q N"]:
     """The same similarities between float vectors. Raises ValueError for an unknown metric."""
-    queries, items = jnp.asarray(queries, jnp.float32), jnp.asarray(items, jnp.float32)
-    if metric == "cosine":
-        queries, items = (x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (queries, items))
-    inner = jnp.matmul(queries, items.T, precision="highest")
-    if metric == "l2":
-        return np.asarray(2 * inner - jnp.sum(items**2, axis=1) - jnp.sum(queries**2, axis=1, keepdims=True))
-    if metric in ("ip", "cosine"):
-        return np.asarray(inner)
-    raise ValueError(f"metric {metric!r} is unknown: use one of {', '.join(METRICS)}")
+    _check_metric(metric)
+    return np.asarray(_dense(jnp.asarray(queries, jnp.float32), jnp.asarray(items, jnp.float32), metric=metric))
 
 
 def top_k(
@@ -139,6 +126,49 @@ def _pick(tables: Float[Array, "Q M K"], codes: UInt[Array, "N M"]) -> Float[Arr
     for m in range(tables.shape[1]):  # few; one gather each keeps memory at Q * N
         total = total + jnp.take(tables[:, m], codes[:, m], axis=1, mode="clip")
     return total
+
+
+@partial(jax.jit, static_argnames=("metric", "squared", "normalize"))
+def _tables(queries: Array, codebooks: Array, *, metric: str, squared: bool, normalize: str) -> Array:
+    def chunk(queries: Array) -> Array:
+        if metric == "cosine" or normalize == "whole":
+            queries = unit(queries)
+        q = queries.reshape(ROWS, codebooks.shape[0], codebooks.shape[2])
+        if normalize == "subvectors":
+            q = unit(q)
+        inner = jnp.einsum("qmd,mkd->qmk", q, codebooks, precision="highest")
+        if metric != "l2":
+            return inner
+        distance = jnp.sum(codebooks**2, axis=-1) + jnp.sum(q**2, axis=-1, keepdims=True) - 2 * inner
+        return -distance if squared else -jnp.sqrt(jnp.maximum(distance, 0))
+
+    return _in_chunks(chunk, queries)
+
+
+@partial(jax.jit, static_argnames="metric")
+def _dense(queries: Array, items: Array, *, metric: str) -> Array:
+    if metric == "cosine":
+        items = unit(items)
+
+    def chunk(queries: Array) -> Array:
+        inner = jnp.matmul(unit(queries) if metric == "cosine" else queries, items.T, precision="highest")
+        if metric != "l2":
+            return inner
+        return 2 * inner - jnp.sum(items**2, axis=1) - jnp.sum(queries**2, axis=1, keepdims=True)
+
+    return _in_chunks(chunk, queries)
+
+
+def _in_chunks(function: Callable[[Array], Array], rows: Float[Array, "Q D"]) -> Array:
+    """The function of `ROWS` rows at a time, always as many: matrix products of other shapes round otherwise."""
+    padded = jnp.pad(rows, [(0, -len(rows) % ROWS), (0, 0)])
+    results = jax.lax.map(function, padded.reshape(-1, ROWS, rows.shape[1]))
+    return results.reshape(-1, *results.shape[2:])[: len(rows)]
+
+
+def _check_metric(metric: str) -> None:
+    if metric not in METRICS:
+        raise ValueError(f"metric {metric!r} is unknown: use one of {', '.join(METRICS)}")
 
 
 @jax.jit

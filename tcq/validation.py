@@ -59,11 +59,11 @@ def retrieve(
 ) -> Retrieval:
     """AP@k, and precision and recall at `ks`, of the ranking that `score` gives for a slice of the queries.
 
-    Queries are ranked in blocks of at most `max_scores` scores (and at least one query), which are counted in threads; no
-    number depends on the size of the blocks. `own` is where each query itself lies in the database, to be left out of its
-    answers; -1 where it does not.
+    Queries are ranked in blocks of at most `max_scores` scores (and at least `ranking.ROWS` queries), which are counted in
+    threads; no bit of the result depends on the size of the blocks. `own` is where each query itself lies in the database,
+    to be left out of its answers; -1 where it does not.
     """
-    step = max(1, max_scores // max(len(database_labels), 1))
+    step = max(1, max_scores // max(len(database_labels), 1) // ranking.ROWS) * ranking.ROWS
     threads = os.cpu_count() or 1
 
     def count(values: np.ndarray, rows: slice) -> metrics.Found:

@@ -41,6 +41,20 @@ def test_equal_codes_score_equal_bits(world):
     np.testing.assert_array_equal(scores[:, :200], scores[:, 200:])
 
 
+@pytest.mark.parametrize("metric", ranking.METRICS)
+def test_scores_have_the_same_bits_in_every_block(metric):
+    random = np.random.RandomState(0)
+    for M, K, d in ((8, 16, 16), (4, 256, 64)):
+        codebooks, queries = random.randn(M, K, d).astype("f4"), random.randn(300, M * d).astype("f4")
+        items = random.randn(500, M * d).astype("f4")
+        for function, other in ((ranking.lookup_table, codebooks), (ranking.dense_scores, items)):
+            whole = np.asarray(function(queries, other, metric=metric))
+            for size in (ranking.ROWS, 2 * ranking.ROWS, 7 * ranking.ROWS):
+                blocks = [queries[i : i + size] for i in range(0, 300, size)]
+                parts = np.concatenate([np.asarray(function(b, other, metric=metric)) for b in blocks])
+                np.testing.assert_array_equal(parts, whole)
+
+
 @pytest.mark.parametrize("block_size", [1, 7, 64, 200, 10_000])
 @pytest.mark.parametrize("k", [1, 10, 200, 500])
 def test_top_k_is_the_stable_sort_whatever_the_block(world, k, block_size):
