@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int, Num
 TIES = ("expected", "index", "best", "worst")
 DENOMINATORS = ("hits", "min", "all")
 EMPTY = ("zero", "skip")
+INTERVALS = 4096
 
 
 class Found(NamedTuple):
@@ -167,24 +168,26 @@ class _Groups(NamedTuple):
 def _look(scores: np.ndarray, right: np.ndarray, k: int, cuts: np.ndarray, ties: str) -> tuple[np.ndarray, _Groups]:
     """Hits at the cut-offs, and the groups among the first k, without sorting all scores.
 
-    A radix sort of coarse keys of 16 bits tells in which interval of scores each cut-off falls. Only the items of these
+    A histogram over `INTERVALS` intervals of scores tells in which of them each cut-off falls. Only the items of these
     intervals, and those above the k-th, are sorted by their scores. A row of few items is one interval.
     """
-    keys = _coarse_keys(scores)
-    ranked, ranked_relevant = np.sort(keys, kind="stable"), np.sort(keys[right], kind="stable")
-    cut_keys, last_key = ranked[cuts - 1], ranked[k - 1]
-    wanted = np.zeros(int(ranked[-1]) + 1, bool)
-    wanted[cut_keys], wanted[: int(last_key) + 1] = True, True
-    places = np.flatnonzero(wanted[keys])
-    values = -scores[places]  # ascending from here on: best first
+    keys = _intervals(scores)
+    up_to = np.cumsum(np.bincount(keys, minlength=INTERVALS))
+    up_to_relevant = np.cumsum(np.bincount(keys.compress(right), minlength=INTERVALS))
+    cut_keys, last_key = np.searchsorted(up_to, cuts), int(np.searchsorted(up_to, k))
+    wanted = np.zeros(INTERVALS, bool)
+    wanted[cut_keys], wanted[: last_key + 1] = True, True
+    places = np.flatnonzero(wanted.take(keys))
+    values = -scores.take(places)  # ascending from here on: best first
     order = np.argsort(values, kind="stable")
-    ordered, ordered_keys = values[order], keys[places][order]
-    hit = right[places][order]
+    ordered, places = values[order], places[order]
+    ordered_keys, hit = keys.take(places), right.take(places)
     relevant, relevant_keys = ordered[hit], ordered_keys[hit]
 
     # Of an interval all items are in `ordered`, of those before it perhaps not: how many are left out.
-    skipped = np.searchsorted(ranked, cut_keys) - np.searchsorted(ordered_keys, cut_keys)
-    skipped_relevant = np.searchsorted(ranked_relevant, cut_keys) - np.searchsorted(relevant_keys, cut_keys)
+    before_keys = cut_keys - 1
+    skipped = np.append(up_to, 0)[before_keys] - np.searchsorted(ordered_keys, cut_keys)
+    skipped_relevant = np.append(up_to_relevant, 0)[before_keys] - np.searchsorted(relevant_keys, cut_keys)
     value = ordered[cuts - 1 - skipped]
     start = np.searchsorted(ordered, value, "left") + skipped
     size = np.searchsorted(ordered, value, "right") + skipped - start
@@ -199,15 +202,18 @@ def _look(scores: np.ndarray, right: np.ndarray, k: int, cuts: np.ndarray, ties:
     return hits, _groups(ordered, relevant, k)
 
 
-def _coarse_keys(scores: np.ndarray) -> np.ndarray:
-    """uint16 keys that never grow where scores grow: the place of a score between the highest and the lowest finite one."""
-    finite = scores[np.isfinite(scores)] if np.isinf(scores).any() else scores
-    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 0.0)
-    with np.errstate(over="ignore"):
-        step = 65_535 / (high - low) if high > low else np.inf
+def _intervals(scores: np.ndarray) -> np.ndarray:
+    """In which interval of equal length each score falls, uint16, 0 for the highest: never grows where scores grow."""
+    low, high = scores.min(), scores.max()
+    if not (np.isfinite(low) and np.isfinite(high)):
+        finite = scores[np.isfinite(scores)]
+        low, high = (finite.min(), finite.max()) if len(finite) else (low, low)
+        scores = np.clip(scores, low, high)
+    with np.errstate(over="ignore", invalid="ignore"):
+        step = (INTERVALS - 1) / (high - low) if high > low else np.inf
     if len(scores) < 10_000 or not 0 < step < np.inf:
         return np.zeros(len(scores), np.uint16)
-    return np.minimum((high - np.clip(scores, low, high)) * step, 65_535).astype(np.uint16)
+    return ((high - scores) * step).astype(np.uint16)
 
 
 def _groups(ordered: np.ndarray, relevant: np.ndarray, k: int) -> _Groups:

@@ -59,11 +59,11 @@ def retrieve(
 ) -> Retrieval:
     """AP@k, and precision and recall at `ks`, of the ranking that `score` gives for a slice of the queries.
 
-    Queries are ranked in blocks of at most `max_scores` scores (and at least `ranking.ROWS` queries), which are counted in
-    threads; no bit of the result depends on the size of the blocks. `own` is where each query itself lies in the database,
-    to be left out of its answers; -1 where it does not.
+    Two blocks of queries are in memory at a time, one being scored and one counted in threads: `max_scores` scores together,
+    or `ranking.ROWS` queries each. No bit of the result depends on the size of the blocks. `own` is where each query itself
+    lies in the database, to be left out of its answers; -1 where it does not.
     """
-    step = max(1, max_scores // max(len(database_labels), 1) // ranking.ROWS) * ranking.ROWS
+    step = max(1, max_scores // 2 // max(len(database_labels), 1) // ranking.ROWS) * ranking.ROWS
     threads = os.cpu_count() or 1
 
     def count(values: np.ndarray, rows: slice) -> metrics.Found:
@@ -75,14 +75,18 @@ def retrieve(
             values, relevant, k=k, cuts=ks, ties=conventions.ties, denominator=conventions.denominator
         )
 
+    starts = range(0, len(query_labels), step)
+    blocks = [slice(start, min(start + step, len(query_labels))) for start in starts]
     parts: list[metrics.Found] = []
-    with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(query_labels), step):
-            stop = min(start + step, len(query_labels))
-            values = np.asarray(score(slice(start, stop)))
-            edges = np.linspace(start, stop, min(threads, stop - start) + 1).astype(int)
+    with ThreadPoolExecutor(threads + 1) as pool:
+        coming = pool.submit(score, blocks[0])  # the device scores a block while the one before it is counted
+        for i, block in enumerate(blocks):
+            values = np.asarray(coming.result())
+            if i + 1 < len(blocks):
+                coming = pool.submit(score, blocks[i + 1])
+            edges = np.linspace(block.start, block.stop, min(threads, block.stop - block.start) + 1).astype(int)
             pieces = [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
-            parts += pool.map(count, [values[p.start - start : p.stop - start] for p in pieces], pieces)
+            parts += pool.map(count, [values[p.start - block.start : p.stop - block.start] for p in pieces], pieces)
     found = metrics.Found(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     some = found.relevant > 0
     recall = (found.hits[some] / found.relevant[some, None]).mean(axis=0) if some.any() else np.zeros(len(ks))

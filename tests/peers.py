@@ -28,7 +28,8 @@ def mecoq(queries, codebooks, codes, query_labels, database_labels, k):
     M, _, d = codebooks.shape
     values = []
     for q, label in zip(queries, query_labels, strict=True):
-        score = sum(codebooks[m, codes[:, m]] @ q[m * d : (m + 1) * d] for m in range(M))
+        table = np.einsum("md,mkd->mk", q.reshape(M, d), codebooks)
+        score = sum(table[m][codes[:, m]] for m in range(M))
         order = np.argsort(-score, kind="stable")[:k]
         values.append(_ap((label * database_labels[order]).sum(1) > 0))
     return np.mean(values)
@@ -39,7 +40,8 @@ def mecoq_curve(queries, codebooks, codes, query_labels, database_labels):
     M, _, d = codebooks.shape
     precision, recall = [], []
     for q, label in zip(queries, query_labels, strict=True):
-        score = sum(codebooks[m, codes[:, m]] @ q[m * d : (m + 1) * d] for m in range(M))
+        table = np.einsum("md,mkd->mk", q.reshape(M, d), codebooks)
+        score = sum(table[m][codes[:, m]] for m in range(M))
         hits = np.cumsum((database_labels @ label > 0)[np.argsort(-score, kind="stable")])
         precision.append(hits / np.arange(1, len(hits) + 1))
         recall.append(hits / max(hits[-1], 1))

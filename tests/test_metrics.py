@@ -137,7 +137,7 @@ def test_many_items_give_what_a_full_sort_gives(kind, monkeypatch):
             options = {"k": 700, "cuts": cuts, "ties": ties}
             ours = metrics.search(scores.astype(dtype), relevance, **options)
             with monkeypatch.context() as patch:
-                patch.setattr(metrics, "_coarse_keys", lambda row: np.zeros(len(row), np.uint16))
+                patch.setattr(metrics, "_intervals", lambda row: np.zeros(len(row), np.uint16))
                 whole = metrics.search(scores.astype(dtype), relevance, **options)
             for a, b in zip(ours, whole, strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-12)
