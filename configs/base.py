@@ -90,8 +90,9 @@ def get_config() -> ConfigDict:
     evaluation.ties = "expected"  # equal scores: expected | index | best | worst (see tcq/metrics.py)
     evaluation.denominator = "hits"  # of average precision: hits | min | all
     evaluation.empty = "zero"  # queries with nothing relevant: zero (they count) | skip
+    evaluation.exclude_query = True  # a query that is in the database is left out of its own answers
     evaluation.max_scores = 16_777_216  # scores held in memory at once, about 12 bytes each
-    evaluation.batch_size = 512  # images per encoding step over all devices
+    evaluation.batch_size = 64  # images per encoding step and device
     evaluation.max_database = 10_000  # database images used for validation while training
 
     c.checkpoint = checkpoint = ConfigDict()

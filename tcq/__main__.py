@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of the training run; results.json and pictures go there",
     )
     evaluate.add_argument("--checkpoint", default="best", help="best (by validation), latest, or a step")
-    evaluate.add_argument("--recorded", metavar="JSON", help="a file {name: mAP} of figures to show beside")
+    evaluate.add_argument("--recorded", metavar="JSON", help='a file {"mAP": {name: value}} of figures to show beside')
 
     index = command("index", "encode a folder of images into an index; or add to one, or remove from it")
     index.add_argument("--workdir", type=os.path.expanduser, help="of the training run whose model encodes")

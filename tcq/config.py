@@ -26,7 +26,7 @@ __all__ = [
     "total_steps",
     "with_eval",
 ]
-# Changing these does not change what a run computes; a workdir may go on with other values of them.
+# Changing these does not change what a run computes, but for rounding; a workdir may go on with other values of them.
 OPERATIONAL = (
     "data.threads",
     "data.cache_dir",
@@ -79,7 +79,10 @@ def with_eval(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
     """A copy of a stored config with overrides such as "eval.ties=index", checked. Raises ConfigError, also for other groups."""
     values = json.loads(to_json(config))
     for override in overrides:
-        key, equals, text = override.removeprefix("--").removeprefix("config.").partition("=")
+        flag = (
+            f"--config.{override.removeprefix('--noconfig.')}=false" if override.startswith("--noconfig.") else override
+        )
+        key, equals, text = flag.removeprefix("--").removeprefix("config.").partition("=")
         group, _, name = key.partition(".")
         if group != "eval":
             raise ConfigError(f"{override}: a trained run takes only --config.eval.<key>=<value>")

@@ -75,7 +75,7 @@ def evaluate(workdir: str | Path, *, which: str = "best", overrides: Sequence[st
     say(f"encoded {len(split.query):,} queries and {len(split.database):,} database images, {speed:,.0f} images/s")
 
     protocol = protocols.PROTOCOLS[config.data.protocol]
-    conventions = validation.Conventions(config.eval.ties, config.eval.denominator, config.eval.empty)
+    conventions = validation.conventions_of(config)
     k = protocols.cut_off(config.data.protocol, config.eval.k, len(split.database))
     ks = sorted(
         {
@@ -85,13 +85,16 @@ def evaluate(workdir: str | Path, *, which: str = "best", overrides: Sequence[st
         }
     )
     labels = source.labels[split.query], source.labels[split.database]
+    own = _own_places(split) if config.eval.exclude_query else None
     found = {
         name: validation.retrieve(
-            score, *labels, k=k, ks=ks, conventions=conventions, max_scores=config.eval.max_scores
+            score, *labels, k=k, ks=ks, conventions=conventions, own=own, max_scores=config.eval.max_scores
         )
         for name, score in _scorers(encoder, source, split, queries, database).items()
     }
     relevant = found["asymmetric"].relevant
+    chance = metrics.random_order(relevant, len(split.database), k=k, cuts=ks, denominator=conventions.denominator)
+    found["random"] = validation.summary(chance, ks, empty=conventions.empty)
     best = metrics.best_possible(relevant, k=k, denominator=conventions.denominator)
     values = {name: result.mean_average_precision for name, result in found.items()}
     values["best_possible"] = metrics.mean(best, relevant, empty=conventions.empty)
@@ -99,7 +102,9 @@ def evaluate(workdir: str | Path, *, which: str = "best", overrides: Sequence[st
         "protocol": config.data.protocol,
         "protocol_source": protocol.source,
         "source": config.data.source,
+        "draw_sha256": protocols.digest(splits.of_source(source, config.data, validation=0.0)),
         "split_sha256": protocols.digest(split),
+        "names_sha256": splits.names_digest(source),
         "sizes": {name: len(part) for name, part in split._asdict().items()},
         "bits": configs.bits(config),
         "k": k,
@@ -109,7 +114,9 @@ def evaluate(workdir: str | Path, *, which: str = "best", overrides: Sequence[st
             **{name: f"{value}: {MEANINGS[name][value]}" for name, value in conventions._asdict().items()},
             "relevance": protocol.relevance,
             "query_in_database": bool(np.isin(split.query, split.database).any()),
+            "query_excluded": config.eval.exclude_query,
             "similarity": _similarity(config),
+            "similarity_of_float_features": f"{config.eval.score} of the whole features as they are",
         },
         "notes": list(source.notes),
         "mAP": {name: values.get(name) for name in NAMES},
@@ -141,8 +148,16 @@ def table(results: Mapping[str, Any], recorded: Mapping[str, float] | None = Non
     rows[1:1] = list((recorded or {}).items())
     width = max(len(name) for name, _ in rows)
     notes = [f"note: {note}" for note in results.get("notes", [])]
+    rules = results["conventions"]
+    told = [f"{name} {rules[name].partition(':')[0]}" for name in validation.DEFAULT._fields]
     head = f"mAP@{results['k']}, {results['bits']} bits, protocol {results['protocol']}, {results['source']}"
-    lines = [head, "-" * max(len(head), width + 8), *(f"{name:<{width}}  {value:.4f}" for name, value in rows), *notes]
+    lines = [
+        head,
+        f"({', '.join(told)})",
+        "-" * max(len(head), width + 8),
+        *(f"{name:<{width}}  {value:.4f}" for name, value in rows),
+        *notes,
+    ]
     clipping = results.get("clipping", {})
     if "clip_precision" in clipping:
         lines.append(
@@ -168,7 +183,6 @@ def _scorers(
 ) -> dict[str, validation.Scorer]:
     """Ours, the ceiling, the floor, and FAISS PQ at the same bits."""
     scorers = validation.scorers(encoder, queries, database)
-    scorers["random"] = lambda block: np.zeros((block.stop - block.start, len(split.database)), np.float32)
     q = encoder.config.quantizer
     if len(split.database) < q.num_codewords:
         say(f"FAISS PQ is left out: {len(split.database)} database images for {q.num_codewords} codewords")
@@ -202,6 +216,13 @@ def _scorers(
     codes = signs(database.features)
     scorers["pca_sign_features"] = lambda block: signs(queries.features[block]) @ codes.T
     return scorers
+
+
+def _own_places(split: protocols.Split) -> np.ndarray | None:
+    """Where each query itself lies in the database, -1 where it does not; None where no query does."""
+    place = {int(image): i for i, image in enumerate(split.database)}
+    places = np.array([place.get(int(image), -1) for image in split.query])
+    return places if (places >= 0).any() else None
 
 
 def _similarity(config: ConfigDict) -> str:

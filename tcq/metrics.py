@@ -13,7 +13,6 @@ AP@k of a query: rank the database, look at the first k; sum over relevant ranks
 """
 
 from functools import lru_cache
-from math import lgamma
 from typing import NamedTuple
 
 import numpy as np
@@ -142,10 +141,25 @@ def best_possible(relevant: Int[ArrayLike, " Q"], *, k: int, denominator: str = 
     return np.where(relevant > 0, seen / np.maximum(under, 1), 0.0)
 
 
+def random_order(
+    relevant: Int[ArrayLike, " Q"], num_items: int, *, k: int, cuts: Int[ArrayLike, " C"] | list[int], denominator: str
+) -> Found:
+    """The exact expectation over all orders of the database, for queries with so many relevant items among `num_items`."""
+    relevant, cut = np.asarray(relevant, np.int64), np.asarray(cuts, np.int64)
+    counts, which = np.unique(relevant, return_inverse=True)
+    row = np.zeros((1, num_items), np.float32)
+    each = [
+        search(row, np.arange(num_items)[None] < count, k=k, cuts=[], denominator=denominator).average_precision[0]
+        for count in counts
+    ]
+    return Found(np.array(each)[which], relevant[:, None] * cut / num_items, relevant)
+
+
 def _checked(scores: ArrayLike, relevance: ArrayLike, k: int) -> tuple[np.ndarray, np.ndarray, int]:
     scores, relevance = np.asarray(scores), np.asarray(relevance, bool)
-    if scores.dtype.kind != "f":
-        scores = scores.astype(np.float64)  # negated below, which unsigned numbers do not survive
+    if scores.dtype not in (np.float32, np.float64):
+        # Negated below, which unsigned numbers do not survive; cut in intervals, for which float16 is too coarse.
+        scores = scores.astype(np.float32 if scores.dtype.kind == "f" and scores.dtype.itemsize < 4 else np.float64)
     if scores.shape != relevance.shape or scores.ndim != 2 or scores.size == 0:
         raise ValueError(
             f"scores {scores.shape} and relevance {relevance.shape} must be one shape (Q, N), none of them 0"
@@ -289,4 +303,10 @@ def _harmonic(k: int) -> np.ndarray:
 
 
 def _log_choose(n: int, m: np.ndarray) -> np.ndarray:
-    return np.array([lgamma(n + 1) - lgamma(i + 1) - lgamma(n - i + 1) for i in m])
+    table = _log_factorials(1 << n.bit_length())
+    return table[n] - table[m] - table[n - m]
+
+
+@lru_cache(maxsize=32)
+def _log_factorials(n: int) -> np.ndarray:
+    return np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])

@@ -62,12 +62,12 @@ def wait_on_cpu(tree: Any) -> None:
 def map_in_batches(function: Callable[[Any, Any], Any], params: Any, rows: Any, batch_size: int) -> Any:
     """Applies a `pmap_rows` function to all rows, in batches padded to one shape; padding never comes out.
 
-    `rows` is an array or a tree of arrays of one length, at least 1. batch_size is over the local devices, rounded up to
-    a multiple of them. Returns NumPy arrays of that length.
+    `rows` is an array or a tree of arrays of one length, at least 1. batch_size is of each device, so that the shapes, and with
+    them the rounding, are the same on any number of devices. Returns NumPy arrays of that length.
     """
     length = len(jax.tree.leaves(rows)[0])
     devices = jax.local_device_count()
-    share = -(-min(batch_size, length) // devices)
+    share = min(batch_size, length)
 
     def device_batch(x: np.ndarray, start: int) -> np.ndarray:
         part = np.asarray(x[start : start + share * devices])

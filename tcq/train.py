@@ -231,7 +231,9 @@ def _validate(
         queries = encode.encode(encoder, images)
         score = validation.scorers(encoder, queries, database)["asymmetric"]
         k = protocols.cut_off(config.data.protocol, config.eval.k, len(chosen))
-        result = validation.retrieve(score, labels, source.labels[np.sort(chosen)], k=k, ks=[1])
+        result = validation.retrieve(
+            score, labels, source.labels[np.sort(chosen)], k=k, ks=[1], conventions=validation.conventions_of(config)
+        )
         values = {"mAP": result.mean_average_precision} | values
     return values
 

@@ -88,10 +88,20 @@ def retrieve(
             pieces = [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
             parts += pool.map(count, [values[p.start - block.start : p.stop - block.start] for p in pieces], pieces)
     found = metrics.Found(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return summary(found, ks, empty=conventions.empty)
+
+
+def summary(found: metrics.Found, ks: list[int], *, empty: str) -> Retrieval:
+    """What all queries found, as means."""
     some = found.relevant > 0
     recall = (found.hits[some] / found.relevant[some, None]).mean(axis=0) if some.any() else np.zeros(len(ks))
-    mean = metrics.mean(found.average_precision, found.relevant, empty=conventions.empty)
+    mean = metrics.mean(found.average_precision, found.relevant, empty=empty)
     return Retrieval(mean, found.average_precision, found.relevant, (found.hits / np.asarray(ks)).mean(axis=0), recall)
+
+
+def conventions_of(config: ConfigDict) -> Conventions:
+    """The conventions that `config.eval` names."""
+    return Conventions(config.eval.ties, config.eval.denominator, config.eval.empty)
 
 
 def query_norm(config: ConfigDict) -> str:

@@ -22,6 +22,7 @@ SMALL = (
     "train.total_steps=12",
     "train.log_every_steps=1",
     "eval.every_steps=6",
+    "eval.batch_size=16",
     "checkpoint.every_steps=3",
 )
 

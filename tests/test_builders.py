@@ -143,15 +143,17 @@ class TestMirflickr:
 
 class TestNusWide:
     @pytest.mark.parametrize(
-        ("layout", "folder"), [("all", "Flickr"), ("train_test", "images"), ("all", "images/flat"), ("all", "")]
+        ("layout", "folder"),
+        [("all", "Flickr"), ("train_test", "images"), ("three_lists", "Flickr"), ("all", "images/flat"), ("all", "")],
     )
     def test_every_layout_gives_the_same(self, tmp_path, layout, folder):
         labels = upstream.write_nus_wide(tmp_path / "files", layout=layout, images=folder)
         make("nus_wide/concepts81", tmp_path / "files", tmp_path / "tfds")
         found = source("nus_wide/concepts81", tmp_path / "tfds")
-        assert found.names[:2] == ["train/actor/0000_1000.jpg", "train/zebra/0001_1001.jpg"]
+        assert found.names[:2] == ["train/actor/0000_1000.jpg", "train/actor/0002_1002.jpg"]
         np.testing.assert_array_equal(found.labels, labels)
-        np.testing.assert_array_equal(found.images[7], images.decode(upstream.jpeg(7), size=16))
+        for name, pixels in zip(found.names, found.images, strict=True):
+            np.testing.assert_array_equal(pixels, images.decode(upstream.jpeg(int(name[-8:-4]) - 1000), size=16))
 
     def test_the_21_most_frequent_concepts(self, tmp_path):
         labels = upstream.write_nus_wide(tmp_path / "files")
@@ -162,7 +164,6 @@ class TestNusWide:
         assert 0 < len(kept) < 30
         assert found.classes == [upstream.CONCEPTS[c] for c in frequent]
         np.testing.assert_array_equal(found.labels, labels[kept][:, frequent])
-        np.testing.assert_array_equal(found.images[3], images.decode(upstream.jpeg(kept[3]), size=16))
 
     def test_missing_and_damaged_photos_are_refused_or_listed(self, tmp_path, monkeypatch):
         upstream.write_nus_wide(tmp_path)
@@ -198,7 +199,10 @@ class TestNusWide:
                 r"has 2 lines, expected 30, one for each image of",
             ),
             ("Groundtruth/AllLabels/Labels_concept03.txt", "0\n" * 29 + "7\n", r"line 30, is '7', expected 0 or 1"),
-            ("ImageList/Imagelist.txt", None, r"Imagelist.txt' is missing, and so is TrainImagelist.txt"),
+            ("ImageList/Imagelist.txt", None, r"Imagelist.txt' cannot be read: No such file"),
+            ("ImageList/Imagelist.txt", "", r"line 1, is '', expected a path|are missing|has 30 lines, expected 0"),
+            ("ConceptsList/Concepts81.txt", "sky\nsky\n", r"lists 'sky', expected 81 different names"),
+            ("ConceptsList/Concepts81.txt", "../x\n", r"lists '../x', expected 81 different names"),
             ("ImageList/Imagelist.txt", "..\\x.jpg\n" * 30, r"line 1, is '../x.jpg', expected a path below"),
             ("ImageList/Imagelist.txt", "a\\x.jpg\n" * 30, r"lists 29 images twice"),
             ("ConceptsList/Concepts81.txt", "sky\n", r"has 1 concepts, expected 81"),
@@ -214,10 +218,74 @@ class TestNusWide:
         with pytest.raises(prepare.PrepareError, match=message):
             make("nus_wide/concepts81", tmp_path, tmp_path / "tfds")
 
+    def test_photos_that_are_all_missing_or_shared(self, tmp_path):
+        upstream.write_nus_wide(tmp_path)
+        (tmp_path / "Flickr").rename(tmp_path / "photos")
+        with pytest.raises(prepare.PrepareError, match=r"none of the 30 images is there, looked in Flickr, images"):
+            make("nus_wide/concepts81", tmp_path, tmp_path / "tfds")
+        (tmp_path / "photos").rename(tmp_path / "Flickr")
+        names = (tmp_path / "ImageList" / "Imagelist.txt").read_text().splitlines()
+        names[1] = names[1].replace("actor\\", "elsewhere\\")
+        names[2] = "more\\" + names[1].split("\\")[1]
+        (tmp_path / "ImageList" / "Imagelist.txt").write_text("\n".join(names))
+        for name in names[1:3]:
+            (tmp_path / "Flickr" / name.split("\\")[1]).write_bytes(upstream.jpeg(1))
+        with pytest.raises(prepare.PrepareError, match=r"would be two images, 'more/0002_1002.jpg' is one of them"):
+            make("nus_wide/concepts81", tmp_path, tmp_path / "tfds")
+
     def test_published_counts(self, tmp_path):
         upstream.write_nus_wide(tmp_path)
         with pytest.raises(prepare.PrepareError, match=r"lists 30 images, expected 269,648"):
             prepare.prepare("nus_wide", files=tmp_path, data_dir=tmp_path / "tfds")
+
+
+def test_what_is_prepared_is_not_taken_for_something_else(tmp_path):
+    upstream.write_mirflickr(tmp_path / "files")
+    made = make("mirflickr25k", tmp_path / "files", tmp_path / "tfds")
+    before = source("mirflickr25k", tmp_path / "tfds")
+    for verify in (True, False):
+        with pytest.raises(prepare.PrepareError, match=r"mirflickr25k/1.0.0' is there already"):
+            prepare.prepare("mirflickr25k", files=tmp_path, data_dir=tmp_path / "tfds", verify=verify)
+    shutil.rmtree(made)
+    upstream.write_mirflickr(tmp_path / "files", photos={3: upstream.jpeg(99)})
+    make("mirflickr25k", tmp_path / "files", tmp_path / "tfds")
+    after = source("mirflickr25k", tmp_path / "tfds")
+    assert not np.array_equal(before.images[2], after.images[2])
+    np.testing.assert_array_equal(before.images[3], after.images[3])
+
+
+def test_a_cached_dataset_is_not_read_again(tmp_path, monkeypatch):
+    upstream.write_mirflickr(tmp_path / "files")
+    make("mirflickr25k", tmp_path / "files", tmp_path / "tfds")
+    first = source("mirflickr25k", tmp_path / "tfds", "flickr25k_mecoq")
+    monkeypatch.setattr(sources, "_tfds_rows", None)  # must not be called
+    second = source("mirflickr25k", tmp_path / "tfds", "flickr25k_mecoq")
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "info"])
+def test_a_damaged_dataset_is_named(tmp_path, damage):
+    upstream.write_mirflickr(tmp_path / "files")
+    made = make("mirflickr25k", tmp_path / "files", tmp_path / "tfds")
+    (shard,) = made.glob("*array_record*")
+    if damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:1000])
+    elif damage == "gone":
+        shard.unlink()
+    else:
+        (made / "dataset_info.json").write_text("{")
+    with pytest.raises(
+        sources.SourceError, match=r"mirflickr25k/1.0.0 cannot be read .*: delete that folder and prepare"
+    ):
+        source("mirflickr25k", tmp_path / "tfds")
+
+
+def test_a_refusal_leaves_nothing_behind(tmp_path):
+    upstream.write_nus_wide(tmp_path / "files")
+    with pytest.raises(prepare.PrepareError):
+        prepare.prepare("nus_wide", files=tmp_path / "files", data_dir=tmp_path / "tfds")
+    assert not [p for p in (tmp_path / "tfds").rglob("*") if p.is_file()], list((tmp_path / "tfds").rglob("*"))
 
 
 def test_archives_are_read_with_bounds(tmp_path, monkeypatch):
@@ -239,6 +307,9 @@ def test_unknown_names_and_missing_folders(tmp_path):
         make("nus_wide/concepts12", tmp_path, tmp_path)
     with pytest.raises(prepare.PrepareError, match=r"/none' does not exist. NUS-WIDE, unpacked"):
         make("nus_wide", tmp_path / "none", tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(prepare.PrepareError, match=r"/file' is not a folder. CIFAR-10"):
+        make("cifar10", tmp_path / "file", tmp_path)
 
 
 def test_doctor_says_what_is_found_and_what_is_missing(tmp_path):
@@ -249,7 +320,7 @@ def test_doctor_says_what_is_found_and_what_is_missing(tmp_path):
     done = small.tcq("doctor", "--config=configs/cifar10.py", *flags)
     assert done.returncode == 2
     for text in (
-        "mirflickr25k.zip: found",
+        "mirflickr25k.zip: has ",
         "mirflickr25k_annotations_v080.zip: missing",
         f"python -m tcq prepare --dataset=mirflickr25k --data_dir={tmp_path}",
         "press.liacs.nl",

@@ -154,6 +154,24 @@ def test_random_order_is_a_constant_score():
     assert 0.1 < value < 0.11  # the base rate, a little more by the formula
 
 
+def test_float16_scores_of_many_items():
+    random = np.random.RandomState(0)
+    scores, relevance = random.randn(2, 12_000).astype("f2"), random.rand(2, 12_000) < 0.1
+    for ties in metrics.TIES:
+        ours = metrics.mean_average_precision(scores, relevance, k=100, ties=ties)
+        assert ours == metrics.mean_average_precision(scores.astype("f8"), relevance, k=100, ties=ties)
+
+
+@pytest.mark.parametrize("denominator", metrics.DENOMINATORS)
+def test_random_order_is_the_expectation_of_equal_scores(denominator):
+    relevant, cuts = np.array([0, 3, 50, 3]), [1, 20, 50]
+    relevance = np.arange(50) < relevant[:, None]
+    ours = metrics.random_order(relevant, 50, k=20, cuts=cuts, denominator=denominator)
+    same = metrics.search(np.zeros((4, 50)), relevance, k=20, cuts=cuts, denominator=denominator)
+    for a, b in zip(ours, same, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8])
 @pytest.mark.parametrize("ties", metrics.TIES)
 def test_scores_may_be_of_any_number_type(dtype, ties):

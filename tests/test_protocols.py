@@ -1,4 +1,5 @@
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,6 +72,10 @@ def test_mecoq_splits_are_those_permutations():
     np.testing.assert_array_equal(again.query, parts.query)
     np.testing.assert_array_equal(again.database, parts.database)
     np.testing.assert_array_equal(again.train, parts.database.reshape(10, 5000)[:, :500].ravel())
+    places = np.argsort(np.argsort(CIFAR10, kind="stable"), kind="stable") % 6000  # of each image within its class
+    orders = [np.concatenate([parts.query[1000 * c :][:1000], parts.database[5000 * c :][:5000]]) for c in range(10)]
+    drawn = places[np.concatenate(orders)].astype("<i8")
+    assert hashlib.md5(drawn.tobytes()).hexdigest() == "7ac13ff9ef0d2ff1984bcbefa17ab686"
     flickr = protocols.split("flickr25k_mecoq", FLICKR[:, :24], validation=0)
     np.testing.assert_array_equal(flickr.query[:5] + 1, [13896, 20904, 8540, 13225, 7780])
     np.testing.assert_array_equal(flickr.train, flickr.database[:5000])
@@ -95,6 +100,7 @@ def test_nus_wide_draws_from_every_concept():
     parts = protocols.split("nus_wide_21", labels, validation=0)
     assert np.isin(parts.train, parts.database).all()
     assert labels[parts.query].sum(0).min() >= 100 and labels[parts.train].sum(0).min() >= 500
+    assert len(parts.query) == 2100 and len(parts.train) == 10_500
 
 
 def test_the_folder_stream_is_frozen():
@@ -121,6 +127,7 @@ def test_cut_offs():
         ("cifar10_I", CIFAR10 + 1, "not CIFAR-10's labels in official order"),
         ("cifar10_I", np.eye(10, dtype=bool)[CIFAR10], r"needs labels of 'same class', found an array \(60000, 10\)"),
         ("flickr25k_mecoq", CIFAR10[:25_000], r"needs labels of 'at least one of 24 labels shared'"),
+        ("flickr25k_deephash", FLICKR[:, :24], r"needs labels of 'at least one of 38 labels shared', found .*24\)"),
         ("nus_wide_21", np.zeros((195_834, 21), bool), "195,834 images without any"),
         ("nus_wide_21", np.eye(21, dtype=bool)[np.zeros(195_834, int)], "needs 600 images of each concept"),
     ],
@@ -130,6 +137,21 @@ def test_other_images_are_refused_with_the_numbers(name, labels, message):
         protocols.split(name, labels)
 
 
-def test_shares():
+def test_the_docs_list_every_protocol():
+    rows = {}
+    for line in Path("docs/protocols.md").read_text().splitlines():
+        if line.startswith("| `"):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            rows[cells[0].strip("`")] = cells[1:]
+    for name, protocol in protocols.PROTOCOLS.items():
+        assert rows[name][3] == (f"{protocol.k:,}" if protocol.k else "all"), name
+        assert rows[name][5].split(",")[0] in (str(protocol.seed), "none drawn"), name
+        if protocol.num_labels:
+            assert f"one of {protocol.num_labels} labels" in rows[name][4]
+
+
+def test_shares_and_seeds():
+    with pytest.raises(protocols.ProtocolError, match="seed -1 must be from 0"):
+        protocols.split("folder", np.zeros(10, int), seed=-1)
     with pytest.raises(protocols.ProtocolError, match="query 1.0"):
         protocols.split("folder", np.zeros(10, int), query=1.0)

@@ -66,22 +66,24 @@ CONCEPTS = [f"concept{i:02d}" for i in range(81)]
 
 
 def write_nus_wide(root: Path, num_images: int = 30, *, layout: str = "all", images: str = "Flickr") -> np.ndarray:
-    """Lists, labels and photos; `layout` "all" or "train_test", `images` the folder, with "/flat" without sub-folders.
+    """Lists, labels and photos; the photo of path ..._<1000 + i> is jpeg(i).
 
-    Returns the labels (N, 81) in the order of the list. The first 25 concepts are frequent; every fifth image has only a
-    rare one.
+    `layout` is "all", "train_test", or "three_lists" (that and the whole list); `images` the folder, with "/flat" without
+    sub-folders. Returns the labels (N, 81) in the order of the list, which is that of the paths. The first 25 concepts are
+    frequent; every fifth image has only a rare one.
     """
     random = np.random.RandomState(2)
     labels = random.rand(num_images, 81) < np.where(np.arange(81) < 25, 0.6, 0.02)
     labels[::5, :25] = False
     labels[::5, 80] = True
     names = [f"{('actor', 'zebra')[i % 2]}\\{i:04d}_{1000 + i}.jpg" for i in range(num_images)]
-    half = num_images * 6 // 10
+    order = sorted(range(num_images), key=lambda i: names[i])
+    names, labels = [names[i] for i in order], labels[order]
     parts = {"Imagelist.txt": ("AllLabels", "", slice(None))}
-    if layout == "train_test":
+    if layout != "all":  # the two lists interleave
         parts = {
-            "TrainImagelist.txt": ("TrainTestLabels", "_Train", slice(None, half)),
-            "TestImagelist.txt": ("TrainTestLabels", "_Test", slice(half, None)),
+            "TrainImagelist.txt": ("TrainTestLabels", "_Train", slice(0, None, 2)),
+            "TestImagelist.txt": ("TrainTestLabels", "_Test", slice(1, None, 2)),
         }
     for file, (folder, end, rows) in parts.items():
         (root / "ImageList").mkdir(parents=True, exist_ok=True)
@@ -90,9 +92,11 @@ def write_nus_wide(root: Path, num_images: int = 30, *, layout: str = "all", ima
         for concept, column in zip(CONCEPTS, labels.T, strict=True):
             text = "".join(f"{int(v)}\n" for v in column[rows])
             (root / "Groundtruth" / folder / f"Labels_{concept}{end}.txt").write_text(text)
+    if layout == "three_lists":
+        (root / "ImageList" / "Imagelist.txt").write_text("".join(f"{name}\r\n" for name in names))
     (root / "ConceptsList").mkdir()
     (root / "ConceptsList" / "Concepts81.txt").write_text("\n".join(CONCEPTS) + "\n")
-    for i, name in enumerate(names):
+    for i, name in zip(order, names, strict=True):
         folder, file = name.split("\\")
         path = root / images.removesuffix("/flat") / ("" if images.endswith("/flat") else folder) / file
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Reading upstream archives safely: members by name into memory, nothing unpickled, no path of an archive ever written to."""
 
 import hashlib
+import lzma
 import os
 import tarfile
 import zipfile
@@ -56,7 +57,15 @@ def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
     try:
         with archive.open(info) as file:
             data = file.read(MAX_MEMBER + 1)  # not what the header claims: what is really there
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        EOFError,
+        OSError,
+        RuntimeError,
+        NotImplementedError,
+    ) as error:
         raise ArchiveError(f"{where}, cannot be read: {error}") from None
     if len(data) > MAX_MEMBER:
         raise ArchiveError(f"{where}, is above the limit of {MAX_MEMBER:,} bytes")
@@ -89,7 +98,7 @@ def read_tar(path: Path, names: Collection[str]) -> dict[str, bytes]:
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file without trailing blank ones. Raises ArchiveError if it is missing or no text."""
     try:
-        return path.read_text(encoding="utf-8").rstrip().splitlines()
+        return path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except UnicodeDecodeError:
         raise ArchiveError(f"{str(path)!r} is not a text file") from None
     except OSError as error:

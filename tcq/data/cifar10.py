@@ -13,7 +13,7 @@ from tcq.data import archives
 TARBALL = "cifar-10-binary.tar.gz"
 SIZE = 170_052_171
 SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-FILES = (TARBALL,)
+FILES = {TARBALL: SIZE}  # bytes
 FOLDER = "cifar-10-batches-bin"
 TRAIN = tuple(f"{FOLDER}/data_batch_{i}.bin" for i in range(1, 6))
 TEST = (f"{FOLDER}/test_batch.bin",)
@@ -47,8 +47,10 @@ class Cifar10(tfds.image_classification.Cifar10, skip_registration=True):  # typ
             archives.verify(path, "sha256", SHA256)
         members = archives.read_tar(path, {*TRAIN, *TEST, NAMES})
         names = [line for line in members[NAMES].decode("ascii", "replace").splitlines() if line.strip()]
-        if len(names) != 10:
-            raise archives.ArchiveError(f"{str(path)!r}, member {NAMES!r}, lists {len(names)} classes, expected 10")
+        if len(set(names)) != 10:
+            raise archives.ArchiveError(
+                f"{str(path)!r}, member {NAMES!r}, lists {len(set(names))} classes, expected 10"
+            )
         self.info.features["label"].names = names
         for name in (*TRAIN, *TEST):
             _check(str(path), name, members[name], exact=self.verify)
@@ -60,7 +62,7 @@ class Cifar10(tfds.image_classification.Cifar10, skip_registration=True):  # typ
 
 def _check(path: str, name: str, data: bytes, *, exact: bool) -> None:
     rows, rest = divmod(len(data), ROW)
-    if rest or (exact and rows != 10_000):
+    if rest or not rows or (exact and rows != 10_000):
         raise archives.ArchiveError(
             f"{path!r}, member {name!r}, has {len(data):,} bytes, expected {'10,000 ' if exact else ''}images of {ROW:,} bytes"
         )

@@ -16,7 +16,7 @@ IMAGES = "mirflickr25k.zip"
 IMAGES_SIZE = 3_069_184_257
 IMAGES_MD5 = "a23d0a8564ee84cda5622a6c2f947785"
 ANNOTATIONS = "mirflickr25k_annotations_v080.zip"
-FILES = (IMAGES, ANNOTATIONS)
+FILES = {IMAGES: IMAGES_SIZE, ANNOTATIONS: 0}  # bytes; 0: not told by its size
 NUM_IMAGES = 25_000
 # How many images carry each label. The archive of annotations is told by these: its checksum is not published by its makers.
 LABELS = {
@@ -146,13 +146,15 @@ def _photos(archive: ZipFile) -> list[str]:
     """Members im1.jpg, im2.jpg, ... in this order. Raises ArchiveError where one is missing in between, or is there twice."""
     numbered: dict[int, str] = {}
     for name in archive.namelist():
-        match = re.fullmatch(r"(?:.*/)?im([1-9]\d{0,6})\.jpg", name)
+        match = re.fullmatch(r"(?i:(?:.*/)?im([1-9]\d{0,6})\.jpe?g)", name.replace("\\", "/"))
         if match and not name.startswith("__MACOSX/"):
             number = int(match[1])
             if number in numbered:
                 raise archives.ArchiveError(f"{str(archive.filename)!r} holds im{number}.jpg twice")
             numbered[number] = name
-    gaps = [n for n in range(1, max(numbered, default=1) + 1) if n not in numbered]
+    if not numbered:
+        raise archives.ArchiveError(f"{str(archive.filename)!r} holds no image im<number>.jpg")
+    gaps = [n for n in range(1, max(numbered) + 1) if n not in numbered]
     if gaps:
         raise archives.ArchiveError(
             f"{str(archive.filename)!r} holds {len(numbered):,} images im<number>.jpg; im{gaps[0]}.jpg is missing"
@@ -162,7 +164,11 @@ def _photos(archive: ZipFile) -> list[str]:
 
 def _numbers(archive: ZipFile, name: str, num_images: int) -> set[int]:
     """The image numbers, from 1, that an annotation file lists, one per line."""
-    found = [m for m in archive.namelist() if m.rsplit("/", 1)[-1] == name and not m.startswith("__MACOSX/")]
+    found = [
+        m
+        for m in archive.namelist()
+        if m.replace("\\", "/").rsplit("/", 1)[-1] == name and not m.startswith("__MACOSX/")
+    ]
     where = f"{str(archive.filename)!r}, {name}"
     if len(found) != 1:
         raise archives.ArchiveError(f"{where}, is {'there twice' if found else 'missing'}")

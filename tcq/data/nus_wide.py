@@ -1,6 +1,7 @@
 """NUS-WIDE as a TFDS dataset: Flickr photos with 81 concepts, and the subset of the 21 most frequent ones."""
 
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,14 @@ NUM_IMAGES = 269_648
 NUM_TRAIN = 161_789  # of the published training list, the others are its test list
 NUM_IMAGES_21 = 195_834  # with at least one of the 21 most frequent concepts
 IMAGE_FOLDERS = ("Flickr", "images", "Images", ".")
-FILES = ("Groundtruth", "ConceptsList", "ImageList", "Flickr")
+FILES = {"Groundtruth": 0, "ConceptsList": 0, "ImageList": 0, "Flickr": 0}
 INSTRUCTIONS = """NUS-WIDE, unpacked, with the names that its archives give:
   Groundtruth/AllLabels/Labels_<concept>.txt   81 files with a line of 0 or 1 for each image
   ConceptsList/Concepts81.txt
   ImageList/Imagelist.txt                      the images in the order of those lines, as actor\\0001_2124494179.jpg
   Flickr/<folder>/<name>.jpg                   the photos (also found in images/, in Images/, here, or without <folder>)
-or, instead of AllLabels and Imagelist.txt, Groundtruth/TrainTestLabels/Labels_<concept>_{Train,Test}.txt with
-ImageList/TrainImagelist.txt and ImageList/TestImagelist.txt.
+or, instead of AllLabels, Groundtruth/TrainTestLabels/Labels_<concept>_{Train,Test}.txt with ImageList/TrainImagelist.txt and
+ImageList/TestImagelist.txt; without Imagelist.txt the images are then in the order of their paths.
 Labels and lists: https://lms.comp.nus.edu.sg/wp-content/uploads/2019/research/nuswide/NUS-WIDE.html. The photos are handed
 out by the National University of Singapore to those who sign its agreement and disclaimer form."""
 
@@ -77,6 +78,13 @@ class NusWide(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Any]]:
         root = Path(dl_manager.manual_dir)
         concepts = [line.strip() for line in archives.read_lines(root / "ConceptsList" / "Concepts81.txt")]
+        odd = [c for c in concepts if not re.fullmatch(r"\w[\w .-]*", c)] or [
+            c for c in concepts if concepts.count(c) > 1
+        ]
+        if odd:
+            raise archives.ArchiveError(
+                f"{str(root)!r}, Concepts81.txt, lists {odd[0]!r}, expected 81 different names of concepts"
+            )
         if self.verify and len(concepts) != 81:
             raise archives.ArchiveError(f"{str(root)!r}, Concepts81.txt, lists {len(concepts)} concepts, expected 81")
         names, labels = _ground_truth(root, concepts, verify=self.verify)
@@ -101,6 +109,11 @@ class NusWide(tfds.core.GeneratorBasedBuilder):
             raise archives.ArchiveError(
                 f"{str(root)!r}: {len(missing):,} of {len(kept):,} images are missing, the first is {missing[0]!r}; every "
                 f"protocol is for all of them"
+            )
+        if len(missing) == len(kept):
+            raise archives.ArchiveError(
+                f"{str(root)!r}: none of the {len(kept):,} images is there, looked in {', '.join(IMAGE_FOLDERS)} for the "
+                f"first, {names[kept[0]] if len(kept) else 'of an empty list'!r}"
             )
         self.info.metadata["excluded"] += [{"id": name, "reason": "the file is missing"} for name in missing]
         return {"train": self._generate_examples(names, labels, kept, files)}
@@ -136,32 +149,50 @@ def _ground_truth(root: Path, concepts: list[str], *, verify: bool) -> tuple[lis
     """Names of the images and their labels (N, concepts), from either of the two layouts."""
     lists, truth = root / "ImageList", root / "Groundtruth"
     whole = lists / "Imagelist.txt"
-    if whole.is_file():
-        parts = [(whole, truth / "AllLabels", "", NUM_IMAGES)]
-    elif (lists / "TrainImagelist.txt").is_file():
-        parts = [
-            (lists / "TrainImagelist.txt", truth / "TrainTestLabels", "_Train", NUM_TRAIN),
-            (lists / "TestImagelist.txt", truth / "TrainTestLabels", "_Test", NUM_IMAGES - NUM_TRAIN),
-        ]
-    else:
-        raise archives.ArchiveError(f"{str(whole)!r} is missing, and so is TrainImagelist.txt beside it")
-    names: list[str] = []
-    blocks = []
-    for path, folder, end, count in parts:
-        rows = [line.strip().replace("\\", "/") for line in archives.read_lines(path)]
-        if verify and len(rows) != count:
-            raise archives.ArchiveError(f"{str(path)!r} lists {len(rows):,} images, expected {count:,}")
-        for place, name in enumerate(rows, 1):
-            if not name or name.startswith("/") or ".." in name.split("/"):
-                raise archives.ArchiveError(
-                    f"{str(path)!r}, line {place}, is {name[:80]!r}, expected a path below the folder of images"
-                )
-        columns = [_column(folder / f"Labels_{concept}{end}.txt", len(rows), str(path)) for concept in concepts]
+    if (truth / "AllLabels").is_dir():
+        names = _list(whole, NUM_IMAGES if verify else None)
+        labels = _labels(truth / "AllLabels", "", concepts, len(names), whole)
+        return _different(names, lists), labels
+    if not (truth / "TrainTestLabels").is_dir():
+        raise archives.ArchiveError(f"{str(truth)!r} holds neither AllLabels nor TrainTestLabels")
+    names, blocks = [], []
+    for part, count in (("Train", NUM_TRAIN), ("Test", NUM_IMAGES - NUM_TRAIN)):
+        path = lists / f"{part}Imagelist.txt"
+        rows = _list(path, count if verify else None)
         names += rows
-        blocks.append(np.stack(columns, axis=1) if columns else np.zeros((len(rows), 0), bool))
+        blocks.append(_labels(truth / "TrainTestLabels", f"_{part}", concepts, len(rows), path))
+    official = _list(whole, NUM_IMAGES if verify else None) if whole.is_file() else sorted(names)
+    place = {name: i for i, name in enumerate(_different(names, lists))}
+    if set(official) != set(names):
+        raise archives.ArchiveError(
+            f"{str(whole)!r} does not list the images of TrainImagelist.txt and TestImagelist.txt"
+        )
+    return official, np.concatenate(blocks)[[place[name] for name in official]]
+
+
+def _list(path: Path, expected: int | None) -> list[str]:
+    """The images of a list, as paths below the folder of images."""
+    rows = [line.strip().replace("\\", "/") for line in archives.read_lines(path)]
+    if expected is not None and len(rows) != expected:
+        raise archives.ArchiveError(f"{str(path)!r} lists {len(rows):,} images, expected {expected:,}")
+    for place, name in enumerate(rows, 1):
+        if not name or name.startswith("/") or ".." in name.split("/") or len(name) > 250:
+            raise archives.ArchiveError(
+                f"{str(path)!r}, line {place}, is {name[:80]!r}, expected a path below the folder of images"
+            )
+    return rows
+
+
+def _different(names: list[str], lists: Path) -> list[str]:
     if len(set(names)) != len(names):
         raise archives.ArchiveError(f"{str(lists)!r} lists {len(names) - len(set(names)):,} images twice")
-    return names, np.concatenate(blocks)
+    return names
+
+
+def _labels(folder: Path, end: str, concepts: list[str], expected: int, listed_in: Path) -> np.ndarray:
+    """(expected, concepts) from one file for each concept."""
+    columns = [_column(folder / f"Labels_{concept}{end}.txt", expected, str(listed_in)) for concept in concepts]
+    return np.stack(columns, axis=1) if columns else np.zeros((expected, 0), bool)
 
 
 def _column(path: Path, expected: int, listed_in: str) -> np.ndarray:
@@ -177,15 +208,17 @@ def _column(path: Path, expected: int, listed_in: str) -> np.ndarray:
 
 
 def _locate(root: Path, names: list[str]) -> list[Path | None]:
-    """The file of each image, in the first folder that holds the first few of them; None where there is none."""
-    candidates = [
-        (root / folder, flat) for folder in IMAGE_FOLDERS for flat in (False, True) if (root / folder).is_dir()
-    ]
-
-    def path(base: Path, flat: bool, name: str) -> Path:
-        return base / (name.rsplit("/", 1)[-1] if flat else name)
-
-    counts = [sum(path(*candidate, name).is_file() for name in names[:100]) for candidate in candidates]
-    base, flat = candidates[int(np.argmax(counts))]
-    found = [path(base, flat, name) for name in names]
-    return [file if file.is_file() else None for file in found]
+    """The file of each image, in any of the folders and below its sub-folder or not; None where there is none."""
+    bases = [(root / folder, flat) for folder in IMAGE_FOLDERS for flat in (False, True) if (root / folder).is_dir()]
+    taken: set[Path] = set()
+    found: list[Path | None] = []
+    for name in names:
+        flat_name = name.rsplit("/", 1)[-1]
+        file = next((p for base, flat in bases if (p := base / (flat_name if flat else name)).is_file()), None)
+        if file is not None:
+            real = file.resolve()
+            if real in taken:
+                raise archives.ArchiveError(f"{str(file)!r} would be two images, {name!r} is one of them")
+            taken.add(real)
+        found.append(file)
+    return found

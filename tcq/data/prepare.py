@@ -1,5 +1,7 @@
 """Preparing a dataset once, from its published files on this disk: no network, no TensorFlow."""
 
+import contextlib
+import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -46,12 +48,22 @@ def prepare(dataset: str, *, files: str | Path = "", data_dir: str | Path = "", 
     except ValueError as error:
         raise PrepareError(f"{dataset!r}: {error}") from None
     if not folder.is_dir():
-        raise PrepareError(f"{str(folder)!r} does not exist. {instructions(name)}")
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise PrepareError(f"{str(folder)!r} {what}. {instructions(name)}")
+    place = Path(builder.data_dir)
+    if place.exists():
+        raise PrepareError(f"{str(place)!r} is there already: it is ready to use, or delete it to prepare it again")
     try:
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=folder))
     except archives.ArchiveError as error:
         raise PrepareError(f"{error}. {instructions(name)}") from None
-    return Path(builder.data_dir)
+    finally:
+        for left in (home / "downloads" / "extracted", home / "downloads", place.parent, home / name):
+            with contextlib.suppress(OSError):  # TFDS makes them; those that are empty go
+                left.rmdir()
+        if [p.name for p in (home / name).glob("*")] == [".config"]:  # a list of configs of which there is none
+            shutil.rmtree(home / name)
+    return place
 
 
 def manual_dir(data_dir: str | Path) -> Path:
@@ -64,6 +76,12 @@ def instructions(name: str) -> str:
     return str(import_module(DATASETS[name][0]).INSTRUCTIONS)
 
 
-def found(name: str, files: str | Path) -> dict[str, bool]:
-    """Which of the files (or folders) that the dataset is made of lie in the folder."""
-    return {file: (Path(files) / file).exists() for file in import_module(DATASETS[name][0]).FILES}
+def found(name: str, files: str | Path) -> dict[str, str]:
+    """For each of the files (or folders) that the dataset is made of: "found", "missing", or that its size is another."""
+    states = {}
+    for file, size in import_module(DATASETS[name][0]).FILES.items():
+        path = Path(files) / file
+        states[file] = "found" if path.exists() else "missing"
+        if size and path.is_file() and path.stat().st_size != size:
+            states[file] = f"has {path.stat().st_size:,} bytes, the published file has {size:,}"
+    return states

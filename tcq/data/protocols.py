@@ -82,16 +82,22 @@ def split(
         raise ProtocolError(f"protocol {name!r} is unknown: use one of {', '.join(PROTOCOLS)}")
     if not (0 <= query < 1 and 0 <= validation < 1):
         raise ProtocolError(f"shares must be in [0, 1): query {query}, validation {validation}")
+    if seed is not None and not 0 <= seed < 2**32:
+        raise ProtocolError(f"seed {seed} must be from 0 to {2**32 - 1}")
     protocol, labels = PROTOCOLS[name], np.asarray(labels)
     if protocol.num_images not in (None, len(labels)):
         raise ProtocolError(
             f"protocol {name} is for {protocol.num_images:,} images in official order, found {len(labels):,}"
         )
-    if protocol.num_labels is not None and labels.ndim != (2 if protocol.num_labels else 1):
+    want = protocol.num_labels
+    if want is not None and (labels.ndim != (2 if want else 1) or (want and labels.shape[1] < want)):
         raise ProtocolError(f"protocol {name} needs labels of {protocol.relevance!r}, found an array {labels.shape}")
     # The legacy generator, which the references use: its stream is frozen, the same with every NumPy.
     random = np.random.RandomState(protocol.seed if seed is None else seed)
     queries, database, train, shuffled = protocol.draw(labels, random, query)
+    none = np.zeros(0, np.int64)
+    if seed is None and protocol.sha256 and digest(Split(queries, database, train, none)) != protocol.sha256:
+        raise ProtocolError(f"NumPy {np.__version__} does not draw the published split of protocol {name}")
     held_out = np.isin(train, shuffled[: round(validation * len(train))])
     parts = (queries, database, train[~held_out], train[held_out])
     return Split(*(np.asarray(part, np.int64) for part in parts))

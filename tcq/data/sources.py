@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -86,7 +87,12 @@ def folder(path: str | Path, *, size: int, resize: str = "crop", cache_dir: str 
         found = os.stat(root / name, follow_symlinks=True) if os.path.exists(root / name) else None
         key.update(json.dumps([name, found and [found.st_size, found.st_mtime_ns, found.st_mode]]).encode())
     items = ((name, root / name) for name in files)
-    images, kept, bad = _decode_once(items, len(files), key.hexdigest(), size=size, resize=resize, cache_dir=cache_dir)
+    images, kept, bad = _decode_once(
+        items,
+        len(files),
+        key.hexdigest(),
+        data=ConfigDict({"image_size": size, "resize": resize, "cache_dir": cache_dir}),
+    )
     if not kept:
         raise SourceError(
             f"none of the {len(files)} files below {str(root)!r} is an image, the first: {bad[0]['path']}: {bad[0]['reason']}"
@@ -110,49 +116,86 @@ def _tfds(name: str, data: ConfigDict) -> Source:
 
     home = os.path.expanduser(data.tfds_dir) if data.tfds_dir else str(tfds.core.constants.DATA_DIR)
     try:
-        builder = tfds.builder_from_directory(_prepared(name, home))
+        folder = _prepared(name, home)
     except FileNotFoundError:
         raise SourceError(
             f"TFDS dataset {name!r} is not prepared in {home}; {_advice(name, home, data.tfds_dir)}"
         ) from None
+    try:
+        return _read_tfds(name, folder, data)
+    except SourceError as error:
+        raise SourceError(str(error).replace("{advice}", _advice(name, home, data.tfds_dir))) from None
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # TFDS, array_record and protobuf raise many kinds
+        raise SourceError(
+            f"TFDS dataset {name!r} in {folder} cannot be read ({type(error).__name__}: {str(error)[:300]}): delete that "
+            f"folder and prepare it again"
+        ) from error
+
+
+def _read_tfds(name: str, folder: str, data: ConfigDict) -> Source:
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(folder)
     if builder.info.file_format is None or builder.info.file_format.value != "array_record":
         stored = builder.info.file_format and builder.info.file_format.value
-        raise SourceError(
-            f"TFDS dataset {name!r} in {builder.data_dir} is stored as {stored}, not as array_record; "
-            f"{_advice(name, home, data.tfds_dir)}"
-        )
+        raise SourceError(f"TFDS dataset {name!r} in {folder} is stored as {stored}, not as array_record; {{advice}}")
     features = builder.info.features
     if "image" not in features:
         raise SourceError(f"TFDS dataset {name!r} has no feature 'image', only {', '.join(features)}")
-    splits = [s for s in ("train", "validation", "test") if s in builder.info.splits]
-    splits += sorted(set(builder.info.splits) - set(splits))
-    rows = [(s, i) for s in splits for i in range(builder.info.splits[s].num_examples)]
-    encoded = {"image": tfds.decode.SkipDecoding()}  # bytes, which `decode` reads as safely as a file
-    stores = {s: builder.as_data_source(split=s, decoders=encoded) for s in splits}
 
-    order, ids, labels = [], [], []
-    for split, i in rows:
-        row = stores[split][i]
-        ids.append(_text(row["id"]) if "id" in row else f"{i:09d}")
-        order.append((splits.index(split), int(row["index"]) if "index" in row else 0, ids[-1]))
-        labels.append({key: row[key] for key in LABEL_FEATURES if key in row})
-    ranked = sorted(range(len(rows)), key=lambda r: order[r])  # TFDS shuffles on writing: back to the official order
-    names = [f"{rows[r][0]}/{ids[r]}" for r in ranked]
-    items = ((name, bytes(stores[rows[r][0]][rows[r][1]]["image"])) for name, r in zip(names, ranked, strict=True))
-    key = hashlib.sha256(
-        json.dumps([CACHE_VERSION, data.image_size, data.resize, builder.info.full_name, names]).encode()
-    )
-    key.update(str(builder.data_dir).encode())
-    images, kept, bad = _decode_once(
-        items, len(rows), key.hexdigest(), size=data.image_size, resize=data.resize, cache_dir=data.cache_dir
-    )
+    files = sorted(p for p in Path(folder).iterdir() if p.is_file())
+    stats = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    key = hashlib.sha256(json.dumps([CACHE_VERSION, data.image_size, data.resize, folder, stats]).encode()).hexdigest()
+    labels_file = _cache_home(data.cache_dir) / f"{key[:32]}-labels.npz"
+    if labels_file.is_file() and (_cache_home(data.cache_dir) / key[:32]).is_dir():
+        images, names, bad = _decode_once(iter(()), 0, key, data=data)  # nothing is read but the cache
+        with np.load(labels_file, allow_pickle=False) as saved:
+            columns = {k: saved[k] for k in saved.files}
+    else:
+        items, columns = _tfds_rows(builder)
+        images, names, bad = _decode_once(items, builder.info.splits.total_num_examples, key, data=data)
+        half = labels_file.with_name(f"half-{os.getpid()}-{labels_file.name}")
+        with open(half, "wb") as out:
+            np.savez(out, **columns)  # type: ignore[arg-type]
+        half.replace(labels_file)
     if bad:
-        raise SourceError(f"{len(bad)} of {len(rows)} images of {name!r} cannot be decoded, the first: {bad[0]}")
-    array, classes = _tfds_labels([labels[r] for r in ranked], features)
+        raise SourceError(f"{len(bad)} of {len(names)} images of {name!r} cannot be decoded, the first: {bad[0]}")
+    labels, classes = _tfds_labels(columns, features)
     facts = builder.info.metadata or {}
     notes = () if facts.get("verified", True) else (f"{name} was prepared from files that were not verified",)
     excluded = [{"path": row["id"], "reason": row["reason"]} for row in facts.get("excluded", [])]
-    return Source(images, array, kept, classes, excluded, notes)
+    return Source(images, labels, names, classes, excluded, notes)
+
+
+def _tfds_rows(builder: Any) -> tuple[Iterator[tuple[str, bytes]], dict[str, np.ndarray]]:
+    """Names with encoded images, and the label features (numbers, or multi-hot columns), both in official order."""
+    import tensorflow_datasets as tfds
+
+    features, splits = builder.info.features, [s for s in ("train", "validation", "test") if s in builder.info.splits]
+    splits += sorted(set(builder.info.splits) - set(splits))
+    encoded = {"image": tfds.decode.SkipDecoding()}  # bytes, which `decode` reads as safely as a file
+    stores = {s: builder.as_data_source(split=s, decoders=encoded) for s in splits}
+    places = [(s, i) for s in splits for i in range(builder.info.splits[s].num_examples)]
+    keys = [k for k in LABEL_FEATURES if k in features]
+    order, ids, labels = [], [], []
+    for split, i in places:
+        row = stores[split][i]
+        ids.append(_text(row["id"]) if "id" in row else f"{i:09d}")
+        order.append((splits.index(split), int(row["index"]) if "index" in row else 0, ids[-1]))
+        labels.append({k: row[k] for k in keys})
+    ranked = sorted(range(len(places)), key=lambda r: order[r])  # TFDS shuffles on writing: back to the official order
+    columns: dict[str, np.ndarray] = {}
+    for key in keys:
+        if key == "label":
+            columns[key] = np.array([labels[r][key] for r in ranked], np.int64)
+            continue
+        columns[key] = np.zeros((len(ranked), len(_names(features[key]))), bool)
+        for row_number, r in enumerate(ranked):
+            columns[key][row_number, np.asarray(labels[r][key], np.int64)] = True
+    items = ((f"{places[r][0]}/{ids[r]}", bytes(stores[places[r][0]][places[r][1]]["image"])) for r in ranked)
+    return items, columns
 
 
 def _advice(name: str, home: str, tfds_dir: str) -> str:
@@ -166,7 +209,7 @@ def _advice(name: str, home: str, tfds_dir: str) -> str:
         )
     where = f" --data_dir={tfds_dir}" if tfds_dir else ""
     manual = prepare.manual_dir(home)
-    files = [f"  {file}: {'found' if there else 'missing'}" for file, there in prepare.found(short, manual).items()]
+    files = [f"  {file}: {state}" for file, state in prepare.found(short, manual).items()]
     return "\n".join(
         [
             f"prepare it once:\n  python -m tcq prepare --dataset={name}{where}",
@@ -194,20 +237,19 @@ def _prepared(name: str, data_dir: str) -> str:
     return str(max(found, key=lambda p: [int(n) if n.isdigit() else -1 for n in p.name.split(".")]))
 
 
-def _tfds_labels(rows: list[dict[str, Any]], features: Any) -> tuple[np.ndarray | None, list[str]]:
-    """Class numbers of a feature `label`, or multi-hot columns of `labels` and then of `strict_labels`; their names."""
-    keys = [key for key in LABEL_FEATURES if rows and key in rows[0]]
-    if not keys:
-        return None, []
-    names = {k: list(getattr(getattr(features[k], "feature", features[k]), "names", None) or []) for k in keys}
-    if "label" in keys:
-        return np.array([row["label"] for row in rows], np.int64), names["label"]
-    hot = {key: np.zeros((len(rows), len(names[key])), bool) for key in keys}
-    for key in keys:
-        for i, row in enumerate(rows):
-            hot[key][i, np.asarray(row[key], np.int64)] = True
-    classes = [f"{name} (strict)" if key == "strict_labels" else name for key in keys for name in names[key]]
-    return np.concatenate([hot[key] for key in keys], axis=1), classes
+def _tfds_labels(columns: dict[str, np.ndarray], features: Any) -> tuple[np.ndarray | None, list[str]]:
+    """Class numbers of a feature `label`, or the columns of `labels` and then of `strict_labels`; their names."""
+    if "label" in columns:
+        return columns["label"], _names(features["label"])
+    hot = [columns[k] for k in LABEL_FEATURES if k in columns]
+    classes = [
+        f"{name} (strict)" if key == "strict_labels" else name for key in columns for name in _names(features[key])
+    ]
+    return (np.concatenate(hot, axis=1), classes) if hot else (None, [])
+
+
+def _names(feature: Any) -> list[str]:
+    return list(getattr(getattr(feature, "feature", feature), "names", None) or [])
 
 
 def _text(value: Any) -> str:
@@ -255,10 +297,10 @@ def _folder_labels(names: list[str]) -> tuple[list[str], np.ndarray | None]:
 
 
 def _decode_once(
-    items: Iterable[tuple[str, Path | bytes]], total: int, key: str, *, size: int, resize: str, cache_dir: str
+    items: Iterable[tuple[str, Path | bytes]], total: int, key: str, *, data: ConfigDict
 ) -> tuple[np.ndarray, list[str], list[dict[str, str]]]:
     """Decoded images from the cache, or decoded now and put there; names of the kept; the skipped with reasons."""
-    home = Path(cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tcq")).expanduser()
+    home, size = _cache_home(data.cache_dir), data.image_size
     place = home / key[:32]
     if not (place / "names.json").is_file():
         home.mkdir(parents=True, exist_ok=True)
@@ -269,7 +311,7 @@ def _decode_once(
         try:
             names, skipped = [], []
             with open(half / "images.u8", "wb") as out:
-                for name, result in _progress(_decode_all(items, size, resize), total):
+                for name, result in _progress(_decode_all(items, size, data.resize), total):
                     if isinstance(result, ImageError):
                         skipped.append({"path": name, "reason": str(result)})
                     else:
@@ -291,6 +333,10 @@ def _decode_once(
     return images, entry["names"], entry["skipped"]
 
 
+def _cache_home(cache_dir: str) -> Path:
+    return Path(cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tcq")).expanduser()
+
+
 def _decode_all(
     items: Iterable[tuple[str, Path | bytes]], size: int, resize: str
 ) -> Iterator[tuple[str, np.ndarray | ImageError]]:
@@ -301,7 +347,13 @@ def _decode_all(
             return item[0], error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(one, items)
+        coming: deque[Any] = deque()
+        for item in items:  # a bounded number at a time: a dataset does not fit in memory
+            coming.append(pool.submit(one, item))
+            if len(coming) >= 256:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 def _progress(results: Iterator[Any], total: int) -> Iterator[Any]:

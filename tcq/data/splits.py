@@ -12,8 +12,10 @@ from tcq.data.protocols import ProtocolError, Split
 from tcq.data.sources import Source
 
 
-def of_source(source: Source, data: ConfigDict) -> Split:
-    """The split that `config.data` asks for. Images without labels have nothing to be scored by, so none is a query.
+def of_source(source: Source, data: ConfigDict, *, validation: float | None = None) -> Split:
+    """The split that `config.data` asks for, or with another share of validation images.
+
+    Images without labels have nothing to be scored by, so none is a query.
 
     Raises ProtocolError as `protocols.split`.
     """
@@ -23,7 +25,7 @@ def of_source(source: Source, data: ConfigDict) -> Split:
         np.zeros(len(source.images), np.int64) if labels is None else labels,
         seed=None if data.split_seed < 0 else data.split_seed,
         query=0.0 if labels is None else data.query,
-        validation=data.validation,
+        validation=data.validation if validation is None else validation,
     )
 
 
@@ -33,8 +35,7 @@ def claim(workdir: Path, source: Source, split: Split) -> None:
     Without this, an image added to a folder would silently turn training images into queries.
     """
     path = workdir / "data.json"
-    names = hashlib.sha256(json.dumps(source.names).encode()).hexdigest()
-    now = {"images": len(source.names), "names_sha256": names, "split_sha256": protocols.digest(split)}
+    now = {"images": len(source.names), "names_sha256": names_digest(source), "split_sha256": protocols.digest(split)}
     if path.is_file():
         before = json.loads(path.read_text())
         if before != now:
@@ -46,3 +47,8 @@ def claim(workdir: Path, source: Source, split: Split) -> None:
     half = path.with_suffix(".half")
     half.write_text(json.dumps(now, indent=2) + "\n")
     half.replace(path)
+
+
+def names_digest(source: Source) -> str:
+    """SHA-256 over the names of the images in their order, to tell whether two results used the same images."""
+    return hashlib.sha256(json.dumps(source.names).encode()).hexdigest()
