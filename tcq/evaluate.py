@@ -93,7 +93,8 @@ def evaluate(workdir: str | Path, *, which: str = "best", overrides: Sequence[st
         for name, score in _scorers(encoder, source, split, queries, database).items()
     }
     relevant = found["asymmetric"].relevant
-    chance = metrics.random_order(relevant, len(split.database), k=k, cuts=ks, denominator=conventions.denominator)
+    others = len(split.database) - int(own is not None and bool((own >= 0).all()))
+    chance = metrics.random_order(relevant, others, k=k, cuts=ks, denominator=conventions.denominator)
     found["random"] = validation.summary(chance, ks, empty=conventions.empty)
     best = metrics.best_possible(relevant, k=k, denominator=conventions.denominator)
     values = {name: result.mean_average_precision for name, result in found.items()}
