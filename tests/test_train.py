@@ -276,6 +276,7 @@ def test_kill_9_and_going_on_ends_with_the_same_bits(tmp_path, devices):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("devices", [1, 8])
 def test_kill_9_twenty_times(tmp_path, devices):
     kills_change_nothing(tmp_path, devices, steps=10_000, kills=20)
