@@ -11,7 +11,7 @@ import pytest
 import small
 import upstream
 from tcq import config as configs
-from tcq.data import archives, cifar10, images, mirflickr25k, prepare, sources
+from tcq.data import archives, cifar10, images, mirflickr25k, prepare, prepared, sources
 
 
 def source(dataset, home, protocol="folder", size=16):
@@ -258,7 +258,7 @@ def test_a_cached_dataset_is_not_read_again(tmp_path, monkeypatch):
     upstream.write_mirflickr(tmp_path / "files")
     make("mirflickr25k", tmp_path / "files", tmp_path / "tfds")
     first = source("mirflickr25k", tmp_path / "tfds", "flickr25k_mecoq")
-    monkeypatch.setattr(sources, "_tfds_rows", None)  # must not be called
+    monkeypatch.setattr(prepared, "_rows", None)  # must not be called
     second = source("mirflickr25k", tmp_path / "tfds", "flickr25k_mecoq")
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tcq import config as configs
-from tcq.data import images, loader, sources
+from tcq.data import cache, images, loader, sources
 
 
 def png(pixels, **options):
@@ -158,23 +158,32 @@ class TestFolder:
         write_images(tmp_path, ["a.png", "b.png"])
         first = sources.folder(tmp_path, size=8)
         with monkeypatch.context() as patch:
-            patch.setattr(sources, "decode", None)  # must not be called
+            patch.setattr(cache, "decode", None)  # must not be called
             np.testing.assert_array_equal(sources.folder(tmp_path, size=8).images, first.images)
         write_images(tmp_path, ["b.png"], seed=5)
         os.utime(tmp_path / "b.png", ns=(1, 1))
         assert not np.array_equal(sources.folder(tmp_path, size=8).images, first.images)
 
+    @pytest.mark.parametrize("file", ["images.u8", "names.json", "arrays.npz"])
+    def test_a_damaged_entry_is_made_anew(self, tmp_path, file):
+        write_images(tmp_path / "images", ["a.png", "b.png"])
+        options = {"size": 8, "cache_dir": str(tmp_path / "cache")}
+        first = np.array(sources.folder(tmp_path / "images", **options).images)
+        (entry,) = (tmp_path / "cache").iterdir()
+        (entry / file).write_bytes(b"{")
+        np.testing.assert_array_equal(sources.folder(tmp_path / "images", **options).images, first)
+
     def test_a_killed_decoding_leaves_no_entry(self, tmp_path, monkeypatch):
         write_images(tmp_path / "images", ["a.png", "b.png"])
-        cache = tmp_path / "cache"
+        home = tmp_path / "cache"
 
         def broken(*arguments, **options):
             raise MemoryError
 
-        monkeypatch.setattr(sources, "decode", broken)
+        monkeypatch.setattr(cache, "decode", broken)
         with pytest.raises(MemoryError):
-            sources.folder(tmp_path / "images", size=8, cache_dir=str(cache))
-        assert list(cache.iterdir()) == []
+            sources.folder(tmp_path / "images", size=8, cache_dir=str(home))
+        assert list(home.iterdir()) == []
 
     def test_odd_names(self, tmp_path):
         write_images(tmp_path, ["sp ace/ü\n.png", "sp ace/'quote\".png"])
@@ -238,6 +247,18 @@ class TestTfds:
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.stdout.strip() == "(26, 8, 8, 3) False", done.stderr
+
+    def test_another_file_format_is_refused_with_the_command(self, prepared, tmp_path):
+        import shutil
+
+        shutil.copytree(prepared, tmp_path / "tfds")
+        (info,) = (tmp_path / "tfds").rglob("dataset_info.json")
+        info.write_text(info.read_text().replace("array_record", "tfrecord"))
+        with pytest.raises(
+            sources.SourceError,
+            match=r"stored as tfrecord, not as array_record; prepare it once(.|\n)*tfds build tiny_shapes",
+        ):
+            sources.open_source(self.config(tmp_path / "tfds", "tiny_shapes"))
 
     def test_what_is_not_prepared_names_the_command(self, prepared):
         with pytest.raises(

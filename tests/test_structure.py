@@ -19,6 +19,8 @@ FLOORS = {
     "tcq.data.protocols": 2,
     "tcq.data.loader": 2,
     "tcq.data.splits": 2,
+    "tcq.data.cache": 2,
+    "tcq.data.prepared": 2,
     "tcq.data.archives": 2,
     "tcq.data.prepare": 2,
     "tcq.data.cifar10": 2,
