@@ -83,15 +83,13 @@ def get_config() -> ConfigDict:
     evaluation.every_steps = 0  # validation while training; 0 is only at the end
     evaluation.k = -1  # cut-off of mAP@k; -1 is the protocol's own, 0 the whole database
     evaluation.score = "ip"  # similarity of the ranking: ip | l2 | cosine (what the loss compares; FAISS has no such)
-    evaluation.normalize = (
-        "auto"  # queries before ranking: none | whole | subvectors | auto (as the training loss sees them)
-    )
+    evaluation.normalize = "auto"  # queries before ranking: none | whole | subvectors | auto (as the loss sees them)
     evaluation.squared = True  # "l2" adds squared distances of subvectors; False adds distances, as SPQ's code does
     evaluation.ties = "expected"  # equal scores: expected | index | best | worst (see tcq/metrics.py)
     evaluation.denominator = "hits"  # of average precision: hits | min | all
     evaluation.empty = "zero"  # queries with nothing relevant: zero (they count) | skip
     evaluation.exclude_query = True  # a query that is in the database is left out of its own answers
-    evaluation.max_scores = 16_777_216  # scores held in memory at once, about 12 bytes each
+    evaluation.max_scores = 16_777_216  # float32 scores held in memory at once
     evaluation.batch_size = 64  # images per encoding step and device
     evaluation.max_database = 10_000  # database images used for validation while training
 

@@ -87,7 +87,7 @@ def test_rotation_turns_ramps_by_at_most_its_degrees():
         ]  # by channel, along x and y
         angle = np.arctan2(-rise[0][1], rise[0][0])
         cos, sin = np.cos(angle), np.sin(angle)
-        np.testing.assert_allclose(rise, [[cos, -sin], [sin, cos]], atol=2e-3)
+        np.testing.assert_allclose(rise, [[cos, -sin], [sin, cos]], atol=1e-3)
         np.testing.assert_allclose(middle[2, 2, :2], 0.5, atol=1e-3)  # the centre stays
         angles.append(np.degrees(angle))
     assert np.abs(angles).max() <= 30.1
