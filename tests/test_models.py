@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +9,7 @@ from ml_collections import ConfigDict
 
 from tcq import config as configs
 from tcq import quantizer
-from tcq.models import retriever, vit
+from tcq.models import resnet, retriever, vit
 
 SMALL = {"width": 16, "depth": 2, "heads": 2, "patch": 4}
 
@@ -62,23 +65,152 @@ def test_dropout_and_stochastic_depth_act_only_in_training(images, rate):
 
 
 def test_stochastic_depth_keeps_the_expectation():
-    x = jnp.ones((4000, 1, 2))
-    y = vit.DropPath(0.25).apply({}, x, train=True, rngs={"dropout": jax.random.key(0)})
+    y = vit.stochastic_depth(jnp.ones((4000, 1, 2)), 0.25, jax.random.key(0))
     assert set(np.unique(y).round(4)) == {0.0, np.float32(1.3333)}
     assert abs(float(y.mean()) - 1) < 0.05
     np.testing.assert_array_equal(y[..., 0], y[..., 1])
 
 
-# As timm counts them with num_classes=0 at 224 pixels and patch 16, less one width: we fold the position of the class
-# token into the token.
-COUNTS = {"Ti": 5_524_224, "S": 21_665_280, "B": 85_797_888, "L": 303_300_608}
+def test_the_first_block_is_never_dropped_and_the_last_as_often_as_told(images):
+    model = vit.ViT(**SMALL, drop_path=0.999)
+    params = model.init(jax.random.key(0), images)
+    run = jax.jit(lambda p: model.apply(p, images, train=True, rngs={"dropout": jax.random.key(0)}))
+
+    def without(block):
+        zero = jax.tree.map(jnp.zeros_like, params["params"][block])
+        return {"params": {**params["params"], block: zero}}
+
+    assert float(jnp.abs(run(params) - run(without("block_0"))).max()) > 1e-3
+    np.testing.assert_array_equal(run(params), run(without("block_1")))
 
 
-@pytest.mark.parametrize("name", vit.SIZES)
-def test_parameter_counts_of_the_named_sizes(name):
-    model = vit.ViT(*vit.SIZES[name], patch=16)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32))
-    assert sum(x.size for x in jax.tree.leaves(shapes)) == COUNTS[name]
+def test_scan_and_remat_change_neither_parameters_nor_results(images):
+    shape = SMALL | {"depth": 3, "layer_scale": True, "registers": 2, "dropout": 0.2, "drop_path": 0.4}
+    params = vit.ViT(**shape).init(jax.random.key(0), images)
+
+    def run(**options):
+        model = vit.ViT(**shape, **options)
+        jax.tree.map(np.testing.assert_array_equal, params, model.init(jax.random.key(0), images))
+
+        def loss(params):
+            x = model.apply(params, images, train=True, rngs={"dropout": jax.random.key(1)})
+            return jnp.sum(jnp.sin(x)), x
+
+        louder = jax.tree.map(lambda p: p + 0.1, params)  # layer scale begins near zero
+        return jax.tree.leaves(jax.jit(jax.value_and_grad(loss, has_aux=True))(louder))
+
+    plain = run()
+    for options in ({"scan": True}, {"remat": True}, {"scan": True, "remat": True}):
+        for a, b in zip(plain, run(**options), strict=True):
+            np.testing.assert_allclose(b, a, rtol=1e-4, atol=2e-5, err_msg=str(options))
+
+
+def test_remat_remembers_less_and_scan_compiles_one_block():
+    images = jnp.ones((64, 32, 32, 3))
+
+    def program(**options):
+        model = vit.ViT(**(SMALL | {"depth": 8}), **options)
+        params = jax.eval_shape(model.init, jax.random.key(0), images)
+        return jax.jit(jax.grad(lambda p: jnp.sum(model.apply(p, images, train=True) ** 2))).lower(params)
+
+    loop = program(scan=True)
+    assert len(loop.as_text()) < 0.6 * len(program().as_text())
+    memory = [p.compile().memory_analysis().temp_size_in_bytes for p in (loop, program(scan=True, remat=True))]
+    assert memory[1] < 0.5 * memory[0]
+    assert program(remat=True).as_text().count("dot_general") > 1.2 * program().as_text().count("dot_general")
+
+
+def test_extra_tokens_are_seen_but_not_pooled(images):
+    for pooling in ("cls", "mean", "flat", "attention"):
+        model = vit.ViT(**SMALL, pooling=pooling, class_token=True, registers=3)
+        params = model.init(jax.random.key(0), images)["params"]
+        assert params["cls"].shape == (1, 1, 16) and params["registers"].shape == (1, 3, 16)
+        x = model.apply({"params": params}, images)
+        assert x.shape == (3, 64 if pooling == "flat" else 16)
+        moved = model.apply({"params": params | {"registers": params["registers"] + 1}}, images)
+        assert float(jnp.abs(x - moved).max()) > 1e-5
+    kept = {k: params[k] for k in ("embed", "positions", "norm")}  # without blocks nobody sees the class token
+    alone = vit.ViT(**(SMALL | {"depth": 0}), pooling="mean")
+    both = alone.clone(class_token=True)
+    np.testing.assert_array_equal(
+        alone.apply({"params": kept}, images), both.apply({"params": kept | {"cls": params["cls"] + 9}}, images)
+    )
+
+
+SHORT = {"stages": (1, 1, 1, 1)}
+
+
+@pytest.mark.parametrize(("stem", "bottleneck"), [("imagenet", True), ("cifar", False)])
+def test_resnets(stem, bottleneck):
+    images = jnp.asarray(np.random.RandomState(0).rand(4, 16, 16, 3), jnp.float32)
+    model = resnet.ResNet(**SHORT, bottleneck=bottleneck, stem=stem)
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    x, moved = jax.jit(lambda v: model.apply(v, images, train=True, mutable=["batch_stats"]))(variables)
+    assert x.shape == (4, 2048 if bottleneck else 512) and x.dtype == jnp.float32
+    old, new = variables["batch_stats"], moved["batch_stats"]
+    assert all(bool(jnp.any(a != b)) for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True))
+    low = model.clone(dtype=jnp.bfloat16)
+    y, moved = jax.jit(lambda v: low.apply(v, images, train=True, mutable=["batch_stats"]))(variables)
+    assert y.dtype == jnp.float32 and {v.dtype for v in jax.tree.leaves(moved)} == {jnp.dtype("float32")}
+    y, x = (np.asarray(jax.jit(lambda v, m=m: m.apply(v, images))(variables)) for m in (low, model))
+    np.testing.assert_allclose(y, x, atol=0.05 * np.abs(x).max())
+
+
+def test_frozen_blocks_of_a_resnet_keep_their_statistics():
+    images = jnp.asarray(np.random.RandomState(0).rand(4, 8, 8, 3), jnp.float32)
+    for frozen, still in ((0, 0), (2, 3), (-1, 5)):
+        model = resnet.ResNet(**SHORT, bottleneck=False, stem="cifar", frozen_blocks=frozen)
+        variables = jax.jit(model.init)(jax.random.key(0), images)
+        _, moved = jax.jit(lambda v, m=model: m.apply(v, images, train=True, mutable=["batch_stats"]))(variables)
+        same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), variables["batch_stats"], moved["batch_stats"])
+        places = ["stem_norm"] + [f"stage_{i}_block_0" for i in range(4)]
+        assert [all(jax.tree.leaves(same[p])) for p in places] == [True] * still + [False] * (5 - still)
+
+
+def test_batch_statistics_are_of_all_devices():
+    images = jnp.asarray(np.random.RandomState(0).rand(16, 8, 8, 3), jnp.float32)
+    alone = resnet.ResNet(**SHORT, bottleneck=False, stem="cifar")
+    variables = jax.jit(alone.init)(jax.random.key(0), images)
+    x, want = jax.jit(lambda v: alone.apply(v, images, train=True, mutable=["batch_stats"]))(variables)
+    shared = alone.clone(axis_name="i")
+    run = jax.pmap(
+        lambda v, x: shared.apply(v, x, train=True, mutable=["batch_stats"]),
+        axis_name="i",
+        in_axes=(None, 0),
+        out_axes=(0, None),
+        devices=jax.devices()[:2],
+    )
+    y, got = run(variables, images.reshape(2, 8, 8, 8, 3))
+    np.testing.assert_allclose(y.reshape(16, -1), x, atol=1e-3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got, want)
+
+
+# timm's counts without a classifier; of a ViT less one width, for we fold the position of the class token into the token.
+PUBLISHED = {
+    "vit_ti16": 5_524_416 - 192,
+    "vit_s16": 21_665_664 - 384,
+    "vit_b16": 85_798_656 - 768,
+    "vit_l16": 303_301_632 - 1024,
+    "resnet18": 11_176_512,
+    "resnet34": 21_284_672,
+    "resnet50": 23_508_032,
+    "resnet101": 42_500_160,
+}
+
+
+def test_every_named_model_stands_in_the_table_with_its_parameters():
+    rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \|", Path("docs/weights.md").read_text(), re.MULTILINE)
+    table = {name: int(count.replace(",", "")) for name, count in rows}
+    assert set(table) == {*vit.NAMED, *resnet.NAMED}
+    assert {name: table[name] for name in PUBLISHED} == PUBLISHED
+    for name, count in table.items():
+        if name in vit.NAMED:
+            size, patch = vit.NAMED[name]
+            model, side = vit.ViT(*size, patch=patch), 224
+        else:
+            model, side = resnet.ResNet(*resnet.NAMED[name]), 224
+        shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
+        assert sum(x.size for x in jax.tree.leaves(shapes["params"])) == count, name
 
 
 def small_config(**quantizer_changes) -> ConfigDict:
@@ -93,7 +225,7 @@ def test_retriever_outputs_fit_each_other(images, metric):
     c = small_config(metric=metric)
     model = retriever.from_config(c)
     pixels = np.random.RandomState(1).randint(0, 256, (64, 8, 8, 3)).astype(np.uint8)
-    params = retriever.init(jax.random.key(0), model, pixels, from_data=True)
+    params = retriever.init(jax.random.key(0), model, pixels, codewords="data")["params"]
     out = model.apply({"params": params}, images)
     weights = quantizer.soft_assign(out.features, params["codebooks"], scale=c.quantizer.scale, metric=metric)
     np.testing.assert_allclose(out.weights, weights, atol=1e-5)
@@ -105,7 +237,7 @@ def test_retriever_outputs_fit_each_other(images, metric):
 def test_initialisation_from_data_centres_scales_and_takes_codewords_from_features():
     model = retriever.from_config(small_config())
     pixels = np.random.RandomState(1).randint(0, 256, (64, 8, 8, 3)).astype(np.uint8)
-    params = retriever.init(jax.random.key(0), model, pixels, from_data=True)
+    params = retriever.init(jax.random.key(0), model, pixels, codewords="data")["params"]
     x = np.asarray(model.apply({"params": params}, jnp.asarray(pixels, jnp.float32) / 255).features)
     np.testing.assert_allclose(x.mean(0), 0, atol=1e-4)
     subvectors = x.reshape(64, 8, 16)
@@ -114,7 +246,7 @@ def test_initialisation_from_data_centres_scales_and_takes_codewords_from_featur
         distances = np.linalg.norm(subvectors[:, m, None] - np.asarray(params["codebooks"])[m], axis=-1)
         np.testing.assert_allclose(distances.min(0), 0, atol=1e-4)
         assert len(set(distances.argmin(0))) == 16  # 16 different images
-    random = retriever.init(jax.random.key(0), model, pixels, from_data=False)
+    random = retriever.init(jax.random.key(0), model, pixels, codewords="random")["params"]
     assert not np.allclose(random["codebooks"], params["codebooks"])
-    few = retriever.init(jax.random.key(0), model, pixels[:5], from_data=True)
+    few = retriever.init(jax.random.key(0), model, pixels[:5], codewords="data")["params"]
     assert np.isfinite(few["codebooks"]).all()

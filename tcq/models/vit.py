@@ -1,16 +1,18 @@
 """Vision Transformer (Dosovitskiy et al. 2021), pre-norm, in Flax Linen: images to one feature per image."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, Key
 
 POOLINGS = ("cls", "mean", "flat", "attention")
 POSITIONS = ("learned", "sincos2d")
+GELUS = ("tanh", "erf")
+ATTENTIONS = ("xla", "cudnn")
 
 
 class Size(NamedTuple):
@@ -21,7 +23,9 @@ class Size(NamedTuple):
     heads: int
 
 
-SIZES = {"Ti": Size(192, 12, 3), "S": Size(384, 12, 6), "B": Size(768, 12, 12), "L": Size(1024, 24, 16)}
+SIZES = {"ti": Size(192, 12, 3), "s": Size(384, 12, 6), "b": Size(768, 12, 12), "l": Size(1024, 24, 16)}
+PATCHES = (4, 8, 14, 16, 32)
+NAMED = {f"vit_{size}{patch}": (SIZES[size], patch) for size in SIZES for patch in PATCHES}
 
 
 class ViT(nn.Module):
@@ -30,13 +34,22 @@ class ViT(nn.Module):
     Attributes:
       width, depth, heads: size; heads divides width.
       patch: side of the square patches in pixels; divides H and W.
-      pooling: "cls" (a class token), "mean", "flat" (all tokens side by side; for small images) or "attention" (one
-        learned query attends to the tokens).
+      pooling: "cls" (the class token), "mean", "flat" (all patches side by side; for small images) or "attention" (one
+        learned query attends to the patches).
       positions: "learned" or "sincos2d" (fixed).
       mlp_ratio: hidden width of the MLP over width.
+      class_token: whether there is one also with another pooling, which then leaves it out.
+      registers: further learned tokens, not pooled (Darcet et al. 2024).
+      layer_scale: whether each branch is multiplied by a learned vector (CaiT), which begins at 1e-5.
+      gelu: "tanh" (an approximation, as JAX models have it) or "erf" (exact, as PyTorch models have it).
+      norm_eps: added to the variance in normalisation.
       dropout: rate, after positions, attention and MLP.
       drop_path: rate of stochastic depth in the last block, growing linearly from 0 in the first.
       dtype: of the computation; parameters, normalisation and softmax are float32.
+      attention: "xla" or "cudnn" (on NVIDIA GPUs, dtype bfloat16), see `jax.nn.dot_product_attention`.
+      remat: blocks are computed again in the backward pass instead of being remembered (on a CPU with `scan` only: there
+        XLA merges the copies again).
+      scan: blocks are one compiled loop; parameters have the same names either way, and are stacked for each step.
     """
 
     width: int
@@ -46,9 +59,17 @@ class ViT(nn.Module):
     pooling: str = "cls"
     positions: str = "learned"
     mlp_ratio: float = 4.0
+    class_token: bool = False
+    registers: int = 0
+    layer_scale: bool = False
+    gelu: str = "tanh"
+    norm_eps: float = 1e-6
     dropout: float = 0.0
     drop_path: float = 0.0
     dtype: DTypeLike = jnp.float32
+    attention: str = "xla"
+    remat: bool = False
+    scan: bool = False
 
     @nn.compact
     def __call__(self, images: Float[Array, "N H W 3"], *, train: bool = False) -> Float[Array, "N F"]:
@@ -68,47 +89,99 @@ class ViT(nn.Module):
         else:
             positions = jnp.asarray(sincos2d(rows, columns, self.width))[None]
         x = x + positions.astype(self.dtype)
-        if self.pooling == "cls":
-            cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
-            x = jnp.concatenate([jnp.broadcast_to(cls.astype(self.dtype), (n, 1, self.width)), x], axis=1)
-        x = nn.Dropout(self.dropout)(x, deterministic=not train)
-        for i in range(self.depth):
-            drop_path = self.drop_path * i / max(self.depth - 1, 1)
-            x = Block(self.heads, self.mlp_ratio, self.dropout, drop_path, self.dtype, name=f"block_{i}")(
-                x, train=train
-            )
-        x = nn.LayerNorm(dtype=jnp.float32, name="norm")(x)
+        extra = []  # tokens that are no patches
+        if self.pooling == "cls" or self.class_token:
+            extra.append(self.param("cls", nn.initializers.zeros, (1, 1, self.width)))  # with its position, if any
+        if self.registers:
+            extra.append(self.param("registers", nn.initializers.normal(0.02), (1, self.registers, self.width)))
+        tokens = [jnp.broadcast_to(e.astype(self.dtype), (n, *e.shape[1:])) for e in extra]
+        x = jnp.concatenate([*tokens, x], axis=1)
+        random = train and (self.dropout > 0 or self.drop_path > 0)
+        key = self.make_rng("dropout") if random else None
+        if key is not None:
+            key, first = jax.random.split(key)
+            x = nn.Dropout(self.dropout)(x, deterministic=False, rng=first)
+        x = self._blocks(x, key)
+        x = nn.LayerNorm(self.norm_eps, dtype=jnp.float32, name="norm")(x)
         if self.pooling == "cls":
             return x[:, 0]
+        x = x[:, sum(e.shape[1] for e in extra) :]
         if self.pooling == "mean":
             return x.mean(axis=1)
         if self.pooling == "flat":
             return x.reshape(n, -1)
         query = self.param("query", nn.initializers.normal(0.02), (1, 1, self.width))
         query = jnp.broadcast_to(query, (n, 1, self.width))
-        return Attention(self.heads, jnp.float32, name="pool")(query, x)[:, 0]
+        return Attention(self.heads, jnp.float32, "xla", name="pool")(query, x)[:, 0]
+
+    def _blocks(self, x: Float[Array, "N T W"], key: Key[Array, ""] | None) -> Float[Array, "N T W"]:
+        """All blocks, one after the other; a key for what is random in training."""
+        options: dict[str, Any] = {
+            "heads": self.heads,
+            "mlp_ratio": self.mlp_ratio,
+            "layer_scale": self.layer_scale,
+            "gelu": self.gelu,
+            "norm_eps": self.norm_eps,
+            "dropout": self.dropout,
+            "dtype": self.dtype,
+            "attention": self.attention,
+        }
+        names = [f"block_{i}" for i in range(self.depth)]
+        rates = jnp.linspace(0, self.drop_path, self.depth, dtype=jnp.float32)
+        keys = None if key is None else jax.random.split(key, self.depth)
+        if not self.scan or self.is_initializing():
+            block_class = nn.remat(Block) if self.remat else Block
+            for i, name in enumerate(names):
+                x = block_class(**options, name=name)(x, rates[i], None if keys is None else keys[i])
+            return x
+
+        def body(x: Array, one: tuple[Any, Array, Array | None]) -> tuple[Array, None]:
+            params, drop_path, block_key = one
+            x = Block(**options, parent=None).apply({"params": params}, x, drop_path, block_key)  # type: ignore[assignment]
+            return x, None
+
+        params = self.variables["params"]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))
+        step = jax.checkpoint(body, prevent_cse=False) if self.remat else body
+        return jax.lax.scan(step, x, (stacked, rates, keys))[0]
 
 
 class Block(nn.Module):
-    """Attention and MLP, each normalised before and added to its input."""
+    """Attention and MLP, each normalised before and added to its input. Without a key nothing is random."""
 
     heads: int
     mlp_ratio: float
+    layer_scale: bool
+    gelu: str
+    norm_eps: float
     dropout: float
-    drop_path: float
     dtype: DTypeLike
+    attention: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "N T W"], *, train: bool) -> Float[Array, "N T W"]:
-        y = nn.LayerNorm(dtype=jnp.float32, name="norm_1")(x).astype(self.dtype)
-        y = Attention(self.heads, self.dtype, name="attention")(y, y)
-        y = nn.Dropout(self.dropout)(y, deterministic=not train)
-        x = x + DropPath(self.drop_path)(y, train=train)
-        y = nn.LayerNorm(dtype=jnp.float32, name="norm_2")(x).astype(self.dtype)
-        y = nn.Dense(int(self.mlp_ratio * x.shape[-1]), dtype=self.dtype, name="mlp_in")(y)
-        y = nn.Dense(x.shape[-1], dtype=self.dtype, name="mlp_out")(nn.gelu(y))
-        y = nn.Dropout(self.dropout)(y, deterministic=not train)
-        return x + DropPath(self.drop_path)(y, train=train)
+    def __call__(
+        self, x: Float[Array, "N T W"], drop_path: Float[Array, ""], key: Key[Array, ""] | None
+    ) -> Float[Array, "N T W"]:
+        keys = [None, None] if key is None else list(jax.random.split(key))
+        y = nn.LayerNorm(self.norm_eps, dtype=jnp.float32, name="norm_1")(x).astype(self.dtype)
+        y = Attention(self.heads, self.dtype, self.attention, name="attention")(y, y)
+        x = x + self._branch(y, "scale_1", drop_path, keys[0])
+        y = nn.LayerNorm(self.norm_eps, dtype=jnp.float32, name="norm_2")(x).astype(self.dtype)
+        y = nn.Dense(round(self.mlp_ratio * x.shape[-1]), dtype=self.dtype, name="mlp_in")(y)
+        y = nn.gelu(y, approximate=self.gelu == "tanh")
+        y = nn.Dense(x.shape[-1], dtype=self.dtype, name="mlp_out")(y)
+        return x + self._branch(y, "scale_2", drop_path, keys[1])
+
+    def _branch(
+        self, y: Float[Array, "N T W"], name: str, drop_path: Float[Array, ""], key: Key[Array, ""] | None
+    ) -> Float[Array, "N T W"]:
+        if self.layer_scale:
+            y = y * self.param(name, nn.initializers.constant(1e-5), (y.shape[-1],)).astype(y.dtype)
+        if key is None:
+            return y
+        dropout_key, path_key = jax.random.split(key)
+        y = nn.Dropout(self.dropout)(y, deterministic=False, rng=dropout_key)
+        return stochastic_depth(y, drop_path, path_key)
 
 
 class Attention(nn.Module):
@@ -116,6 +189,7 @@ class Attention(nn.Module):
 
     heads: int
     dtype: DTypeLike
+    implementation: str
 
     @nn.compact
     def __call__(self, queries: Float[Array, "N Q W"], tokens: Float[Array, "N T W"]) -> Float[Array, "N Q W"]:
@@ -124,23 +198,16 @@ class Attention(nn.Module):
         q = nn.DenseGeneral(per_head, dtype=self.dtype, name="query")(queries)
         k = nn.DenseGeneral(per_head, dtype=self.dtype, name="key")(tokens)
         v = nn.DenseGeneral(per_head, dtype=self.dtype, name="value")(tokens)
-        logits = jnp.einsum("nqhd,nthd->nhqt", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits / np.sqrt(per_head[1]), axis=-1).astype(self.dtype)
-        mixed = jnp.einsum("nhqt,nthd->nqhd", weights, v)
+        mixed = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)  # type: ignore[call-overload]
         return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")(mixed)
 
 
-class DropPath(nn.Module):
+def stochastic_depth(
+    x: Float[Array, "N T W"], rate: Float[ArrayLike, ""], key: Key[Array, ""]
+) -> Float[Array, "N T W"]:
     """Stochastic depth (Huang et al. 2016): a whole residual branch is dropped for an image, the others scaled up."""
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "N T W"], *, train: bool) -> Float[Array, "N T W"]:
-        if not train or self.rate == 0:
-            return x
-        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, (x.shape[0], 1, 1))
-        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
 def sincos2d(rows: int, columns: int, width: int) -> Float[np.ndarray, "tokens width"]:
