@@ -64,6 +64,11 @@ def restore(manager: ocp.CheckpointManager, step: int, like: Mapping[str, Any]) 
     """
     target = {name: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree) for name, tree in like.items()}
     items = {name: ocp.args.PyTreeRestore(tree) for name, tree in target.items()}
+    absent = [name for name in target if not (Path(manager.directory) / str(step) / name).exists()]
+    if absent:
+        raise CheckpointError(
+            f"checkpoint {step} in {manager.directory} holds no {' and no '.join(absent)}: it is not whole, or an older tcq made it"
+        )
     try:
         restored = manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax and TensorStore raise many kinds

@@ -1,5 +1,6 @@
 """A workdir becomes an encoder; images become features and codes, padded and masked, on all local devices."""
 
+import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,12 +8,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt, UInt8
+from flax import traverse_util
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Key, UInt, UInt8
 from ml_collections import ConfigDict
 
-from tcq import checkpoint, parallel, quantizer
+from tcq import augment, checkpoint, parallel, quantizer
 from tcq import config as configs
-from tcq.models import retriever
+from tcq.journal import say
+from tcq.models import pretrained, retriever, vit
 
 
 class Encoder(NamedTuple):
@@ -20,13 +24,13 @@ class Encoder(NamedTuple):
 
     config: ConfigDict
     model: retriever.Retriever
-    params: retriever.Params
+    variables: retriever.Variables
     step: int
 
     @property
     def codebooks(self) -> Float[np.ndarray, "M K d"]:
         """As ranking and decoding use them: unit codewords for metric "ip"."""
-        codebooks = np.asarray(self.params["codebooks"], np.float32)
+        codebooks = np.asarray(self.variables["params"]["codebooks"], np.float32)
         return np.asarray(quantizer.unit_codewords(codebooks)) if self.model.metric == "ip" else codebooks
 
 
@@ -47,11 +51,11 @@ def load(workdir: str | Path, *, which: str = "best") -> Encoder:
     manager = checkpoint.open_manager(workdir)
     try:
         step = checkpoint.find_step(manager, which)
-        like = {"params": params_like(config, model)}
+        like = {"variables": retriever.shapes(model, config.data.image_size)}
         saved = checkpoint.restore(manager, step, like)
     finally:
         manager.close()
-    return Encoder(config, model, saved["params"], step)
+    return Encoder(config, model, saved["variables"], step)
 
 
 def read_config(workdir: str | Path) -> ConfigDict:
@@ -64,11 +68,14 @@ def read_config(workdir: str | Path) -> ConfigDict:
     return configs.from_json(path.read_text())
 
 
-def params_like(config: ConfigDict, model: retriever.Retriever) -> retriever.Params:
-    """Shapes and dtypes of the model's parameters; nothing is computed."""
-    side = config.data.image_size
-    image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+def as_weights(workdir: str | Path) -> pretrained.Weights:
+    """The backbone of a training run, as a start for another one. Raises as `load`."""
+    encoder = load(workdir)
+    c, family = encoder.config, pretrained.OWN
+    backbone = {k: v["backbone"] for k, v in encoder.variables.items() if "backbone" in v}
+    flat = traverse_util.flatten_dict(backbone, sep="/")
+    patch = vit.NAMED[c.model.name][1] if c.model.name in vit.NAMED else c.model.patch
+    return pretrained.Weights(Path(workdir), family, {"patch": patch}, flat, [])
 
 
 def encode(encoder: Encoder, images: UInt8[np.ndarray, "N H W 3"]) -> Encoded:
@@ -82,16 +89,62 @@ def encode(encoder: Encoder, images: UInt8[np.ndarray, "N H W 3"]) -> Encoded:
         return Encoded(
             np.zeros((0, q.num_codebooks * q.codeword_dim), np.float32), np.zeros((0, q.num_codebooks), dtype)
         )
-    params = parallel.replicate(encoder.params)
-    return Encoded(*parallel.map_in_batches(_mapped(encoder.model), params, images, encoder.config.eval.batch_size))
+    variables = parallel.replicate(encoder.variables)
+    return Encoded(*parallel.map_in_batches(_mapped(encoder.model), variables, images, encoder.config.eval.batch_size))
 
 
 @lru_cache(maxsize=4)
 def _mapped(model: retriever.Retriever) -> Any:
-    def body(params: retriever.Params, images: Array) -> tuple[Array, Array]:
-        outputs = model.apply({"params": params}, images.astype(jnp.float32) / 255)
+    def body(variables: retriever.Variables, images: Array) -> tuple[Array, Array]:
+        outputs = model.apply(variables, images.astype(jnp.float32) / 255)
         assert isinstance(outputs, retriever.Outputs)
         codes = quantizer.hard_assign(outputs.features, outputs.codebooks, metric=model.metric)
         return outputs.features, codes
+
+    return parallel.pmap_rows(body)
+
+
+def view_key(seed: int, index: Int[ArrayLike, ""], view: Int[ArrayLike, ""]) -> Key[Array, ""]:
+    """What the `view`-th of the `data.views` views of an image is drawn from."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), view)
+
+
+def embed_views(
+    encoder: Encoder, images: UInt8[np.ndarray, "N H W 3"], indices: Int[np.ndarray, " T"]
+) -> Float[np.ndarray, "T views F"]:
+    """What the backbone makes of the `data.views` views of some of the images; progress is said every few seconds."""
+    data, seed = encoder.config.data, encoder.config.train.seed
+    run = _mapped_views(encoder.model, tuple(sorted(data.augment.items())), seed)
+    variables = parallel.replicate(encoder.variables)
+    block = 16 * encoder.config.eval.batch_size * jax.local_device_count()
+    parts, start, last = [], time.monotonic(), time.monotonic()
+    for first in range(0, len(indices), block):
+        some = indices[first : first + block]
+        pictures = images[some]
+        views = [
+            parallel.map_in_batches(
+                run,
+                variables,
+                {"image": pictures, "index": some.astype(np.int32), "view": np.full(len(some), v, np.int32)},
+                encoder.config.eval.batch_size,
+            )
+            for v in range(data.views)
+        ]
+        parts.append(np.stack(views, axis=1))
+        if time.monotonic() - last > 5:
+            last, done = time.monotonic(), first + len(some)
+            rate = done * data.views / (last - start)
+            say(f"embedding views: {done:,} of {len(indices):,} images, {rate:,.0f} views/s")
+    return np.concatenate(parts)
+
+
+@lru_cache(maxsize=4)
+def _mapped_views(model: retriever.Retriever, strengths: tuple[tuple[str, float], ...], seed: int) -> Any:
+    def body(variables: retriever.Variables, rows: dict[str, Array]) -> Array:
+        def view(image: Array, index: Array, number: Array) -> Array:
+            return augment.random_view(view_key(seed, index, number), image / 255, dict(strengths))
+
+        views = jax.vmap(view)(rows["image"].astype(jnp.float32), rows["index"], rows["view"])
+        return model.apply(variables, views, method="embed")  # type: ignore[return-value]
 
     return parallel.pmap_rows(body)

@@ -1,6 +1,6 @@
 """An index on disk: codes, paths and the encoder that made them; build, open, add, remove, search.
 
-A folder with codes.npy (N, M), paths.json, encoder.npz (the parameters), config.json and meta.json (format, count and a
+A folder with codes.npy (N, M), paths.json, encoder.npz (its variables), config.json and meta.json (format, count and a
 SHA-256 of every other file). It needs nothing else: the workdir it came from may be gone. Writing happens in a new folder
 beside it, which takes its place at once.
 """
@@ -22,10 +22,10 @@ from jaxtyping import Float, Int, UInt, UInt8
 from tcq import config as configs
 from tcq import encode, ranking, validation
 from tcq.data import sources
-from tcq.data.images import ImageError, decode
+from tcq.data.images import ImageError, decode, resize_of
 from tcq.models import retriever
 
-FORMAT = 1
+FORMAT = 2
 FILES = ("codes.npy", "paths.json", "encoder.npz", "config.json", "skipped.jsonl")
 
 
@@ -80,10 +80,10 @@ def open_index(path: str | Path) -> Index:
     config = configs.from_json((path / "config.json").read_text())
     codes = np.load(path / "codes.npy", allow_pickle=False)
     with np.load(path / "encoder.npz", allow_pickle=False) as saved:
-        params = traverse_util.unflatten_dict({tuple(k.split("/")): saved[k] for k in saved.files})
+        variables = traverse_util.unflatten_dict({tuple(k.split("/")): saved[k] for k in saved.files})
     model = retriever.from_config(config)
-    _check_params(encode.params_like(config, model), params, path)
-    encoder = encode.Encoder(config, model, params, meta["step"])
+    _check_variables(retriever.shapes(model, config.data.image_size), variables, path)
+    encoder = encode.Encoder(config, model, variables, meta["step"])
     norms = np.asarray(ranking.code_norms(codes, encoder.codebooks)) if config.eval.score == "cosine" else None
     return Index(encoder, codes, json.loads((path / "paths.json").read_text()), norms)
 
@@ -115,7 +115,7 @@ def read_queries(index: Index, paths: Sequence[str | Path]) -> UInt8[np.ndarray,
     data, pictures = index.encoder.config.data, []
     for path in paths:
         try:
-            pictures.append(decode(path, size=data.image_size, resize=data.resize))
+            pictures.append(decode(path, size=data.image_size, resize=resize_of(data)))
         except ImageError as error:
             raise IndexFileError(f"query {str(path)!r}: {error}") from None
     return np.stack(pictures)
@@ -165,7 +165,7 @@ def remove(path: str | Path, names: list[str]) -> int:
 
 def _read_folder(encoder: encode.Encoder, images: str | Path) -> sources.Source:
     data = encoder.config.data
-    return sources.folder(images, size=data.image_size, resize=data.resize, cache_dir=data.cache_dir)
+    return sources.folder(images, size=data.image_size, resize=resize_of(data), cache_dir=data.cache_dir)
 
 
 def _write(
@@ -184,7 +184,7 @@ def _write(
         (half / "paths.json").write_text(json.dumps(paths))
         (half / "config.json").write_text(configs.to_json(encoder.config))
         (half / "skipped.jsonl").write_text("".join(json.dumps(s) + "\n" for s in skipped))
-        flat = traverse_util.flatten_dict(jax.tree.map(np.asarray, dict(encoder.params)), sep="/")
+        flat = traverse_util.flatten_dict(jax.tree.map(np.asarray, dict(encoder.variables)), sep="/")
         np.savez(half / "encoder.npz", **flat)
         meta = {
             "format": FORMAT,
@@ -225,7 +225,7 @@ def _meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def _check_params(want: Mapping[str, Any], got: Mapping[str, Any], path: Path) -> None:
+def _check_variables(want: Mapping[str, Any], got: Mapping[str, Any], path: Path) -> None:
     shapes = [
         {k: tuple(np.shape(v)) for k, v in traverse_util.flatten_dict(dict(tree), sep="/").items()}
         for tree in (want, got)
@@ -233,7 +233,7 @@ def _check_params(want: Mapping[str, Any], got: Mapping[str, Any], path: Path) -
     if shapes[0] != shapes[1]:
         odd = sorted(k for k in shapes[0].keys() | shapes[1].keys() if shapes[0].get(k) != shapes[1].get(k))
         raise IndexFileError(
-            f"the encoder in {str(path)!r} does not fit its config; these parameters differ: {', '.join(odd)}"
+            f"the encoder in {str(path)!r} does not fit its config; these variables differ: {', '.join(odd)}"
         )
 
 

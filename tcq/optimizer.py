@@ -1,16 +1,18 @@
-"""Optax update rules and the learning rate that a config asks for."""
+"""Optax update rules, and the learning rate that a config asks for at each step and in each part of the model."""
 
+import re
 from typing import Any
 
 import jax
 import optax
 from ml_collections import ConfigDict
 
+from tcq.models import resnet, vit
 from tcq.models.retriever import Params
 
 
 def make(config: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """Gradient clipping by norm, then AdamW, LARS or SGD on a linear warm-up and a cosine to 0."""
+    """Gradient clipping by norm, then AdamW, LARS or SGD, then the rates of the parts. Frozen parameters have no state."""
     o = config.optim
     rate = learning_rate(config, steps)
     if o.name == "adamw":
@@ -19,13 +21,63 @@ def make(config: ConfigDict, steps: int) -> optax.GradientTransformation:
         rule = optax.lars(rate, o.weight_decay, _decayed, trust_ratio_mask=_decayed, momentum=o.momentum)
     else:
         rule = optax.chain(optax.add_decayed_weights(o.weight_decay, _decayed), optax.sgd(rate, o.momentum))
-    return optax.chain(optax.clip_by_global_norm(o.clip_norm), rule) if o.clip_norm else rule
+    if o.clip_norm:
+        rule = optax.chain(optax.clip_by_global_norm(o.clip_norm), rule)
+    if not all(r == 1 for r in (o.backbone_rate, o.head_rate, o.codebooks_rate, o.layer_decay)):
+        rule = optax.chain(rule, optax.stateless(lambda updates, _: _scaled(updates, config)))
+    if o.frozen_blocks:
+        rule = optax.partition(
+            {False: rule, True: optax.set_to_zero()},
+            lambda params: jax.tree_util.tree_map_with_path(lambda path, _: frozen(path, config), params),
+        )
+    return rule
 
 
 def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
     """Linear from 0 over the warm-up, then cosine to 0 at the last step."""
     o = config.optim
     return optax.warmup_cosine_decay_schedule(0.0, o.learning_rate, o.warmup_steps, steps)
+
+
+def frozen(path: tuple[Any, ...], config: ConfigDict) -> bool:
+    """Whether the parameter at a tree path is not trained: in the first `optim.frozen_blocks` or before, or -1 and backbone."""
+    n = config.optim.frozen_blocks
+    if path[0].key != "backbone" or not n:
+        return False
+    return n < 0 or _layer(path[1].key, config) <= n
+
+
+def rate_of(path: tuple[Any, ...], config: ConfigDict) -> float:
+    """What the learning rate is multiplied with for the parameter at a tree path.
+
+    `optim.layer_decay` to the power of the layers behind it, which count as in BEiT (Bao et al. 2022): what comes before the
+    blocks, each block, and what comes after them.
+    """
+    o = config.optim
+    if path[0].key != "backbone":
+        return {"codebooks": o.codebooks_rate, "projection": o.head_rate}.get(path[0].key, 1.0)
+    return o.backbone_rate * o.layer_decay ** (_depth(config) + 1 - _layer(path[1].key, config))
+
+
+def _scaled(updates: Params, config: ConfigDict) -> Params:
+    return jax.tree_util.tree_map_with_path(lambda path, u: u * rate_of(path, config), updates)
+
+
+def _layer(name: str, config: ConfigDict) -> int:
+    """0 before the first block, 1 in it, and one above the number of blocks behind the last."""
+    if config.model.name in resnet.NAMED:
+        found = re.fullmatch(r"stage_(\d+)_block_(\d+)", name)
+        return sum(resnet.NAMED[config.model.name].stages[: int(found[1])]) + int(found[2]) + 1 if found else 0
+    if name.startswith("block_"):
+        return int(name.removeprefix("block_")) + 1
+    return 0 if name in ("embed", "positions", "cls", "registers") else _depth(config) + 1
+
+
+def _depth(config: ConfigDict) -> int:
+    m = config.model
+    if m.name in resnet.NAMED:
+        return sum(resnet.NAMED[m.name].stages)
+    return vit.NAMED[m.name][0].depth if m.name else m.depth
 
 
 def _decayed(params: Params) -> Any:

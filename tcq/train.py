@@ -1,4 +1,4 @@
-"""Learning: the state, the step body, the loop."""
+"""Learning: the loop around the step."""
 
 import json
 import time
@@ -6,16 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Float, Int32, UInt8
 from ml_collections import ConfigDict
 
-from tcq import augment, checkpoint, encode, losses, parallel, quantizer, validation
+from tcq import checkpoint, encode, learner, parallel, validation
 from tcq import config as configs
 from tcq import optimizer as optimizers
 from tcq.data import protocols, splits
@@ -25,87 +22,9 @@ from tcq.journal import Journal, Progress, duration, say
 from tcq.models import retriever
 from tcq.parallel import AXIS
 
-Logs = dict[str, Array]
-
 
 class TrainError(RuntimeError):
     """Training cannot go on; the message says at which step and why."""
-
-
-class TrainState(NamedTuple):
-    """All that changes from step to step."""
-
-    step: Int32[Array, ""]
-    params: retriever.Params
-    opt_state: Any
-
-
-def step_body(
-    model: retriever.Retriever, optimizer: optax.GradientTransformation, config: ConfigDict, steps: int
-) -> Callable[[TrainState, UInt8[Array, "b H W 3"]], tuple[TrainState, Logs]]:
-    """The training step of one device, to be mapped over `AXIS`; what it returns is the same on all of them.
-
-    Views are a function of (seed, step, place in the global batch), so they do not depend on the number of devices.
-    """
-    c = config.loss
-    clip_at = clip_schedule(config, steps)
-    strengths = dict(config.data.augment.items())
-
-    def view_pair(key: Array, image: Float[Array, "H W 3"]) -> tuple[Array, Array]:
-        first, second = (augment.random_view(k, image, strengths) for k in jax.random.split(key))
-        return first, second
-
-    def body(state: TrainState, images: UInt8[Array, "b H W 3"]) -> tuple[TrainState, Logs]:
-        step_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        device = jax.lax.axis_index(AXIS)
-        place = device * len(images) + jnp.arange(len(images))
-        keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(place)
-        views = jnp.concatenate(jax.vmap(view_pair)(keys, images.astype(jnp.float32) / 255))
-        dropout_key = jax.random.fold_in(jax.random.fold_in(step_key, config.data.batch_size), device)
-
-        def loss_fn(params: retriever.Params) -> tuple[Array, Logs]:
-            out = model.apply({"params": params}, views, train=True, rngs={"dropout": dropout_key})
-            assert isinstance(out, retriever.Outputs)
-            loss, logs = losses.contrastive_loss(
-                *jnp.split(out.features, 2),
-                *jnp.split(out.reconstructions, 2),
-                pairing=c.pairing,
-                temperature=c.temperature,
-                clip=clip_at(state.step),
-                axis_name=AXIS,
-            )
-            if c.entropy_weight:
-                loss += c.entropy_weight * losses.assignment_entropy(out.weights)
-            if c.diversity_weight:
-                loss += c.diversity_weight * losses.codeword_diversity(out.codebooks)
-            codes = quantizer.hard_assign(out.features, out.codebooks, metric=model.metric)
-            usage = quantizer.codeword_usage(codes, num_codewords=model.num_codewords, axis_name=AXIS)
-            return loss, logs | {"loss": loss, "codeword_usage": usage.mean(), "codeword_usage_min": usage.min()}
-
-        grads, logs = jax.grad(loss_fn, has_aux=True)(state.params)
-        grads = jax.lax.pmean(grads, AXIS)
-        logs = jax.lax.pmean(logs, AXIS)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), logs | {"gradient_norm": optax.tree.norm(grads)}
-
-    return body
-
-
-def clip_schedule(config: ConfigDict, steps: int) -> Callable[[Array], int | Array]:
-    """How many negatives are clipped at a step (counted from 0): all of `loss.clip`, or fewer before `loss.clip_full`."""
-    c, count = config.loss, configs.clip_count(config.loss.clip, config.data.batch_size)
-    first, full = c.clip_from * steps, c.clip_full * steps
-    if not count or not full:
-        return lambda step: count
-    return lambda step: jnp.floor(count * jnp.clip((step - first + 1) / max(full - first, 1), 0, 1)).astype(jnp.int32)
-
-
-def initial_state(config: ConfigDict, model: retriever.Retriever, optimizer: Any, images: np.ndarray) -> TrainState:
-    """The state before the first step; `images` are some training images (see `retriever.init`)."""
-    key = jax.random.fold_in(jax.random.key(config.train.seed), 2**31 - 1)  # no step has this number
-    params = retriever.init(key, model, images, from_data=config.quantizer.init == "data")
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
@@ -118,37 +37,41 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     source = open_source(config.data)
     split = splits.of_source(source, config.data)
     configs.check_run(
-        config, num_devices=jax.device_count(), num_train=len(split.train), num_validation=len(split.validation)
+        config,
+        num_devices=jax.device_count(),
+        num_train=len(split.train),
+        num_validation=len(split.validation),
+        platform=jax.default_backend(),
     )
     _claim(workdir, config, source)
     splits.claim(workdir, source, split)
 
     steps = configs.total_steps(config, len(split.train))
-    model = retriever.from_config(config)
+    model = retriever.from_config(config, axis_name=AXIS)
     optimizer = optimizers.make(config, steps)
-    # Drawn, because folders are in the order of their classes.
-    drawn = np.random.RandomState(config.train.seed).permutation(split.train)[: config.quantizer.init_images]
-    state = initial_state(config, model, optimizer, np.asarray(source.images[np.sort(drawn)]))
     with closing(checkpoint.open_manager(workdir, keep=config.checkpoint.keep, writable=True)) as manager:
-        if manager.latest_step() is not None:
-            saved = checkpoint.restore(manager, manager.latest_step(), _items(state))
-            state = TrainState(params=saved["params"], **saved["training"])
+        newest = manager.latest_step()
+        if newest is not None:
+            like = learner.state_like(config, model, optimizer)
+            state = _from_items(checkpoint.restore(manager, newest, _items(like)))
+        else:  # drawn, because folders are in the order of their classes
+            drawn = np.random.RandomState(config.train.seed).permutation(split.train)[: config.quantizer.init_images]
+            state = learner.initial_state(config, model, optimizer, np.asarray(source.images[np.sort(drawn)]))
         _introduce(config, source, split, state, steps)
         with closing(Journal(workdir, step=int(state.step))) as journal:
-            run = parallel.pmap_step(step_body(model, optimizer, config, steps))
+            run = parallel.pmap_step(learner.step_body(model, optimizer, config, steps))
             validate = partial(_validate, config, model, source, split)
-            return _loop(
-                config, state, steps, run, _batches(config, source, split, int(state.step)), validate, manager, journal
-            )
+            stream = _batches(config, *_training_rows(config, model, source, split, state), int(state.step))
+            return _loop(config, state, steps, run, stream, validate, manager, journal)
 
 
 def _loop(
     config: ConfigDict,
-    state: TrainState,
+    state: learner.TrainState,
     steps: int,
     run: parallel.Step,
-    stream: Iterator[np.ndarray],
-    validate: Callable[[retriever.Params, int], dict[str, float]],
+    stream: Iterator[dict[str, np.ndarray]],
+    validate: Callable[[retriever.Variables, int], dict[str, float]],
     manager: Any,
     journal: Journal,
 ) -> dict[str, float]:
@@ -157,7 +80,7 @@ def _loop(
     state = parallel.replicate(state)
     progress = Progress(step=start, total_steps=steps, batch_size=config.data.batch_size)
     validated: dict[str, float] = {}
-    before: tuple[int, Logs] | None = None
+    before: tuple[int, learner.Logs] | None = None
     for step in range(start + 1, steps + 1):
         waiting = time.monotonic()
         batch = next(stream)
@@ -192,7 +115,7 @@ def _loop(
         validated_now = last or (config.eval.every_steps and step % config.eval.every_steps == 0)
         if validated_now:
             _finite(step, logs)
-            validated = validate(parallel.fetch(state.params), step)
+            validated = validate(parallel.fetch(_items(state)["variables"]), step)
             if validated:
                 journal.write(step, {f"validation/{k}": v for k, v in validated.items()})
                 say(f"step {step:,}/{steps:,}  validation: " + "  ".join(f"{k} {v:.4f}" for k, v in validated.items()))
@@ -205,9 +128,15 @@ def _loop(
     return validated
 
 
-def _items(state: TrainState) -> dict[str, Any]:
+def _items(state: learner.TrainState) -> dict[str, Any]:
     """The two parts of a checkpoint: what encoding needs, and what only going on needs."""
-    return {"params": state.params, "training": {"step": state.step, "opt_state": state.opt_state}}
+    variables = {"params": state.params} | ({"batch_stats": state.batch_stats} if state.batch_stats else {})
+    return {"variables": variables, "training": {"step": state.step, "opt_state": state.opt_state}}
+
+
+def _from_items(items: dict[str, Any]) -> learner.TrainState:
+    variables, rest = items["variables"], items["training"]
+    return learner.TrainState(rest["step"], variables["params"], variables.get("batch_stats", {}), rest["opt_state"])
 
 
 def _validate(
@@ -215,13 +144,13 @@ def _validate(
     model: retriever.Retriever,
     source: Source,
     split: protocols.Split,
-    params: retriever.Params,
+    variables: retriever.Variables,
     step: int,
 ) -> dict[str, float]:
     """Loss and clip quality on validation images; with labels also mAP of validation queries against training images."""
     if len(split.validation) < 2:
         return {}
-    encoder = encode.Encoder(config, model, params, step)
+    encoder = encode.Encoder(config, model, variables, step)
     images = source.images[split.validation]
     labels = None if source.labels is None else source.labels[split.validation]
     values = validation.clip_quality(encoder, images, labels)
@@ -238,10 +167,28 @@ def _validate(
     return values
 
 
-def _batches(config: ConfigDict, source: Source, split: protocols.Split, first_step: int) -> Iterator[np.ndarray]:
+def _training_rows(
+    config: ConfigDict, model: retriever.Retriever, source: Source, split: protocols.Split, state: learner.TrainState
+) -> tuple[np.ndarray, np.ndarray]:
+    """What is trained on, and which rows of it: images, or where nothing before the projection changes, their features."""
+    if config.optim.frozen_blocks >= 0 or not config.data.views:
+        return source.images, split.train
+    encoder = encode.Encoder(config, model, _items(state)["variables"], int(state.step))
+    start = time.monotonic()
+    rows = encode.embed_views(encoder, source.images, split.train)
+    say(
+        f"the backbone is frozen: {rows.shape[0]:,} x {rows.shape[1]} views embedded once in "
+        f"{duration(time.monotonic() - start)} ({rows.nbytes / 2**30:,.2f} GiB)"
+    )
+    return rows, np.arange(len(rows))
+
+
+def _batches(
+    config: ConfigDict, rows: np.ndarray, indices: np.ndarray, first_step: int
+) -> Iterator[dict[str, np.ndarray]]:
     return batches(
-        source.images,
-        split.train,
+        rows,
+        indices,
         batch_size=config.data.batch_size,
         seed=config.train.seed,
         first_step=first_step,
@@ -252,7 +199,7 @@ def _batches(config: ConfigDict, source: Source, split: protocols.Split, first_s
     )
 
 
-def _finite(step: int, logs: Logs) -> dict[str, float]:
+def _finite(step: int, logs: learner.Logs) -> dict[str, float]:
     values = {k: float(v) for k, v in parallel.fetch(logs).items()}
     for name, value in values.items():
         if not np.isfinite(value):
@@ -288,16 +235,21 @@ def _some(names: list[str]) -> str:
     return f"{len(names)} classes ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
 
 
-def _introduce(config: ConfigDict, source: Source, split: protocols.Split, state: TrainState, steps: int) -> None:
+def _introduce(
+    config: ConfigDict, source: Source, split: protocols.Split, state: learner.TrainState, steps: int
+) -> None:
     """The start-up lines: what is trained on what."""
     B, q = config.data.batch_size, config.quantizer
     clip = configs.clip_count(config.loss.clip, B)
     labels = "no labels" if source.labels is None else f"labels of {_some(source.classes)}, used only to score"
     say(f"{config.data.source}: {len(source.images):,} images, {labels}; {len(source.skipped)} files skipped")
     say("  " + ", ".join(f"{len(part):,} {name}" for name, part in split._asdict().items()))
+    leaves = jax.tree_util.tree_leaves_with_path(state.params)
+    trained = sum(x.size for path, x in leaves if not optimizers.frozen(path, config))
     say(
-        f"model: {retriever.parameter_count(state.params):,} parameters, {configs.bits(config)} bits per image "
-        f"({q.num_codebooks} codebooks of {q.num_codewords} codewords), {clip} of {2 * B - 2} negatives clipped"
+        f"model: {retriever.parameter_count(state.params):,} parameters, {trained:,} of them trained, "
+        f"{configs.bits(config)} bits per image ({q.num_codebooks} codebooks of {q.num_codewords} codewords), "
+        f"{clip} of {2 * B - 2} negatives clipped"
     )
     say(
         f"batch: {B} global, {B // jax.process_count()} per process, {B // jax.device_count()} per device "

@@ -148,13 +148,13 @@ def clip_quality(
     negatives = 2 * size - 2
     clip = configs.clip_count(c.loss.clip, c.data.batch_size) * negatives // (2 * c.data.batch_size - 2)
     order = np.random.RandomState(c.train.seed).permutation(len(images))
-    params = parallel.replicate(encoder.params)
+    variables = parallel.replicate(encoder.variables)
     strengths = tuple(sorted(c.data.augment.items()))
     results = []
     for start in range(0, min(batches * size, len(images) // size * size), size):
         chosen = np.sort(order[start : start + size])
         rows = {"image": images[chosen], "index": chosen.astype(np.int32)}
-        views = parallel.map_in_batches(_views(encoder.model, strengths), params, rows, c.eval.batch_size)
+        views = parallel.map_in_batches(_views(encoder.model, strengths), variables, rows, c.eval.batch_size)
         loss, logs = losses.contrastive_loss(
             *views,
             pairing=c.loss.pairing,
@@ -168,14 +168,14 @@ def clip_quality(
 
 @lru_cache(maxsize=4)
 def _views(model: Any, strengths: tuple[tuple[str, float], ...]) -> Any:
-    def body(params: Any, rows: dict[str, Array]) -> tuple[Array, ...]:
+    def body(variables: Any, rows: dict[str, Array]) -> tuple[Array, ...]:
         def pair(image: Array, index: Array) -> tuple[Array, Array]:
             keys = jax.random.split(jax.random.fold_in(jax.random.key(0), index))
             first, second = (augment.random_view(key, image, dict(strengths)) for key in keys)
             return first, second
 
         a, b = jax.vmap(pair)(rows["image"].astype(jnp.float32) / 255, rows["index"])
-        out_a, out_b = model.apply({"params": params}, a), model.apply({"params": params}, b)
+        out_a, out_b = model.apply(variables, a), model.apply(variables, b)
         return out_a.features, out_b.features, out_a.reconstructions, out_b.reconstructions
 
     return parallel.pmap_rows(body)

@@ -4,10 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from tcq import config as configs
+from tcq import learner, optimizer, parallel
+from tcq.models import retriever
 
 SMALL = (
     "model.width=16",
@@ -56,3 +60,18 @@ def environment(devices: int = 1) -> dict[str, str]:
 
 def small_flags(*overrides: str) -> list[str]:
     return [f"--config.{o}" for o in (*SMALL, *overrides)]
+
+
+def step(config: ConfigDict, num_images: int = 64) -> tuple[np.ndarray, Any, learner.TrainState]:
+    """Random images of 8 x 8 pixels, the body of a training step, and the state before the first one."""
+    model = retriever.from_config(config, axis_name=parallel.AXIS)
+    rule = optimizer.make(config, config.train.total_steps)
+    images = np.random.RandomState(0).randint(0, 256, (num_images, 8, 8, 3)).astype(np.uint8)
+    body = learner.step_body(model, rule, config, config.train.total_steps)
+    return images, body, learner.initial_state(config, model, rule, images)
+
+
+def batch(rows: np.ndarray, devices: int, first: int = 0) -> dict[str, np.ndarray]:
+    """Rows as a training step takes them; their places count from `first`."""
+    index = np.arange(first, first + len(rows), dtype=np.int32)
+    return {"image": rows.reshape(devices, -1, *rows.shape[1:]), "index": index.reshape(devices, -1)}

@@ -64,7 +64,7 @@ class TestDecode:
         wide = np.zeros((10, 30, 3), np.uint8)
         wide[:, 10:20] = 255
         assert images.decode(png(wide), size=10).min() > 200
-        assert images.decode(png(wide), size=10, resize="squash").min() < 50
+        assert images.decode(png(wide), size=10, resize=images.Resize("squash")).min() < 50
 
     def test_extreme_shapes(self):
         assert images.decode(png(np.zeros((1, 20_000, 3), np.uint8)), size=32).shape == (32, 32, 3)
@@ -277,7 +277,10 @@ class TestLoader:
     def ids(self, count, **options):
         indices = np.arange(3, 48)
         stream = loader.batches(self.IMAGES, indices, batch_size=8, seed=1, **options)
-        return [next(stream)[..., 0, 0, 0] for _ in range(count)]
+        found = [next(stream) for _ in range(count)]
+        for batch in found:
+            np.testing.assert_array_equal(batch["index"], batch["image"][..., 0, 0, 0])
+        return [batch["index"] for batch in found]
 
     def test_each_epoch_shows_every_training_image_once_in_another_order(self):
         flat = np.concatenate([b.ravel() for b in self.ids(90)])[: 45 * 16].reshape(16, 45)

@@ -10,30 +10,18 @@ import numpy as np
 import pytest
 
 import small
-from tcq import checkpoint, checks, encode, evaluate, optimizer, parallel, train
+from tcq import checkpoint, checks, encode, evaluate, learner, optimizer, parallel, train
 from tcq import config as configs
 from tcq.data import protocols
-from tcq.models import retriever
 
 
 def final_params(workdir):
-    return jax.tree.leaves(encode.load(workdir, which="latest").params)
+    return jax.tree.leaves(encode.load(workdir, which="latest").variables)
 
 
 def assert_same_bits(a, b):
     for x, y in zip(final_params(a), final_params(b), strict=True):
         np.testing.assert_array_equal(x, y)
-
-
-def setup(config, num_images=64):
-    model = retriever.from_config(config)
-    rule = optimizer.make(config, config.train.total_steps)
-    images = np.random.RandomState(0).randint(0, 256, (num_images, 8, 8, 3)).astype(np.uint8)
-    return (
-        images,
-        train.step_body(model, rule, config, config.train.total_steps),
-        train.initial_state(config, model, rule, images),
-    )
 
 
 class TestStep:
@@ -55,7 +43,7 @@ class TestStep:
         c = small.config(
             *overrides, "data.augment.flip=0.5", "optim.name=sgd", "optim.learning_rate=0.3", "optim.warmup_steps=0"
         )
-        images, body, start = setup(c)
+        images, body, start = small.step(c)
         results = {}
         for devices in (1, 2, 8):
             step = jax.pmap(
@@ -63,7 +51,7 @@ class TestStep:
             )
             state = start
             for i in range(3):
-                batch = images[16 * i : 16 * (i + 1)].reshape(devices, 16 // devices, 8, 8, 3)
+                batch = small.batch(images[16 * i : 16 * (i + 1)], devices)
                 state, logs = step(state, batch)
                 jax.block_until_ready(logs)
             results[devices] = parallel.fetch((state.params, logs))
@@ -75,8 +63,8 @@ class TestStep:
 
     def test_pmap_and_shard_map_give_the_same_bits(self):
         c = small.config()
-        images, body, start = setup(c)
-        batch = images[:16].reshape(8, 2, 8, 8, 3)
+        images, body, start = small.step(c)
+        batch = small.batch(images[:16], 8)
         outcomes = []
         for compile in (parallel.pmap_step, parallel.shard_map_step):
             step, state = compile(body), parallel.replicate(start)
@@ -89,19 +77,19 @@ class TestStep:
 
     def test_state_is_donated_and_has_no_device_axis(self):
         c = small.config()
-        images, body, start = setup(c)
+        images, body, start = small.step(c)
         state = parallel.replicate(start)
-        after, _ = parallel.pmap_step(body)(state, images[:16].reshape(8, 2, 8, 8, 3))
+        after, _ = parallel.pmap_step(body)(state, small.batch(images[:16], 8))
         assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, start)
         assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
 
     def test_codebooks_and_every_other_parameter_learn(self):
         c = small.config("quantizer.metric=ip", "loss.temperature=0.2")
-        images, body, start = setup(c)
+        images, body, start = small.step(c)
         state = parallel.replicate(start)
         step = parallel.pmap_step(body)
         for _ in range(3):
-            state, logs = step(state, images[:16].reshape(8, 2, 8, 8, 3))
+            state, logs = step(state, small.batch(images[:16], 8))
             jax.block_until_ready(logs)
         moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), parallel.fetch(state.params), start.params)
         still = [jax.tree_util.keystr(p) for p, m in jax.tree_util.tree_leaves_with_path(moved) if m == 0]
@@ -110,7 +98,7 @@ class TestStep:
     @pytest.mark.parametrize("name", checks.OPTIMIZERS)
     def test_optimizers_decay_kernels_only(self, name):
         c = small.config(f"optim.name={name}", "optim.weight_decay=0.5", "optim.warmup_steps=0")
-        _, _, start = setup(c)
+        _, _, start = small.step(c)
         rule = optimizer.make(c, 10)
         zero = jax.tree.map(jnp.zeros_like, start.params)
         updates, _ = rule.update(zero, rule.init(start.params), start.params)
@@ -123,11 +111,11 @@ class TestStep:
 
     def test_clipping_is_off_then_grows_then_full(self):
         c = small.config("loss.clip=8", "loss.clip_from=0.25", "loss.clip_full=0.75")
-        clip = train.clip_schedule(c, 16)
+        clip = learner.clip_schedule(c, 16)
         counts = [int(clip(jnp.int32(step))) for step in range(16)]
         assert counts == [0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8, 8]
         constant = small.config("loss.clip=8", "loss.clip_from=0", "loss.clip_full=0")
-        assert train.clip_schedule(constant, 16)(jnp.int32(3)) == 8
+        assert learner.clip_schedule(constant, 16)(jnp.int32(3)) == 8
 
     def test_gradients_are_clipped_by_norm(self):
         c = small.config(

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64, Shaped
 
 
 def batches(
-    images: UInt8[np.ndarray, "N H W 3"],
+    images: Shaped[np.ndarray, "N ..."],
     indices: Int64[np.ndarray, " T"],
     *,
     batch_size: int,
@@ -18,8 +18,9 @@ def batches(
     process: int = 0,
     num_processes: int = 1,
     threads: int = 2,
-) -> Iterator[UInt8[np.ndarray, "devices b H W 3"]]:
-    """Endless batches of this process, uint8 (num_devices, b, H, W, 3), beginning with that of `first_step`.
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless batches of this process, beginning with that of `first_step`: "image", rows of `images` (uint8 pictures, or
+    features of them) as (num_devices, b, ...), and "index", their places among `images`, int32 (num_devices, b).
 
     `indices` are shuffled anew for every epoch; batches run on over the end of an epoch, so that no image is dropped.
     batch_size is global: process p of P gets the p-th of P equal stretches of every batch, whatever the number of its
@@ -34,9 +35,13 @@ def batches(
             f"a batch of {batch_size} cannot be divided by {num_processes} processes x {num_devices} devices"
         )
 
-    def read(places: np.ndarray) -> np.ndarray:
-        batch = images[indices[places]]  # one fancy index: a single copy out of memory or the mapped cache
-        return batch.reshape(num_devices, share, *batch.shape[1:])
+    def read(places: np.ndarray) -> dict[str, np.ndarray]:
+        index = indices[places]
+        batch = images[index]  # one fancy index: a single copy out of memory or the mapped cache
+        return {
+            "image": batch.reshape(num_devices, share, *batch.shape[1:]),
+            "index": index.astype(np.int32).reshape(num_devices, share),
+        }
 
     order = grain.MapDataset.range(len(indices)).seed(seed).shuffle().repeat()
     mine = order.batch(share * num_devices)[first_step * num_processes + process :: num_processes]
