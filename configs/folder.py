@@ -1,8 +1,10 @@
 """Your own images: any folder of pictures, labelled by sub-folders or not.
 
     python -m tcq train --config=configs/folder.py:/path/to/images --workdir=runs/mine
+    python -m tcq train --config=configs/folder.py:/path/to/images,bits=64,weights=/models/dinov2-small --workdir=runs/mine
 
-Any other key as usual: --config.data.image_size=64 --config.train.total_steps=5000 ...
+After the folder come bits=16, 32, 64 ...; backbone=, a name such as vit_b16 or resnet18; weights=, a path
+(docs/weights.md). Any other key as usual: --config.data.image_size=64 --config.train.total_steps=5000 ...
 """
 
 from ml_collections import ConfigDict
@@ -10,15 +12,20 @@ from ml_collections import ConfigDict
 from configs import base
 
 
-def get_config(path: str = "") -> ConfigDict:
-    """A small ViT from scratch on images of 32 x 32 pixels; without labels there are no queries and no scores."""
+def get_config(arg: str = "") -> ConfigDict:
+    """A small ViT from scratch on images of 32 x 32 pixels, or another backbone on 224 x 224. Without labels no scores."""
+    a = base.arguments(f"path={arg}", path="", bits="32", backbone="", weights="")
     c = base.get_config()
-    c.data.source = f"folder:{path}" if path else ""
-    c.model.update(width=128, depth=4, heads=4, patch=8, pooling="flat")
+    base.set_bits(c, a["bits"])
+    c.data.source = f"folder:{a['path']}" if a["path"] else ""
     c.quantizer.metric = "ip"
     c.quantizer.scale = 10.0
     c.loss.temperature = 0.3
-    c.optim.learning_rate = 2e-3
     c.train.total_steps = 1000
     c.eval.every_steps = 500
+    if a["backbone"] or a["weights"]:
+        base.set_backbone(c, a["backbone"], a["weights"], image_size=224)
+        return c
+    c.model.update(width=128, depth=4, heads=4, patch=8, pooling="flat")
+    c.optim.learning_rate = 2e-3
     return c

@@ -121,7 +121,7 @@ def _positive(text: str) -> int:
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from tcq import config, train
 
-    train.train(config.load(arguments.config, overrides), arguments.workdir)
+    train.train(config.load(arguments.config, overrides, workdir=arguments.workdir), arguments.workdir)
     print(f"trained: {arguments.workdir}")
     return 0
 

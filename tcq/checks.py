@@ -9,11 +9,11 @@ from ml_collections import ConfigDict
 
 from tcq import losses, metrics, quantizer, ranking
 from tcq.data import images, protocols
-from tcq.models import vit
+from tcq.models import resnet, vit
 
 OPTIMIZERS = ("adamw", "lars", "sgd")
 DTYPES = ("float32", "bfloat16")
-INITS = ("data", "random")
+INITS = ("kmeans", "data", "random")
 
 
 class ConfigError(ValueError):
@@ -43,7 +43,14 @@ def check(config: ConfigDict, base: ConfigDict) -> None:
     _raise(problems)
 
 
-def check_run(config: ConfigDict, *, num_devices: int, num_train: int, num_validation: int) -> None:
+def check_types(config: ConfigDict, base: ConfigDict) -> None:
+    """Raises ConfigError, listing every unknown key and wrong type."""
+    _raise(_type_problems(config, base))
+
+
+def check_run(
+    config: ConfigDict, *, num_devices: int, num_train: int, num_validation: int, platform: str = "cpu"
+) -> None:
     """Raises ConfigError where the config does not fit the devices or the images that were found."""
     d, steps = config.data, total_steps(config, num_train)
     problems = []
@@ -60,6 +67,14 @@ def check_run(config: ConfigDict, *, num_devices: int, num_train: int, num_valid
             f"data.batch_size {d.batch_size} is above the {num_train:,} training images ({num_validation:,} more are held "
             f"out for validation): an image would be its own negative; use at most {num_train // num_devices * num_devices}"
         )
+    if (
+        config.quantizer.init == "kmeans"
+        and min(config.quantizer.init_images, num_train) < config.quantizer.num_codewords
+    ):
+        problems.append(
+            f"quantizer.init kmeans cannot make {config.quantizer.num_codewords} codewords of "
+            f"{min(config.quantizer.init_images, num_train)} images: use quantizer.init=data or fewer codewords"
+        )
     if config.optim.warmup_steps >= steps:
         problems.append(f"optim.warmup_steps {config.optim.warmup_steps} must be below the {steps} steps of the run")
     _raise(problems)
@@ -72,10 +87,14 @@ def _value_problems(c: ConfigDict) -> Iterator[str]:
     choices = {
         "data.protocol": (d.protocol, tuple(protocols.PROTOCOLS)),
         "data.resize": (d.resize, images.RESIZES),
-        "model.name": (m.name, ("", *vit.SIZES)),
+        "data.interpolation": (d.interpolation, tuple(images.INTERPOLATIONS)),
+        "model.name": (m.name, ("", *vit.NAMED, *resnet.NAMED)),
+        "model.stem": (m.stem, resnet.STEMS),
+        "model.attention": (m.attention, vit.ATTENTIONS),
         "model.pooling": (m.pooling, vit.POOLINGS),
         "model.positions": (m.positions, vit.POSITIONS),
         "model.dtype": (m.dtype, DTYPES),
+        "model.gelu": (m.gelu, vit.GELUS),
         "quantizer.metric": (q.metric, quantizer.METRICS),
         "quantizer.init": (q.init, INITS),
         "loss.pairing": (loss.pairing, losses.PAIRINGS),
@@ -94,19 +113,68 @@ def _value_problems(c: ConfigDict) -> Iterator[str]:
         if not low <= flat[key] <= high:
             limits = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
             yield f"{key} {flat[key]} must be {limits}"
-    for key in ("quantizer.scale", "loss.temperature", "optim.learning_rate", "model.mlp_ratio"):
+    for key in ("quantizer.scale", "loss.temperature", "optim.learning_rate", "optim.layer_decay", "model.mlp_ratio"):
         if not 0 < flat[key] < float("inf"):
             yield f"{key} {flat[key]} must be above 0"
     for key in ("data.query", "data.validation", "data.augment.crop", "model.dropout", "model.drop_path"):
         if not 0 <= flat[key] < 1:
             yield f"{key} {flat[key]} must be in [0, 1)"
-    if m.patch > 0 and d.image_size % m.patch:
-        yield f"data.image_size {d.image_size} is not divisible by model.patch {m.patch}"
-    width, _, heads = vit.SIZES.get(m.name, (m.width, m.depth, m.heads))
-    if heads > 0 and width % heads:
-        yield f"model.width {width} is not divisible by model.heads {heads}"
-    if m.positions == "sincos2d" and width % 4:
-        yield f"model.width {width} is not divisible by 4, as model.positions sincos2d needs"
+    (width, depth, heads), patch = vit.NAMED.get(m.name, (vit.Size(m.width, m.depth, m.heads), m.patch))
+    if m.name not in resnet.NAMED:
+        if patch > 0 and d.image_size % patch:
+            yield (
+                f"data.image_size {d.image_size} is not divisible by {'the patch of ' + m.name if m.name else 'model.patch'} {patch}: "
+                f"use for example {max(round(d.image_size / patch), 1) * patch}"
+            )
+        if heads > 0 and width % heads:
+            yield f"model.width {width} is not divisible by model.heads {heads}"
+        if m.positions == "sincos2d" and width % 4:
+            yield f"model.width {width} is not divisible by 4, as model.positions sincos2d needs"
+        if o.frozen_blocks > depth:
+            yield f"optim.frozen_blocks {o.frozen_blocks} is above the {depth} blocks of the backbone; -1 is all of it"
+        if m.width > 0 and m.mlp_ratio > 0 and round(m.mlp_ratio * width) < 1:
+            yield f"model.mlp_ratio {m.mlp_ratio} leaves the MLP no hidden unit"
+        if m.attention == "cudnn" and m.dtype != "bfloat16":
+            yield "model.attention cudnn needs model.dtype bfloat16"
+    else:
+        blocks = sum(resnet.NAMED[m.name].stages)
+        if o.frozen_blocks > blocks:
+            yield f"optim.frozen_blocks {o.frozen_blocks} is above the {blocks} blocks of {m.name}; -1 is all of it"
+        if m.dropout or m.drop_path:
+            yield f"model.dropout {m.dropout} and model.drop_path {m.drop_path} are for ViTs: {m.name} has none, set them to 0"
+        if m.scan:
+            yield f"model.scan is for ViTs, whose blocks are alike; those of {m.name} are not"
+    for key, low in (("mean", -_INFINITY), ("std", 0.0)):
+        values = m[key]
+        if len(values) != 3 or not all(isinstance(x, int | float) and low < x < _INFINITY for x in values):
+            yield f"model.{key} {values} must be three finite numbers{', above 0' if key == 'std' else ''}"
+    (width, depth, heads), patch = vit.NAMED.get(m.name, (vit.Size(m.width, m.depth, m.heads), m.patch))
+    if m.name not in resnet.NAMED:
+        if patch > 0 and d.image_size % patch:
+            yield (
+                f"data.image_size {d.image_size} is not divisible by {'the patch of ' + m.name if m.name else 'model.patch'} {patch}: "
+                f"use for example {max(round(d.image_size / patch), 1) * patch}"
+            )
+        if heads > 0 and width % heads:
+            yield f"model.width {width} is not divisible by model.heads {heads}"
+        if m.positions == "sincos2d" and width % 4:
+            yield f"model.width {width} is not divisible by 4, as model.positions sincos2d needs"
+        if o.frozen_blocks > depth:
+            yield f"optim.frozen_blocks {o.frozen_blocks} is above the {depth} blocks of the backbone; -1 is all of it"
+        if m.width > 0 and m.mlp_ratio > 0 and round(m.mlp_ratio * width) < 1:
+            yield f"model.mlp_ratio {m.mlp_ratio} leaves the MLP no hidden unit"
+        if m.attention == "cudnn" and m.dtype != "bfloat16":
+            yield "model.attention cudnn needs model.dtype bfloat16"
+    else:
+        blocks = sum(resnet.NAMED[m.name].stages)
+        if o.frozen_blocks > blocks:
+            yield f"optim.frozen_blocks {o.frozen_blocks} is above the {blocks} blocks of {m.name}; -1 is all of it"
+        if m.dropout or m.drop_path:
+            yield f"model.dropout {m.dropout} and model.drop_path {m.drop_path} are for ViTs: {m.name} has none, set them to 0"
+        if m.scan:
+            yield f"model.scan is for ViTs, whose blocks are alike; those of {m.name} are not"
+    if len(m.mean) != 3 or len(m.std) != 3 or not all(0 < x < float("inf") for x in m.std):
+        yield f"model.mean {m.mean} and model.std {m.std} must be three numbers each, those of std above 0"
     k = q.num_codewords
     if k < 2 or k > quantizer.MAX_CODEWORDS or k & (k - 1):
         near = 2 ** min(max(round(log2(max(k, 2))), 1), 16)
@@ -116,6 +184,10 @@ def _value_problems(c: ConfigDict) -> Iterator[str]:
             f"quantizer.bits {q.bits} is not what the codebooks give: {q.num_codebooks} codebooks x {int(log2(k))} bits "
             f"({k} codewords) = {bits(c)}; set quantizer.num_codebooks={q.bits / log2(k):g} or quantizer.bits=0"
         )
+    if not 0 < d.crop_share <= 1:
+        yield f"data.crop_share {d.crop_share} must be above 0 and at most 1"
+    if d.views == 1:
+        yield "data.views 1 leaves no two views to compare: use 0 or at least 2"
     yield from _clip_problems(loss.clip, d.batch_size)
     if loss.clip_from > loss.clip_full:
         yield f"loss.clip_from {loss.clip_from} must not be above loss.clip_full {loss.clip_full}"
@@ -144,6 +216,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("data.split_seed", -1, 2**32 - 1),
     ("data.batch_size", 2, _INFINITY),
     ("data.threads", 1, 256),
+    ("data.views", 0, 4096),
     ("data.augment.stretch", 0, 2),
     ("data.augment.rotate", 0, 180),
     ("data.augment.shift", 0, 1),
@@ -159,6 +232,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("model.depth", 1, _INFINITY),
     ("model.heads", 1, _INFINITY),
     ("model.patch", 1, _INFINITY),
+    ("model.registers", 0, _INFINITY),
+    ("model.norm_eps", 0, 1),
     ("quantizer.num_codebooks", 1, _INFINITY),
     ("quantizer.codeword_dim", 1, _INFINITY),
     ("quantizer.init_images", 1, _INFINITY),
@@ -167,6 +242,11 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("loss.entropy_weight", 0, _INFINITY),
     ("loss.diversity_weight", 0, _INFINITY),
     ("optim.warmup_steps", 0, _INFINITY),
+    ("optim.backbone_rate", 0, _INFINITY),
+    ("optim.head_rate", 0, _INFINITY),
+    ("optim.codebooks_rate", 0, _INFINITY),
+    ("optim.layer_decay", 0, 1),
+    ("optim.frozen_blocks", -1, _INFINITY),
     ("optim.weight_decay", 0, _INFINITY),
     ("optim.momentum", 0, 1),
     ("optim.clip_norm", 0, _INFINITY),

@@ -8,11 +8,13 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from tcq.checks import ConfigError, bits, check, check_run, clip_count, flatten, nearest, total_steps
+from tcq.checks import ConfigError, bits, check, check_run, check_types, clip_count, flatten, nearest, total_steps
+from tcq.models import pretrained, retriever, vit
 
 __all__ = [
     "ConfigError",
@@ -31,16 +33,35 @@ OPERATIONAL = (
     "data.threads",
     "data.cache_dir",
     "data.tfds_dir",
+    "model.attention",
+    "model.remat",
+    "model.scan",
     "train.log_every_steps",
     "eval.batch_size",
     "checkpoint.keep",
 )
+_DECIDED = (
+    "name",
+    "width",
+    "depth",
+    "heads",
+    "patch",
+    "positions",
+    "mlp_ratio",
+    "class_token",
+    "registers",
+    "layer_scale",
+    "gelu",
+    "norm_eps",
+    "stem",
+)
 
 
-def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
+def load(path: str, overrides: Iterable[str] = (), *, workdir: str | Path | None = None) -> ConfigDict:
     """The config of a file "path.py" or "path.py:argument", with overrides such as "loss.clip=64", checked.
 
-    A bare name, or one below configs/, is also looked for among the configs that come with tcq.
+    A bare name, or one below configs/, is also looked for among the configs that come with tcq. A workdir that holds a run
+    from the same `model.weights` tells what they decided, so that the run can go on where they are gone.
     Raises ConfigError for a missing or failing file, an unknown key, a wrong type, and all that `check` refuses.
     """
     file, colon, argument = path.partition(":")
@@ -54,18 +75,108 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
         if "=" not in override and not isinstance(known[key], bool):
             raise ConfigError(f"{override}: a value is missing, write {override}=...")
     config = _read(file, arguments)
-    check(config, _base())
+    if not flatten(config).get("model.weights"):  # with weights it is whole only when they have been read
+        check(config, _base())
+    else:
+        check_types(config, _base())
+        config.model.weights = os.path.abspath(os.path.expanduser(config.model.weights))
+        stored = Path(workdir, "config.json") if workdir else None
+        begun = from_json(stored.read_text()) if stored and stored.is_file() else None
+        if begun and begun.model.weights == config.model.weights:
+            _take_from_weights(config, arguments[1:], _of_run(begun))
+            check(config, _base())
+        else:
+            _take_from_weights(config, arguments[1:], _of_weights(config.model.weights))
+            check(config, _base())
+            _check_weights(config)
     kind, _, folder = config.data.source.partition(":")
     if kind == "folder" and folder:  # the workdir stores it, and may be used from elsewhere
         config.data.source = f"folder:{os.path.abspath(os.path.expanduser(folder))}"
     return config
 
 
+def _take_from_weights(config: ConfigDict, overrides: list[str], found: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """Sets what `model.weights` decides, and what it suggests where the command line does not say otherwise.
+
+    Raises ConfigError where they are missing, unknown, or of another model than the config or the command line names.
+    """
+    m, (decided, suggested) = config.model, found
+    told = {o.partition("=")[0].removeprefix("--no").removeprefix("--").removeprefix("config.") for o in overrides}
+    names = _names_of(decided)
+    if m.name and m.name not in names:
+        fits = f"which is {' or '.join(names)}" if names else "which has no name: leave model.name empty"
+        numbers = {k: decided[k] for k in ("width", "depth", "heads", "patch") if k in decided}
+        raise ConfigError(f"model.name is {m.name}, but the weights {m.weights!r} are of a model of {numbers}, {fits}")
+    other = [
+        f"model.{k} is {m[k]!r}, the weights {m.weights!r} have {v!r}: leave it out"
+        for k, v in decided.items()
+        if f"model.{k}" in told and m[k] != v and k != "name"
+    ]
+    if other:
+        raise ConfigError("\n".join(other))
+    m.update({k: v for k, v in decided.items() if k != "name" or v})
+    config.update_from_flattened_dict({k: v for k, v in suggested.items() if k not in told})
+    if m.pooling == "attention" != suggested.get("model.pooling", m.pooling):
+        raise ConfigError("model.pooling attention has a learned query, which the weights lack: use cls, mean or flat")
+
+
+def _check_weights(config: ConfigDict) -> None:
+    """Raises ConfigError where published weights do not fit the model, before any image is looked at."""
+    path, side = config.model.weights, config.data.image_size
+    if pretrained.is_workdir(path):
+        return  # fits, for its config is taken over; restored when the run begins
+    like = retriever.shapes(retriever.from_config(config).backbone, side)
+    try:
+        pretrained.variables(pretrained.read(path), like, image_size=side)
+    except pretrained.WeightsError as error:
+        raise ConfigError(f"model.weights: {error}") from None
+
+
+def _of_weights(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keys of config.model that weights decide, and the flat keys that they suggest."""
+    try:
+        if pretrained.is_workdir(path):
+            return _of_run(from_json(Path(path, "config.json").read_text()))
+        weights = pretrained.read(path)
+    except (pretrained.WeightsError, OSError, UnicodeError) as error:
+        raise ConfigError(f"model.weights: {error}") from None
+    f, decided = weights.family, dict(weights.model)
+    suggested = {
+        "model.mean": f.mean,
+        "model.std": f.std,
+        "data.resize": f.resize,
+        "data.interpolation": f.interpolation,
+        "data.crop_share": f.crop_share,
+    }
+    if "pooling" in decided:
+        suggested["model.pooling"] = decided.pop("pooling")
+    return decided, suggested
+
+
+def _of_run(config: ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `_of_weights` says, of a training run of ours."""
+    decided = {k: config.model[k] for k in _DECIDED}
+    decided["class_token"] |= config.model.pooling == "cls"
+    same = ("model.pooling", "model.mean", "model.std", "data.resize", "data.interpolation", "data.crop_share")
+    return decided, {k: v for k, v in flatten(config).items() if k in same}
+
+
+def _names_of(model: dict[str, Any]) -> list[str]:
+    """The names that a model of these keys goes by."""
+    if model["name"]:
+        return [model["name"]]
+    size = vit.Size(model["width"], model["depth"], model["heads"]), model["patch"]
+    return [name for name, named in vit.NAMED.items() if named == size]
+
+
 def from_json(text: str) -> ConfigDict:
     """The config that `to_json` wrote, checked. Raises ConfigError."""
     config = _base()
     try:
-        for key, value in flatten(ConfigDict(json.loads(text))).items():
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ConfigError(f"the stored config is a {type(values).__name__}, not a JSON object")
+        for key, value in flatten(ConfigDict(values)).items():
             if key not in flatten(config):
                 raise ConfigError(f"{key}: there is no such key{nearest(key, flatten(config))}")
             config.update_from_flattened_dict({key: value})

@@ -11,6 +11,7 @@ import jax
 
 from tcq import config as configs
 from tcq.data import protocols, sources, splits
+from tcq.models import retriever
 
 PACKAGES = (
     "jax",
@@ -40,12 +41,20 @@ def report(config: str | None = None, overrides: Sequence[str] = ()) -> tuple[li
         lines.append(
             f"config {config}: batch {B}, {configs.bits(c)} bits, clip {configs.clip_count(c.loss.clip, B)} of {2 * B - 2}"
         )
+        found = retriever.shapes(retriever.from_config(c), c.data.image_size)
+        lines.append(
+            f"model: {retriever.parameter_count(found['params']):,} parameters, weights {c.model.weights or 'drawn'}"
+        )
         source = sources.open_source(c.data)
         lines.append(f"{c.data.source}: {len(source.images):,} images, {len(source.skipped)} skipped")
         split = splits.of_source(source, c.data)
         lines.append(", ".join(f"{len(part):,} {name}" for name, part in split._asdict().items()))
         configs.check_run(
-            c, num_devices=jax.device_count(), num_train=len(split.train), num_validation=len(split.validation)
+            c,
+            num_devices=jax.device_count(),
+            num_train=len(split.train),
+            num_validation=len(split.validation),
+            platform=jax.default_backend(),
         )
     except (configs.ConfigError, sources.SourceError, protocols.ProtocolError) as error:
         return lines, [str(error)]

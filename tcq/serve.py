@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from tcq import index as indexes
-from tcq.data.images import MAX_BYTES, ImageError, decode
+from tcq.data.images import MAX_BYTES, ImageError, decode, resize_of
 from tcq.journal import say
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>tcq search</title>
@@ -60,7 +60,7 @@ def make_server(path: str | Path, *, port: int, k: int = 10) -> ThreadingHTTPSer
                 self._answer(400, "application/json", json.dumps({"error": "send one image to /search"}).encode())
                 return
             try:
-                query = decode(self.rfile.read(int(length)), size=data.image_size, resize=data.resize)
+                query = decode(self.rfile.read(int(length)), size=data.image_size, resize=resize_of(data))
                 found = indexes.search(index, query[None], k=k)[0]
                 hits = [{"path": h.path, "score": h.score, "image": _thumbnail(h.path)} for h in found]
                 self._answer(200, "application/json", json.dumps({"hits": hits}).encode())

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+import recorded
 from tcq import config as configs
 
 
@@ -33,6 +34,11 @@ def refused(overrides, file="configs/digits.py"):
         ("quantizer.bits=16", "8 codebooks x 4 bits (16 codewords) = 32; set quantizer.num_codebooks=4"),
         ("quantizer.metric=cos", "quantizer.metric 'cos' is unknown: use one of 'l2', 'ip'"),
         ("model.heads=3", "model.width 64 is not divisible by model.heads 3"),
+        ("model.std=(1.0,0.0,1.0)", "model.std (1.0, 0.0, 1.0) must be three finite numbers, above 0"),
+        ("model.mean=('a','b','c')", "model.mean ('a', 'b', 'c') must be three finite numbers"),
+        ("model.mlp_ratio=0.001", "leaves the MLP no hidden unit"),
+        ("data.crop_share=0.0", "data.crop_share 0.0 must be above 0"),
+        ("model.attention=cudnn", "model.attention cudnn needs model.dtype bfloat16"),
         ("model.patch=3", "data.image_size 8 is not divisible by model.patch 3"),
         ("model.name=XL", "model.name 'XL' is unknown"),
         ("data.augment.crop=1.0", "data.augment.crop 1.0 must be in [0, 1)"),
@@ -76,7 +82,27 @@ def test_overrides_and_arguments():
     assert configs.bits(c) == 64
     assert (c.loss.clip, type(c.loss.clip)) == (64, int)
     assert (c.optim.learning_rate, type(c.optim.learning_rate)) == (1.0, float)
-    assert "argument 'bits=12' is unknown: use one of bits=16" in refused([], "configs/cifar10.py:bits=12")
+    assert "bits=13 must be a multiple of 4" in refused([], "configs/cifar10.py:bits=13")
+    assert "argument 'bit=32' is unknown: use bits=..., backbone=..., weights=..." in refused(
+        [], "configs/cifar10.py:bit=32"
+    )
+    assert "argument 'bakbone=x' is unknown" in refused([], "configs/folder.py:/a,b,bakbone=x")
+    assert "model.name 'vit_x16' is unknown: use one of" in refused([], "configs/flickr25k.py:backbone=vit_x16")
+    assert "model.weights: weights '/nowhere/b16.npz' do not exist" in refused(
+        [], "configs/nus_wide.py:weights=/nowhere/b16.npz"
+    )
+
+
+@pytest.mark.parametrize("name", ["cifar10", "flickr25k", "nus_wide", "folder"])
+def test_configs_take_bits_backbone_and_weights(name, tmp_path):
+    path = f"{tmp_path}/a,b" if name == "folder" else ""
+    c = configs.load(f"configs/{name}.py:{path}{',' if path else ''}bits=64,backbone=resnet50", ["loss.clip=5"])
+    assert (configs.bits(c), c.model.name, c.model.weights) == (64, "resnet50", "")
+    assert not path or c.data.source == f"folder:{path}"
+    weights = recorded.write(recorded.families()["timm ViT"], tmp_path / "weights")
+    c = configs.load(f"configs/{name}.py:{path}{',' if path else ''}weights={weights}")
+    assert (c.model.weights, c.model.width, c.data.image_size, c.quantizer.init) == (str(weights), 32, 224, "kmeans")
+    assert configs.from_json(configs.to_json(c)).to_dict() == c.to_dict()
     assert configs.load("configs/folder.py:/a/b").data.source == "folder:/a/b"
     assert configs.load("configs/folder.py:photos").data.source == f"folder:{Path.cwd() / 'photos'}"
     assert "does not exist" in refused([], "experiments/digits.py")

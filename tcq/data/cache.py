@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from tcq.data.images import ImageError, decode
+from tcq.data.images import ImageError, Resize, decode
 
 VERSION = 2  # of the layout of an entry; others are not found
 AHEAD = 256  # images on their way at a time: a dataset does not fit in memory
@@ -38,7 +38,7 @@ class Decoded(NamedTuple):
     arrays: dict[str, np.ndarray]
 
 
-def decode_once(key: str, read: Callable[[], Encoded], *, size: int, resize: str, cache_dir: str) -> Decoded:
+def decode_once(key: str, read: Callable[[], Encoded], *, size: int, resize: Resize, cache_dir: str) -> Decoded:
     """The entry of a key; where there is none, or a damaged one, it is made of what `read` gives.
 
     An entry appears as a whole or not at all. `cache_dir` "" is $XDG_CACHE_HOME/tcq or ~/.cache/tcq.
@@ -68,7 +68,7 @@ def _open(place: Path, size: int) -> Decoded | None:
     return Decoded(images, entry["names"], entry["skipped"], arrays)
 
 
-def _write(place: Path, encoded: Encoded, size: int, resize: str) -> None:
+def _write(place: Path, encoded: Encoded, size: int, resize: Resize) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     for left in place.parent.glob("half-*"):  # of a killed run
         if time.time() - left.stat().st_mtime > 86_400:
@@ -96,7 +96,7 @@ def _write(place: Path, encoded: Encoded, size: int, resize: str) -> None:
 
 
 def _decode_all(
-    items: Iterable[tuple[str, Path | bytes]], size: int, resize: str
+    items: Iterable[tuple[str, Path | bytes]], size: int, resize: Resize
 ) -> Iterator[tuple[str, np.ndarray | ImageError]]:
     def one(item: tuple[str, Path | bytes]) -> tuple[str, np.ndarray | ImageError]:
         try:

@@ -6,26 +6,44 @@ import os
 import stat
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
+from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 MAX_BYTES = 256 * 2**20
 MAX_PIXELS = 100_000_000
 RESIZES = ("crop", "squash")
+INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+class Resize(NamedTuple):
+    """How an image becomes a square: "crop" keeps the middle, `share` of the shorter side; "squash" scales both sides."""
+
+    rule: str = "crop"
+    interpolation: str = "bicubic"
+    share: float = 1.0
+
+
+WHOLE = Resize()
+
+
+def resize_of(data: ConfigDict) -> Resize:
+    """What `config.data` asks for."""
+    return Resize(data.resize, data.interpolation, data.crop_share)
 
 
 class ImageError(ValueError):
     """This file is no image that can be used; the message is the reason."""
 
 
-def decode(source: str | Path | bytes, *, size: int, resize: str = "crop") -> UInt8[np.ndarray, "size size 3"]:
+def decode(source: str | Path | bytes, *, size: int, resize: Resize = WHOLE) -> UInt8[np.ndarray, "size size 3"]:
     """The first frame of an image as uint8 RGB (size, size, 3), upright by its EXIF tag.
 
     The header is read and measured before anything is decoded. Transparency is laid over white, 16 bits become 8.
-    "crop" scales the shorter side to `size` and keeps the middle, "squash" scales both sides.
 
     Raises:
       ImageError: not a regular file, empty, above 256 MiB or 100 million pixels, of another format than JPEG, PNG, GIF,
@@ -58,24 +76,25 @@ def _read(path: Path) -> bytes:
         raise ImageError(f"cannot be read: {error.strerror or error}") from None
 
 
-def _decode(data: bytes, size: int, resize: str) -> np.ndarray:
+def _decode(data: bytes, size: int, resize: Resize) -> np.ndarray:
     image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ImageError(f"{width} x {height} pixels is above the limit of {MAX_PIXELS:,}")
-    image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
+    least = int(2 * size / resize.share)
+    image.draft("RGB", (least, least))  # a large JPEG is decoded at a fraction of its size
     image.load()
     with contextlib.suppress(Exception):  # a damaged EXIF tag says nothing about the pixels
         image = ImageOps.exif_transpose(image)
     image = _to_rgb(image)
     width, height = image.size
     box = (0.0, 0.0, float(width), float(height))
-    if resize == "crop":
-        side = min(width, height)
+    if resize.rule == "crop":
+        side = min(width, height) * resize.share
         left, top = (width - side) / 2, (height - side) / 2
         box = (left, top, left + side, top + side)
-    if (width, height) != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+    if (width, height) != (size, size) or resize.share < 1:
+        image = image.resize((size, size), INTERPOLATIONS[resize.interpolation], box=box, reducing_gap=3.0)
     return np.asarray(image, np.uint8)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tcq.data import cache, prepare
+from tcq.data.images import resize_of
 from tcq.data.sources import Source, SourceError
 
 LABEL_FEATURES = ("label", "labels", "strict_labels")
@@ -57,10 +58,10 @@ def _read(name: str, folder: str, home: str, data: ConfigDict) -> Source:
     files = sorted(p for p in Path(folder).iterdir() if p.is_file())
     stats = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
     images, names, bad, columns = cache.decode_once(
-        hashlib.sha256(json.dumps([data.image_size, data.resize, folder, stats]).encode()).hexdigest(),
+        hashlib.sha256(json.dumps([data.image_size, resize_of(data), folder, stats]).encode()).hexdigest(),
         lambda: _rows(builder),
         size=data.image_size,
-        resize=data.resize,
+        resize=resize_of(data),
         cache_dir=data.cache_dir,
     )
     if bad:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from tcq.data import cache, protocols
-from tcq.data.images import decode
+from tcq.data.images import WHOLE, Resize, decode, resize_of
 
 
 class SourceError(ValueError):
@@ -53,7 +53,7 @@ def _open(data: ConfigDict) -> Source:
     if data.source == "digits":
         return _digits(data.image_size)
     if kind == "folder" and rest:
-        return folder(rest, size=data.image_size, resize=data.resize, cache_dir=data.cache_dir)
+        return folder(rest, size=data.image_size, resize=resize_of(data), cache_dir=data.cache_dir)
     if kind == "tfds" and rest:
         from tcq.data import prepared  # it needs the names above
 
@@ -61,7 +61,7 @@ def _open(data: ConfigDict) -> Source:
     raise SourceError(f"data.source {data.source!r} is unknown: use digits, tfds:<name> or folder:<path>")
 
 
-def folder(path: str | Path, *, size: int, resize: str = "crop", cache_dir: str = "") -> Source:
+def folder(path: str | Path, *, size: int, resize: Resize = WHOLE, cache_dir: str = "") -> Source:
     """Every image below a folder, in the order of their paths; what cannot be decoded is listed in `skipped`.
 
     Where every image lies in a sub-folder and there are at least two, the names of those sub-folders are the labels (below
