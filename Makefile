@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-tensorflow check format clean
+.PHONY: demo test test-slow test-tensorflow peers test-peers check format clean
 
 $(VENV)/installed: requirements.txt setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "tcq needs Python 3.11 to 3.13, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
@@ -21,7 +21,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m tcq evaluate --workdir=runs/demo --checkpoint=latest --recorded=benchmarks/digits_without_clipping.json
 
 test: $(VENV)/installed-test check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow
@@ -29,6 +29,17 @@ test-slow: $(VENV)/installed-test
 test-tensorflow: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'tensorflow-cpu>=2.21' dill
 	$(BIN)/python -m pytest -m tensorflow
+
+# timm's models need no torchvision, which has no build that runs without CUDA everywhere.
+$(VENV)/installed-peers: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu' transformers==5.23.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31
+	touch $@
+
+peers: $(VENV)/installed-peers
+
+test-peers: $(VENV)/installed-peers
+	$(BIN)/python -m pytest -m peers
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
