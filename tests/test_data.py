@@ -12,10 +12,14 @@ from tcq import config as configs
 from tcq.data import cache, images, loader, sources
 
 
-def png(pixels, **options):
+def encoded(pixels, format, **options):
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG", **options)
+    Image.fromarray(pixels).save(out, format, **options)
     return out.getvalue()
+
+
+def png(pixels, **options):
+    return encoded(pixels, "PNG", **options)
 
 
 @pytest.fixture
@@ -65,6 +69,21 @@ class TestDecode:
         wide[:, 10:20] = 255
         assert images.decode(png(wide), size=10).min() > 200
         assert images.decode(png(wide), size=10, resize=images.Resize("squash")).min() < 50
+
+    def test_a_share_of_the_shorter_side_is_kept_of_png_and_jpeg_alike(self):
+        ramp = np.tile(np.linspace(0, 255, 1600), (1200, 1)).astype(np.uint8)  # columns 200 to 1400 are the square
+        picture = np.stack([ramp] * 3, axis=-1)
+        for share in (1.0, 0.5, 0.1):
+            half = 600 * share
+            want = np.interp(800 + (np.arange(20) + 0.5) / 20 * 2 * half - half, np.arange(1600), ramp[0])
+            for data in (encoded(picture, "PNG"), encoded(picture, "JPEG")):
+                got = images.decode(data, size=20, resize=images.Resize("crop", "bicubic", share))
+                assert np.abs(got[10, :, 0] - want).max() < 4
+        fine = np.random.RandomState(0).randint(0, 256, (40, 40, 3)).astype(np.uint8)
+        soft, sharp = (
+            images.decode(png(fine), size=80, resize=images.Resize("crop", i)) for i in images.INTERPOLATIONS
+        )
+        assert 2 < np.abs(soft.astype(int) - sharp).mean() < 40
 
     def test_extreme_shapes(self):
         assert images.decode(png(np.zeros((1, 20_000, 3), np.uint8)), size=32).shape == (32, 32, 3)
