@@ -78,6 +78,14 @@ def test_what_the_family_wants_is_set(tmp_path):
     assert (c.model.name, c.model.stem, c.model.std) == ("resnet18", "cifar", (0.25, 0.25, 0.25))
 
 
+@pytest.mark.parametrize(("name", "eps"), [("Hugging Face ViT", 1e-12), ("Hugging Face DINOv2", 1e-6)])
+def test_epsilon_is_the_familys_where_the_file_does_not_tell(tmp_path, name, eps):
+    family = FAMILIES[name]
+    for told, want in (({}, eps), ({"layer_norm_eps": 1e-4}, 1e-4)):
+        folder = recorded.write(family | {"beside": {"config.json": {"num_attention_heads": 4} | told}}, tmp_path)
+        assert pretrained.read(folder).model["norm_eps"] == want
+
+
 def changed(tmp_path, change, name=VIT):
     folder = recorded.write(FAMILIES[name], tmp_path / "weights")
     tensors = load_file(folder / "model.safetensors")
