@@ -79,6 +79,10 @@ class TestDecode:
             for data in (encoded(picture, "PNG"), encoded(picture, "JPEG")):
                 got = images.decode(data, size=20, resize=images.Resize("crop", "bicubic", share))
                 assert np.abs(got[10, :, 0] - want).max() < 4
+        blocks = np.random.RandomState(0).randint(0, 256, (100, 100, 1)).astype(np.uint8)
+        picture = np.kron(blocks, np.ones((12, 12, 3), np.uint8))  # a draft of a JPEG must not be coarser than the crop
+        crops = [images.decode(encoded(picture, f), size=20, resize=images.Resize(share=0.1)) for f in ("PNG", "JPEG")]
+        assert np.abs(crops[0].astype(int) - crops[1]).mean() < 12
         fine = np.random.RandomState(0).randint(0, 256, (40, 40, 3)).astype(np.uint8)
         soft, sharp = (
             images.decode(png(fine), size=80, resize=images.Resize("crop", i)) for i in images.INTERPOLATIONS
