@@ -148,33 +148,6 @@ def _value_problems(c: ConfigDict) -> Iterator[str]:
         values = m[key]
         if len(values) != 3 or not all(isinstance(x, int | float) and low < x < _INFINITY for x in values):
             yield f"model.{key} {values} must be three finite numbers{', above 0' if key == 'std' else ''}"
-    (width, depth, heads), patch = vit.NAMED.get(m.name, (vit.Size(m.width, m.depth, m.heads), m.patch))
-    if m.name not in resnet.NAMED:
-        if patch > 0 and d.image_size % patch:
-            yield (
-                f"data.image_size {d.image_size} is not divisible by {'the patch of ' + m.name if m.name else 'model.patch'} {patch}: "
-                f"use for example {max(round(d.image_size / patch), 1) * patch}"
-            )
-        if heads > 0 and width % heads:
-            yield f"model.width {width} is not divisible by model.heads {heads}"
-        if m.positions == "sincos2d" and width % 4:
-            yield f"model.width {width} is not divisible by 4, as model.positions sincos2d needs"
-        if o.frozen_blocks > depth:
-            yield f"optim.frozen_blocks {o.frozen_blocks} is above the {depth} blocks of the backbone; -1 is all of it"
-        if m.width > 0 and m.mlp_ratio > 0 and round(m.mlp_ratio * width) < 1:
-            yield f"model.mlp_ratio {m.mlp_ratio} leaves the MLP no hidden unit"
-        if m.attention == "cudnn" and m.dtype != "bfloat16":
-            yield "model.attention cudnn needs model.dtype bfloat16"
-    else:
-        blocks = sum(resnet.NAMED[m.name].stages)
-        if o.frozen_blocks > blocks:
-            yield f"optim.frozen_blocks {o.frozen_blocks} is above the {blocks} blocks of {m.name}; -1 is all of it"
-        if m.dropout or m.drop_path:
-            yield f"model.dropout {m.dropout} and model.drop_path {m.drop_path} are for ViTs: {m.name} has none, set them to 0"
-        if m.scan:
-            yield f"model.scan is for ViTs, whose blocks are alike; those of {m.name} are not"
-    if len(m.mean) != 3 or len(m.std) != 3 or not all(0 < x < float("inf") for x in m.std):
-        yield f"model.mean {m.mean} and model.std {m.std} must be three numbers each, those of std above 0"
     k = q.num_codewords
     if k < 2 or k > quantizer.MAX_CODEWORDS or k & (k - 1):
         near = 2 ** min(max(round(log2(max(k, 2))), 1), 16)

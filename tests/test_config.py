@@ -147,3 +147,10 @@ def test_every_shipped_config_is_valid_and_says_its_command():
         if path.name != "base.py":
             configs.load(f"{path}:/images" if path.name == "folder.py" else str(path))
             assert f"python -m tcq train --config=configs/{path.name}" in path.read_text()
+
+
+def test_every_problem_is_named_once():
+    broken = ["model.patch=3", "model.heads=5", "optim.frozen_blocks=9", "model.std=(1.0,0.0,1.0)", "data.views=1"]
+    for overrides in (broken, ["model.name=resnet18", "model.scan=true", "model.dropout=0.1", "optim.frozen_blocks=9"]):
+        lines = refused(overrides).splitlines()[1:]
+        assert len(lines) == len(set(lines)) == (5 if overrides is broken else 3)
