@@ -52,9 +52,7 @@ def get_config() -> ConfigDict:
     data.image_size = 32  # pixels, the side to which images are decoded, once
     data.resize = "crop"  # crop (cut a square out of the middle) | squash (scale both sides); by the weights unless the command line says
     data.interpolation = "bicubic"  # bicubic | bilinear; by the weights unless the command line says otherwise
-    data.crop_share = (
-        1.0  # of the shorter side that "crop" keeps; by the weights unless the command line says otherwise
-    )
+    data.crop_share = 1.0  # of the shorter side that "crop" keeps; by the weights unless the command line says
     data.batch_size = 256  # images per step over all devices (two views each)
     data.views = 0  # views of an image in all; 0 draws new ones for ever. A frozen backbone then sees each view once
     data.threads = 2  # that read batches ahead
