@@ -13,18 +13,26 @@ The functions work alike on one device and inside a mapped axis (`axis_name`): r
 the loss and logs that come back are those of the global batch. Differentiate, then average gradients over the axis.
 """
 
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Float, Int, Num
 
+from tcq import anchors
 from tcq.quantizer import unit
 
 PAIRINGS = ("cross", "quantized", "float")
 Logs = dict[str, Array]
 T = TypeVar("T")
+
+
+class Queue(NamedTuple):
+    """Vectors of earlier batches, which every anchor has as further negatives; the same on all devices."""
+
+    vectors: Float[Array, "Q D"]
+    filled: Int[Array, ""] | int  # so many of them, the first, are there
 
 
 def nt_xent(
@@ -33,6 +41,10 @@ def nt_xent(
     *,
     temperature: float,
     clip: int | Int[Array, ""] = 0,
+    debias: float = 0.0,
+    queue: Queue | None = None,
+    block_size: int | None = None,
+    gather: str = "all",
     axis_name: str | None = None,
     labels: Num[ArrayLike, " b *L"] | None = None,
 ) -> tuple[Float[Array, ""], Logs]:
@@ -41,62 +53,43 @@ def nt_xent(
     Args:
       a, b: the two views, (b, D) on each device; normalised inside, in float32.
       temperature: divisor of the cosine similarities, above 0.
-      clip: how many of the 2B - 2 negatives of each anchor are removed, most similar first; among equals the one that
-        comes first in the stacked order [a, b] goes first, so that exactly `clip` go. 0 is plain NT-Xent. An array may
-        change from step to step without compiling again; it is not checked.
+      clip: how many of the 2B - 2 negatives of each anchor (and of the queue) are removed, most similar first; among
+        equals the one that comes first in the stacked order [a, b, queue] goes first, so that exactly `clip` go. 0 is
+        plain NT-Xent. An array may change from step to step without compiling again; it is not checked, and no more
+        than all negatives go.
+      debias: rho, the assumed share of negatives that are of the anchor's class, of the debiased contrastive loss
+        (Chuang et al. 2020), over the negatives that are left; 0 is none.
+      queue: further negatives; normalised inside, with gradient.
+      block_size: anchors handled at a time; memory is some times block_size x (2B + Q) float32. None: so many that a
+        block has 4 M similarities.
+      gather: how the columns come to the rows. "all": every device holds all 2B; "ring": devices hand theirs round,
+        twice for every block, and hold 2b.
       axis_name: the mapped axis over which the batch is spread.
       labels: (b,) class numbers or (b, L) multi-hot; only for the logs below.
 
     Returns:
-      The mean over the 2B anchors, float32, and logs: positive_similarity, negative_similarity, accuracy (share of
-      anchors whose positive beats all negatives); where anything may be clipped clip_similarity (mean similarity of the
-      last negative clipped, or of the hardest while none is); with labels false_negative_rate (share of negatives of the
-      anchor's own class), and where anything may be clipped clip_precision (share of clipped pairs that are false
-      negatives) and clip_recall (share of false negatives that are clipped).
+      The mean over the 2B anchors, float32, and logs: positive_similarity, negative_similarity (of the batch), accuracy
+      (share of anchors whose positive beats all negatives); where anything may be clipped clip_similarity (mean over the
+      anchors of the similarity above which negatives are clipped, or of the hardest while none is); with labels
+      false_negative_rate (share of negatives of the anchor's own class), and where anything may be clipped
+      clip_precision (share of clipped pairs that are false negatives) and clip_recall (share of false negatives that are
+      clipped).
 
     Raises:
-      ValueError: the shapes differ, the temperature is not positive, or clip is not in 0 .. 2B - 2.
+      ValueError: the shapes differ, the temperature is not positive, clip is not in 0 .. 2B - 2 + Q, debias is not in
+        [0, 1), the block size is below 1, gather is unknown, a ring has no axis, or there are labels and a queue.
     """
-    a, b = unit(jnp.asarray(a, jnp.float32)), unit(jnp.asarray(b, jnp.float32))
-    if a.shape != b.shape or a.ndim != 2:
-        raise ValueError(f"the views must have one shape (B, D), got {a.shape} and {b.shape}")
-    if not temperature > 0:
-        raise ValueError(f"temperature {temperature} must be above 0")
-    columns = jnp.concatenate([_gather(a, axis_name), _gather(b, axis_name)])  # (2B, D)
-    num_anchors = columns.shape[0]
-    if isinstance(clip, int) and not 0 <= clip <= num_anchors - 2:
-        raise ValueError(
-            f"clip {clip} is not within the {num_anchors - 2} negatives of a global batch of {num_anchors // 2}"
-        )
-
-    similarity = jnp.matmul(jnp.concatenate([a, b]), columns.T, precision="highest")  # (2b, 2B)
-    self_pair, positive_pair = _pair_masks(a.shape[0], num_anchors, axis_name)
-    negative = ~(self_pair | positive_pair)
-    positive_similarity = jnp.sum(jnp.where(positive_pair, similarity, 0.0), axis=1)  # (2b,)
-
-    constant = jax.lax.stop_gradient(similarity)
-    clips = not isinstance(clip, int) or clip > 0
-    clipped = largest(jnp.where(negative, constant, -jnp.inf), clip) if clips else jnp.zeros_like(negative)
-    # Relative to the positive, whose own logit is then exactly 0: so is the loss where nothing else is left.
-    logits = jnp.where(self_pair | clipped, -jnp.inf, (similarity - positive_similarity[:, None]) / temperature)
-    loss = jnp.mean(jax.nn.logsumexp(logits, axis=1))
-
-    hardest = jnp.max(jnp.where(negative, constant, -jnp.inf), axis=1)
-    logs = {
-        "positive_similarity": jnp.mean(positive_similarity),
-        "negative_similarity": jnp.sum(jnp.where(negative, constant, 0.0)) / jnp.sum(negative),
-        "accuracy": jnp.mean(jax.lax.stop_gradient(positive_similarity) > hardest),
-    }
-    if clips:
-        logs["clip_similarity"] = jnp.mean(jnp.minimum(jnp.min(jnp.where(clipped, constant, jnp.inf), axis=1), hardest))
-    if labels is not None:
-        same = _same_class(jnp.asarray(labels), axis_name) & negative
-        shares = {"false_negative_rate": (same, negative)}
-        if clips:
-            shares |= {"clip_precision": (same & clipped, clipped), "clip_recall": (same & clipped, same)}
-        for name, (part, whole) in shares.items():
-            logs[name] = _sum(part, axis_name) / jnp.maximum(_sum(whole, axis_name), 1)
-    return _mean((loss, jax.lax.stop_gradient(logs)), axis_name)
+    return _problems(
+        [(a, b)],
+        temperature=temperature,
+        clip=clip,
+        debias=debias,
+        queue=queue,
+        block_size=block_size,
+        gather=gather,
+        axis_name=axis_name,
+        labels=labels,
+    )
 
 
 def contrastive_loss(
@@ -106,10 +99,7 @@ def contrastive_loss(
     recon_b: Float[ArrayLike, "b D"],
     *,
     pairing: str,
-    temperature: float,
-    clip: int | Int[Array, ""] = 0,
-    axis_name: str | None = None,
-    labels: Num[ArrayLike, " b *L"] | None = None,
+    **options: Any,
 ) -> tuple[Float[Array, ""], Logs]:
     """Clipped NT-Xent between features and soft reconstructions of the two views.
 
@@ -118,7 +108,7 @@ def contrastive_loss(
       recon_a, recon_b: their soft reconstructions, (b, D).
       pairing: "cross": the mean of (features_a, recon_b) and (features_b, recon_a), after SPQ, which takes their sum;
         "quantized": (recon_a, recon_b), after MeCoQ; "float": (features_a, features_b), no quantizer.
-      temperature, clip, axis_name, labels: as `nt_xent`; with "cross" each of the two problems is clipped on its own.
+      options: of `nt_xent`; with "cross" each of the two problems is clipped on its own.
 
     Returns:
       loss and logs as `nt_xent`, averaged over the problems.
@@ -133,11 +123,114 @@ def contrastive_loss(
     }
     if pairing not in problems:
         raise ValueError(f"pairing {pairing!r} is unknown: use one of {', '.join(PAIRINGS)}")
-    results = [
-        nt_xent(a, b, temperature=temperature, clip=clip, axis_name=axis_name, labels=labels)
-        for a, b in problems[pairing]
-    ]
-    return jax.tree.map(lambda *values: sum(values) / len(values), *results)
+    return _problems(problems[pairing], **{"clip": 0, **options})
+
+
+def _problems(
+    pairs: list[tuple[ArrayLike, ArrayLike]],
+    *,
+    temperature: float,
+    clip: int | Array,
+    debias: float = 0.0,
+    queue: Queue | None = None,
+    block_size: int | None = None,
+    gather: str = "all",
+    axis_name: str | None = None,
+    labels: ArrayLike | None = None,
+) -> tuple[Array, Logs]:
+    """Mean loss and logs of some pairs of views; their columns are gathered together."""
+    shapes = {jnp.shape(view) for pair in pairs for view in pair}
+    if len(shapes) > 1 or len(next(iter(shapes))) != 2:
+        raise ValueError(f"the views must have one shape (B, D), got {', '.join(map(str, sorted(shapes)))}")
+    views = unit(jnp.stack([jnp.stack([jnp.asarray(v, jnp.float32) for v in pair]) for pair in pairs]))  # (P, 2, b, D)
+    b, width = views.shape[2:]
+    num_devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    num_columns = 2 * b * num_devices
+    queue = queue or Queue(jnp.zeros((0, width)), 0)
+    num_negatives = num_columns - 2 + len(queue.vectors)
+    if not temperature > 0:
+        raise ValueError(f"temperature {temperature} must be above 0")
+    if isinstance(clip, int) and not 0 <= clip <= num_negatives:
+        raise ValueError(f"clip {clip} is not within the {num_negatives} negatives of a global batch of {num_columns // 2}")
+    if not 0 <= debias < 1:
+        raise ValueError(f"debias {debias} is a share of the negatives and must be in [0, 1)")
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"block_size {block_size} must be at least 1")
+    if gather not in anchors.GATHERS:
+        raise ValueError(f"gather {gather!r} is unknown: use one of {', '.join(anchors.GATHERS)}")
+    if gather == "ring" and axis_name is None:
+        raise ValueError("a ring needs the axis_name of the devices that form it")
+    if labels is not None and len(queue.vectors):
+        raise ValueError("labels tell what is clipped of the batch; a queue has none: leave one of them out")
+
+    columns = _gather(views, axis_name, axis=2) if gather == "all" else views
+    rule = anchors.Rule(
+        temperature=temperature,
+        clips=not isinstance(clip, int) or clip > 0,
+        debias=debias,
+        block_size=block_size or anchors.block_size_for(2 * b, num_columns + len(queue.vectors)),
+        gather=gather,
+        axis_name=axis_name,
+    )
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * b
+    half = num_columns // 2
+    own = (first + jnp.concatenate([jnp.arange(b), half + jnp.arange(b)])).astype(jnp.int32)
+    if labels is not None:
+        labels = jnp.asarray(labels)
+        labels = jnp.concatenate([labels] * 2), jnp.concatenate([_gather(labels, axis_name)] * 2)
+
+    results = []
+    for pair, theirs in zip(views, columns, strict=True):
+        positive = jnp.tile(jnp.sum(pair[0] * pair[1], axis=-1), 2)
+        batch = anchors.Batch(
+            anchors=pair.reshape(2 * b, width),
+            positive=positive,
+            columns=theirs.reshape(-1, width),
+            queue=unit(jnp.asarray(queue.vectors, jnp.float32)),
+            own=own,
+            partner=(own + half) % num_columns,
+            filled=jnp.asarray(queue.filled, jnp.int32),
+            clip=jnp.asarray(clip, jnp.int32),
+            labels=labels,
+        )
+        loss, seen = anchors.total_loss(rule, batch)
+        results.append((loss / (2 * b), _logs(batch, seen, rule, num_columns)))
+    loss, logs = jax.tree.map(lambda *values: jnp.stack(values).mean(0), *results)
+    loss, logs = _mean((loss, jax.lax.stop_gradient(logs)), axis_name)
+    return loss, _shares(logs)
+
+
+def _logs(batch: anchors.Batch, seen: anchors.Seen, rule: anchors.Rule, num_columns: int) -> Logs:
+    """Means over the anchors of this device."""
+    total = jnp.sum(batch.columns, axis=0)
+    if rule.gather == "ring":
+        total = jax.lax.psum(total, rule.axis_name)
+    own = jnp.sum(batch.anchors**2, axis=1)
+    negatives = (batch.anchors @ total - own - batch.positive) / max(num_columns - 2, 1)
+    logs = {
+        "positive_similarity": jnp.mean(batch.positive),
+        "negative_similarity": jnp.mean(negatives),
+        "accuracy": jnp.mean(batch.positive > seen.hardest),
+    }
+    if rule.clips:
+        logs["clip_similarity"] = jnp.mean(seen.threshold)
+    if batch.labels is not None:
+        counts = {"same": seen.same, "negatives": jnp.array(num_columns - 2.0)}
+        if rule.clips:
+            counts |= {"same_clipped": seen.same_clipped, "clipped": batch.clip}
+        logs |= {f"count_{name}": jnp.mean(values.astype(jnp.float32)) for name, values in counts.items()}
+    return logs
+
+
+def _shares(logs: Logs) -> Logs:
+    """Counts of the global batch as shares of one another."""
+    counts = {name.removeprefix("count_"): logs.pop(name) for name in list(logs) if name.startswith("count_")}
+    if counts:
+        logs["false_negative_rate"] = counts["same"] / counts["negatives"]
+    if "clipped" in counts:
+        logs["clip_precision"] = counts["same_clipped"] / jnp.maximum(counts["clipped"], 1)
+        logs["clip_recall"] = counts["same_clipped"] / jnp.maximum(counts["same"], 1e-9)
+    return logs
 
 
 def assignment_entropy(weights: Float[ArrayLike, "N M K"]) -> Float[Array, ""]:
@@ -153,52 +246,9 @@ def codeword_diversity(codebooks: Float[ArrayLike, "M K d"]) -> Float[Array, ""]
     return jnp.mean(jnp.einsum("mkd,mld->mkl", unit_words, unit_words, precision="highest"))
 
 
-def largest(values: Float[Array, "R C"], count: int | Array) -> Bool[Array, "R C"]:
-    """A mask of the `count` largest values of every row, the first of equals first: exactly `count` per row.
-
-    The row's threshold is found by bisection on the bits of the floats, 32 passes that compare and count, whatever the
-    count: no sort. NaN is not allowed; `count` is 0 .. C.
-    """
-    values = jnp.where(values == 0, 0.0, values)  # -0.0 and 0.0 are equal, their bits are not
-    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    keys = jnp.where(bits & sign, ~bits, bits | sign)  # unsigned order = float order
-
-    def try_bit(i: Array, threshold: Array) -> Array:
-        candidate = threshold | (sign >> i.astype(jnp.uint32))
-        enough = jnp.sum(keys >= candidate, axis=1, keepdims=True) >= count
-        return jnp.where(enough, candidate, threshold)
-
-    threshold = jax.lax.fori_loop(0, 32, try_bit, jnp.zeros((keys.shape[0], 1), jnp.uint32))
-    above, equal = keys > threshold, keys == threshold
-    room = count - jnp.sum(above, axis=1, keepdims=True)
-    return above | (equal & (jnp.cumsum(equal, axis=1) <= room))
-
-
-def _gather(x: Array, axis_name: str | None) -> Array:
-    return x if axis_name is None else jax.lax.all_gather(x, axis_name, axis=0, tiled=True)
-
-
-def _sum(mask: Array, axis_name: str | None) -> Array:
-    total = jnp.sum(mask, dtype=jnp.float32)
-    return total if axis_name is None else jax.lax.psum(total, axis_name)
+def _gather(x: Array, axis_name: str | None, *, axis: int = 0) -> Array:
+    return x if axis_name is None else jax.lax.all_gather(x, axis_name, axis=axis, tiled=True)
 
 
 def _mean(tree: T, axis_name: str | None) -> T:
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
-
-
-def _pair_masks(b: int, num_anchors: int, axis_name: str | None) -> tuple[Array, Array]:
-    """Which columns are the row itself and which its positive: two boolean (2b, 2B)."""
-    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * b
-    half = num_anchors // 2
-    row = first + jnp.concatenate([jnp.arange(b), half + jnp.arange(b)])
-    column = jnp.arange(num_anchors)
-    return row[:, None] == column, ((row + half) % num_anchors)[:, None] == column
-
-
-def _same_class(labels: Array, axis_name: str | None) -> Bool[Array, "rows columns"]:
-    """Equal class numbers, or at least one shared label of multi-hot rows."""
-    everyone = _gather(labels, axis_name)
-    same = labels[:, None] == everyone if labels.ndim == 1 else (labels @ everyone.T) > 0
-    return jnp.tile(same, (2, 2))
