@@ -6,7 +6,7 @@ products of a step are those of the dense loss, three, and nothing is computed t
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int32, Num
 
 from tcq import selection
 
+T = TypeVar("T")
 GATHERS = ("all", "ring")
 BLOCK = 2**22  # similarities held at once where no block size is asked for: 16 MiB, and a few temporaries of that size
 LEAST = 128  # anchors of such a block, or the gradient of the columns is carried through memory too often
@@ -94,10 +95,10 @@ def objective(
     if not rule.debias:
         return jax.nn.softplus(log_sum - positive)
     top = jax.lax.stop_gradient(jnp.maximum(log_sum, positive))  # cancels: what is exponentiated is at most 0
-    one, total = jnp.exp(positive - top), jnp.exp(log_sum - top)
-    floor = num_kept * jnp.exp(-1 / rule.temperature - top)
-    debiased = jnp.maximum(floor, (total - rule.debias * num_kept * one) / (1 - rule.debias))
-    return jnp.log(one + debiased) + top - positive
+    total = jnp.exp(log_sum - top) - rule.debias * num_kept * jnp.exp(positive - top)
+    debiased = jnp.maximum(num_kept * jnp.exp(-1 / rule.temperature - top), total / (1 - rule.debias))
+    log_debiased = jnp.where(debiased > 0, jnp.log(jnp.where(debiased > 0, debiased, 1.0)), -jnp.inf)
+    return jax.nn.softplus(log_debiased + top - positive)
 
 
 def _all_blocks(rule: Rule, batch: Batch, *, differentiate: bool) -> tuple[Array, Seen, tuple[Array, ...]]:
@@ -208,7 +209,7 @@ def _pull(rule: Rule, powers: Array, scaled: Array, columns: Array) -> tuple[Flo
     return mine, luggage
 
 
-def _pass_on(rule: Rule, tree: Array | tuple[Array, ...]) -> Array | tuple[Array, ...]:
+def _pass_on(rule: Rule, tree: T) -> T:
     """To the previous device, from the next one: after all hops everything is at home."""
     n = jax.lax.axis_size(rule.axis_name)
     return jax.lax.ppermute(tree, rule.axis_name, [(i, (i - 1) % n) for i in range(n)])

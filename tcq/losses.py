@@ -151,7 +151,9 @@ def _problems(
     if not temperature > 0:
         raise ValueError(f"temperature {temperature} must be above 0")
     if isinstance(clip, int) and not 0 <= clip <= num_negatives:
-        raise ValueError(f"clip {clip} is not within the {num_negatives} negatives of a global batch of {num_columns // 2}")
+        raise ValueError(
+            f"clip {clip} is not within the {num_negatives} negatives of a global batch of {num_columns // 2}"
+        )
     if not 0 <= debias < 1:
         raise ValueError(f"debias {debias} is a share of the negatives and must be in [0, 1)")
     if block_size is not None and block_size < 1:
@@ -175,9 +177,10 @@ def _problems(
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * b
     half = num_columns // 2
     own = (first + jnp.concatenate([jnp.arange(b), half + jnp.arange(b)])).astype(jnp.int32)
+    both_labels = None
     if labels is not None:
         labels = jnp.asarray(labels)
-        labels = jnp.concatenate([labels] * 2), jnp.concatenate([_gather(labels, axis_name)] * 2)
+        both_labels = jnp.concatenate([labels] * 2), jnp.concatenate([_gather(labels, axis_name)] * 2)
 
     results = []
     for pair, theirs in zip(views, columns, strict=True):
@@ -191,7 +194,7 @@ def _problems(
             partner=(own + half) % num_columns,
             filled=jnp.asarray(queue.filled, jnp.int32),
             clip=jnp.asarray(clip, jnp.int32),
-            labels=labels,
+            labels=both_labels,
         )
         loss, seen = anchors.total_loss(rule, batch)
         results.append((loss / (2 * b), _logs(batch, seen, rule, num_columns)))

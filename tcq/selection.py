@@ -102,10 +102,11 @@ def _cut(values: Array, count: Array, low: Array, reach: Array, high: Array) -> 
     zero = jnp.zeros(low.shape, jnp.int32)
     start = State(jnp.int32(0), _key(low), _key(high) + 1, reach, zero, zero, jnp.ones(low.shape))
     end = jax.lax.while_loop(lambda s: jnp.any(is_open(s)), narrow, start)
-    value = jnp.where(count > 0, _key(end.under), jnp.inf)
+    value = _key(end.under)
+    value = jnp.where(count > 0, jnp.where(value == 0, 0.0, value), jnp.inf)  # XLA takes numbers below 1e-38 for 0
     ties = (end.reach_under > count) & (count > 0)
     last = jax.lax.cond(jnp.any(ties), _last_of_equals, _last_column, values, value, count - end.reach_over)
-    return Cut(value, last)
+    return Cut(value, jnp.where(count > 0, last, -1))
 
 
 def _last_column(values: Array, value: Array, room: Array) -> Array:

@@ -30,26 +30,51 @@ def reconstruct(weights, codebooks):
 
 
 def clipped_rows(similarity, clip):
-    """For each anchor the set of clipped negatives: most similar first, lower index first among equals."""
-    n = len(similarity)
+    """For each of the 2B anchors the set of clipped negatives: most similar first, lower column first among equals.
+
+    Columns beyond the 2B are those of a queue.
+    """
+    n, columns = similarity.shape
     clipped = []
     for i in range(n):
-        negatives = [j for j in range(n) if j not in (i, (i + n // 2) % n)]
+        negatives = [j for j in range(columns) if j not in (i, (i + n // 2) % n)]
         clipped.append(set(sorted(negatives, key=lambda j: (-similarity[i, j], j))[:clip]))
     return clipped
 
 
-def nt_xent(a, b, temperature, clip):
-    x = unit(np.concatenate([a, b]).astype(np.float64))
-    n, s = len(x), x @ x.T
+def nt_xent(a, b, temperature, clip, debias=0.0, queue=None):
+    return nt_xent_and_gradients(a, b, temperature, clip, debias, queue)[0]
+
+
+def nt_xent_and_gradients(a, b, temperature, clip, debias=0.0, queue=None):
+    """The loss, and its gradients by a, b and queue: clipped NT-Xent, or after Chuang et al. 2020 with `debias`."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    queue = np.zeros((0, a.shape[1])) if queue is None else np.asarray(queue, np.float64)
+    everything = np.concatenate([a, b, queue])
+    n, u = 2 * len(a), unit(everything)
+    s = u[:n] @ u.T
     gone = clipped_rows(s, clip)
-    losses = []
+    total, by_s = 0.0, np.zeros(s.shape)
     for i in range(n):
         p = (i + n // 2) % n
-        kept = [s[i, j] / temperature for j in range(n) if j != i and j != p and j not in gone[i]]
-        logits = np.array([s[i, p] / temperature, *kept])
-        losses.append(np.log(np.sum(np.exp(logits - logits.max()))) + logits.max() - logits[0])
-    return np.mean(losses)
+        kept = [j for j in range(len(u)) if j != i and j != p and j not in gone[i]]
+        top = max(s[i, [p, *kept]])
+        powers, positive = np.exp((s[i, kept] - top) / temperature), np.exp((s[i, p] - top) / temperature)
+        negative, by_power, by_positive = powers.sum(), 1.0, 0.0
+        if debias:
+            floor = len(kept) * np.exp((-1 - top) / temperature)
+            negative = (negative - debias * len(kept) * positive) / (1 - debias)
+            by_power, by_positive = 1 / (1 - debias), -debias * len(kept) / (1 - debias)
+            if negative < floor:
+                negative, by_power, by_positive = floor, 0.0, 0.0
+        whole = positive + negative
+        total += -np.log(positive / whole)
+        by_s[i, kept] = by_power * powers / whole / temperature
+        by_s[i, p] = (positive * (1 + by_positive) / whole - 1) / temperature
+    by_u = by_s.T @ u[:n]
+    by_u[:n] += by_s @ u
+    by_x = (by_u - np.sum(by_u * u, axis=1, keepdims=True) * u) / np.linalg.norm(everything, axis=1, keepdims=True)
+    return total / n, tuple(np.split(by_x / n, [len(a), n]))
 
 
 def contrastive_loss(xa, xb, za, zb, pairing, temperature, clip):

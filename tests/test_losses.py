@@ -1,3 +1,6 @@
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracle
-from tcq import losses
+from tcq import anchors, losses
 
 
 def views(b=6, d=5, seed=0):
@@ -15,12 +18,112 @@ def views(b=6, d=5, seed=0):
     return random.randn(b, d).astype("f4"), random.randn(b, d).astype("f4")
 
 
+def loss_and_gradients(a, b, queue=None, *, clip, **options):
+    """As the oracle gives them. A clip above 0 is traced, so that it need not be compiled anew."""
+    vectors = np.zeros((0, a.shape[1]), "f4") if queue is None else queue
+    run = compiled(clip=None if clip else 0, **options)
+    return run(a, b, vectors, jnp.int32(clip))
+
+
+@functools.cache
+def compiled(*, clip, **options):
+    def loss(a, b, vectors, traced):
+        queue = losses.Queue(vectors, len(vectors)) if len(vectors) else None
+        return losses.nt_xent(a, b, queue=queue, clip=traced if clip is None else clip, **options)[0]
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+
+
+def assert_equals_the_oracle(got, want, rtol=1e-5):
+    """The gradients relative to the largest of their entries."""
+    (loss, gradients), (true_loss, true_gradients) = got, want
+    np.testing.assert_allclose(loss, true_loss, rtol=rtol, atol=1e-12)
+    for ours, truth in zip(gradients, true_gradients, strict=True):
+        np.testing.assert_allclose(ours, truth, atol=rtol * max(np.abs(truth).max(initial=0), 1e-12))
+
+
 @pytest.mark.parametrize("clip", [0, 1, 3, 9, 10])
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 0.5, 5.0])
-def test_nt_xent_equals_the_oracle(clip, temperature):
+def test_loss_and_gradients_equal_the_oracle(clip, temperature):
     a, b = views()
-    loss, _ = losses.nt_xent(a, b, temperature=temperature, clip=clip)
-    np.testing.assert_allclose(loss, oracle.nt_xent(a, b, temperature, clip), rtol=2e-5, atol=1e-6)
+    got = loss_and_gradients(a, b, temperature=temperature, clip=clip)
+    want = oracle.nt_xent_and_gradients(a, b, temperature, clip)
+    # Similarities are rounded to 6e-8, and divided by the temperature before they are exponentiated.
+    assert_equals_the_oracle(got, want, rtol=1e-5 if temperature > 0.05 else 1e-4)
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 5, 12, 32, 1000])
+@pytest.mark.parametrize("clip", [0, 1, 8, 20, 29, 30])
+def test_the_size_of_a_block_does_not_matter(clip, block_size):
+    a, b = views(16, 7)
+    got = loss_and_gradients(a, b, temperature=0.2, clip=clip, block_size=block_size)
+    assert_equals_the_oracle(got, oracle.nt_xent_and_gradients(a, b, 0.2, clip))
+
+
+def corners(b, seed=0):
+    """Views whose unit vectors and similarities are exact in float32, with few values: many equal."""
+    random = np.random.RandomState(seed)
+    return random.choice([-0.5, 0.5], (b, 4)).astype("f4"), random.choice([-0.5, 0.5], (b, 4)).astype("f4")
+
+
+@pytest.mark.parametrize("clip", range(0, 23, 2))
+@pytest.mark.parametrize("block_size", [None, 5])
+def test_of_equals_the_first_go(clip, block_size):
+    a, b = corners(12)
+    got = loss_and_gradients(a, b, temperature=0.3, clip=clip, block_size=block_size)
+    assert_equals_the_oracle(got, oracle.nt_xent_and_gradients(a, b, 0.3, clip))
+
+
+@pytest.mark.parametrize("clip", [0, 3, 14, 19])
+@pytest.mark.parametrize("debias", [0.0, 0.1, 0.6])
+@pytest.mark.parametrize("entries", [0, 5])
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_debiased_and_with_a_queue(clip, debias, entries, temperature):
+    a, b = views(8, 6)
+    queue = views(5, 6, seed=3)[0][:entries]
+    clip = min(clip, 14 + entries)
+    got = loss_and_gradients(a, b, queue, temperature=temperature, clip=clip, debias=debias, block_size=6)
+    assert_equals_the_oracle(got, oracle.nt_xent_and_gradients(a, b, temperature, clip, debias, queue))
+
+
+def test_debiased_at_its_floor():
+    """Where the estimate falls below what N negatives at similarity -1 would give, it is that, and has no gradient."""
+    a = np.concatenate([np.eye(3), -np.eye(3)]).astype("f4")
+    b = a + 0.1 * views(6, 3)[0]
+    got = loss_and_gradients(a, b, temperature=0.5, debias=0.9, clip=0)
+    assert_equals_the_oracle(got, oracle.nt_xent_and_gradients(a, b, 0.5, 0, 0.9))
+    np.testing.assert_allclose(oracle.nt_xent(a, a, 0.5, 0, 0.9), np.log(1 + 10 * np.exp(-4)), rtol=1e-6)
+
+
+def test_only_what_is_in_the_queue_counts():
+    a, b = views(4, 5)
+    vectors = np.concatenate([views(3, 5, 1)[0], np.zeros((2, 5), "f4")])
+    for filled in (0, 3):
+        loss, _ = losses.nt_xent(a, b, temperature=0.2, clip=2, queue=losses.Queue(vectors, jnp.int32(filled)))
+        np.testing.assert_allclose(loss, oracle.nt_xent(a, b, 0.2, 2, queue=vectors[:filled]), rtol=1e-5)
+    loss, _ = losses.nt_xent(a, b, temperature=0.2, clip=9, queue=losses.Queue(vectors, jnp.int32(0)))
+    assert float(loss) == 0  # all 6 that are there
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_properties(data):
+    """No NaN, nothing grows with the clip, and the order of the batch does not matter, whatever the numbers."""
+    b, size = data.draw(st.sampled_from([(2, 1), (5, 4), (9, 7)]))
+    numbers = st.one_of(st.sampled_from([0.0, 1.0, -1.0, 1e-30, 1e-15, 1e18]), st.floats(-3, 3, width=32))
+    rows = st.lists(st.lists(numbers, min_size=3, max_size=3), min_size=b, max_size=b)
+    dtype = data.draw(st.sampled_from([jnp.float32, jnp.bfloat16]))
+    a, c = (jnp.asarray(np.array(data.draw(rows), "f4"), dtype) for _ in range(2))
+    temperature = data.draw(st.sampled_from([0.01, 0.3]))
+    clips = sorted(data.draw(st.tuples(st.integers(0, 2 * b - 2), st.integers(0, 2 * b - 2))))
+    order = np.array(data.draw(st.permutations(range(b))))
+    run = compiled(clip=None, temperature=temperature, block_size=size)
+    none = jnp.zeros((0, 3))
+    (fewer, grads), (more, _) = (run(a, c, none, jnp.int32(k)) for k in clips)
+    moved, _ = run(a[order], c[order], none, jnp.int32(clips[0]))
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in (fewer, more, *grads))
+    assert float(more) <= float(fewer) * (1 + 1e-5) + 1e-6
+    np.testing.assert_allclose(moved, fewer, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("pairing", losses.PAIRINGS)
@@ -65,28 +168,6 @@ def test_loss_never_grows_with_clip():
     assert all(later <= earlier for earlier, later in zip(values, values[1:], strict=False))
 
 
-def test_a_clipped_pair_gives_no_gradient_in_that_row():
-    """The gradient equals that of a loss in which the oracle's clipped pairs are written out as absent."""
-    a, b = views(5, 3)
-    x = np.concatenate([a, b])
-    s = oracle.unit(x.astype(np.float64)) @ oracle.unit(x.astype(np.float64)).T
-    gone = np.zeros((10, 10), bool)
-    for i, row in enumerate(oracle.clipped_rows(s, 3)):
-        gone[i, list(row)] = True
-
-    def explicit(x):
-        x = x / jnp.linalg.norm(x, axis=1, keepdims=True)
-        logits = x @ x.T / 0.2
-        total = 0.0
-        for i in range(10):
-            kept = [j for j in range(10) if j != i and not gone[i, j]]
-            total += jax.nn.logsumexp(jnp.stack([logits[i, j] for j in kept])) - logits[i, (i + 5) % 10]
-        return total / 10
-
-    ours = jax.grad(lambda x: losses.nt_xent(x[:5], x[5:], temperature=0.2, clip=3)[0])(jnp.asarray(x))
-    np.testing.assert_allclose(ours, jax.grad(explicit)(jnp.asarray(x)), rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("clip", [1, 2, 5, 9])
 def test_exactly_clip_pairs_go_among_ties(clip):
     """All images equal: every similarity is 1, so a row keeps 10 - clip negatives of the same value as its positive."""
@@ -95,32 +176,92 @@ def test_exactly_clip_pairs_go_among_ties(clip):
     np.testing.assert_allclose(loss, np.log(1 + 10 - clip), rtol=1e-6)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 8])
+def on_devices(function, arrays, devices):
+    """function(*arrays of one device), mapped over devices along the axis "i"; every result has a device axis."""
+    mapped = jax.pmap(function, axis_name="i", devices=jax.devices()[:devices])
+    return mapped(*(x.reshape(devices, -1, *x.shape[1:]) for x in arrays))
+
+
+@pytest.mark.parametrize(
+    ("devices", "gather"), [(1, "all"), (2, "all"), (8, "all"), (1, "ring"), (2, "ring"), (8, "ring")]
+)
 @pytest.mark.parametrize("pairing", losses.PAIRINGS)
-def test_loss_logs_and_gradients_do_not_depend_on_the_devices(devices, pairing):
-    (xa, xb), (za, zb) = views(16, 8, 1), views(16, 8, 2)
+def test_loss_logs_and_gradients_do_not_depend_on_the_devices(devices, gather, pairing):
+    arrays = *views(16, 8, 1), *views(16, 8, 2)
     labels = np.arange(16) % 3
 
-    def loss(arrays, axis_name=None, labels=labels):
-        return losses.contrastive_loss(
-            *arrays, pairing=pairing, temperature=0.2, clip=6, axis_name=axis_name, labels=labels
-        )
+    def loss(arrays, labels, **options):
+        return losses.contrastive_loss(*arrays, pairing=pairing, temperature=0.2, clip=6, labels=labels, **options)
 
-    (one, one_logs), one_grads = jax.value_and_grad(loss, has_aux=True)((xa, xb, za, zb))
+    (one, one_logs), one_grads = jax.value_and_grad(loss, has_aux=True)(arrays, labels)
 
-    def body(arrays, labels):
-        (value, logs), grads = jax.value_and_grad(lambda x: loss(x, "i", labels), has_aux=True)(arrays)
-        return value, logs, grads
+    def body(*arrays_and_labels):
+        *arrays, labels = arrays_and_labels
+        options = {"axis_name": "i", "gather": gather, "block_size": 3}
+        return jax.value_and_grad(lambda x: loss(x, labels, **options), has_aux=True)(arrays)
 
-    split = [x.reshape(devices, 16 // devices, 8) for x in (xa, xb, za, zb)]
-    mapped = jax.pmap(body, axis_name="i", devices=jax.devices()[:devices])
-    value, logs, grads = mapped(split, labels.reshape(devices, -1))
+    (value, logs), grads = on_devices(body, (*arrays, labels), devices)
     np.testing.assert_allclose(value, np.full(devices, one), rtol=1e-5)
     for name in one_logs:
         np.testing.assert_allclose(logs[name][0], one_logs[name], rtol=1e-5, atol=1e-7, err_msg=name)
     # Each device holds the gradient of its own rows' inputs, summed over the rows of all: the mean loss is their 1/devices.
     for ours, truth in zip(grads, one_grads, strict=True):
         np.testing.assert_allclose(np.asarray(ours).reshape(16, 8) / devices, truth, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("gather", anchors.GATHERS)
+@pytest.mark.parametrize("clip", [0, 1, 9, 25, 34])
+def test_ties_and_a_queue_on_four_devices(clip, gather):
+    a, b = corners(16)
+    queue = corners(4, seed=5)[0]
+
+    def body(a, b):
+        def loss(a, b, vectors):
+            options = {"axis_name": "i", "gather": gather, "block_size": 5, "temperature": 0.3, "clip": clip}
+            return losses.nt_xent(a, b, queue=losses.Queue(vectors, 4), debias=0.1, **options)[0]
+
+        return jax.value_and_grad(loss, (0, 1, 2))(a, b, queue)
+
+    loss, (by_a, by_b, by_queue) = on_devices(body, (a, b), 4)
+    gradients = (np.asarray(by_a).reshape(16, 4) / 4, np.asarray(by_b).reshape(16, 4) / 4, np.mean(by_queue, axis=0))
+    assert_equals_the_oracle((loss[0], gradients), oracle.nt_xent_and_gradients(a, b, 0.3, clip, 0.1, queue))
+
+
+def memory(batch, devices=8, **options):
+    """Bytes of temporary memory of loss and gradient on each of some devices, as XLA plans it."""
+
+    def body(a, b):
+        return jax.grad(lambda a, b: losses.nt_xent(a, b, temperature=0.2, axis_name="i", **options)[0], (0, 1))(a, b)
+
+    views = [jax.ShapeDtypeStruct((devices, batch // devices, 128), jnp.float32)] * 2
+    mapped = jax.pmap(body, axis_name="i", devices=jax.devices()[:devices])
+    return mapped.lower(*views).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("gather", anchors.GATHERS)
+def test_memory_grows_no_faster_than_the_batch(gather):
+    sizes = [2**14, 2**15, 2**16]
+    found = [memory(n, gather=gather, clip=n // 50) for n in sizes]
+    assert found[1] < 2.1 * found[0] and found[2] < 2.1 * found[1]
+    assert found[2] < 2**30
+    whole = 4 * 2 * 2**16 // 8 * 2 * 2**16  # bytes of this device's share of the similarities
+    assert found[2] < whole / 20
+
+
+ORDERS = r"\bsort\(|hlo\.sort|top_?k"
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_no_backend_has_to_order_rows(platform):
+    a = jax.ShapeDtypeStruct((64, 16), jnp.float32)
+    f = jax.jit(jax.value_and_grad(lambda a, b: losses.nt_xent(a, b, temperature=0.2, clip=20)[0]))
+    lowered = f.trace(a, a).lower(lowering_platforms=(platform,))
+    programs = [lowered.as_text()] + ([lowered.compile().as_text()] if platform == "cpu" else [])
+    for program in programs:
+        assert "while" in program
+        assert not re.search(ORDERS, program, re.IGNORECASE)
+    asked = jax.jit(lambda a: jax.lax.top_k(a, 3)).trace(a).lower(lowering_platforms=(platform,)).as_text()
+    assert re.search(ORDERS, asked, re.IGNORECASE)  # the pattern knows one when it sees one
 
 
 def test_logs_say_what_was_clipped():
@@ -166,9 +307,19 @@ def test_low_precision_and_low_temperature_stay_finite(dtype):
 
 def test_errors_carry_the_numbers(untyped):
     a, b = views()
-    with pytest.raises(ValueError, match="clip 11 is not within the 10 negatives of a global batch of 6"):
-        losses.nt_xent(a, b, temperature=0.5, clip=11)
-    with pytest.raises(ValueError, match="temperature 0"):
-        losses.nt_xent(a, b, temperature=0.0)
+    queue = losses.Queue(a, 6)
+    for message, arguments in {
+        "clip 11 is not within the 10 negatives of a global batch of 6": {"clip": 11},
+        "clip 17 is not within the 16 negatives": {"clip": 17, "queue": queue},
+        "temperature 0": {"temperature": 0.0},
+        "debias 1.0 is a share": {"debias": 1.0},
+        "block_size 0 must be": {"block_size": 0},
+        "gather 'some' is unknown": {"gather": "some"},
+        "a ring needs the axis_name": {"gather": "ring"},
+        "a queue has none": {"queue": queue, "labels": np.zeros(6, int)},
+        r"one shape \(B, D\), got \(5, 5\), \(6, 5\)": {"b": b[:5]},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            losses.nt_xent(**{"a": a, "b": b, "temperature": 0.5, **arguments})
     with pytest.raises(ValueError, match="'crossed' is unknown"):
         losses.contrastive_loss(a, b, a, b, pairing="crossed", temperature=0.5)
