@@ -114,7 +114,13 @@ def get_config() -> ConfigDict:
     loss.temperature = 0.5
     loss.clip = FieldReference(0, field_type=object)  # negatives removed per anchor: a count, or a fraction as a float
     loss.clip_from = 0.0  # share of the run before which nothing is clipped
-    loss.clip_full = 0.0  # share of the run from which all of `clip` is; in between it grows linearly
+    loss.clip_full = 0.0  # share of the run from which all of `clip` is; in between it grows
+    loss.clip_ramp = "linear"  # linear | cosine
+    loss.debias = 0.0  # rho, the assumed share of false negatives of the debiased loss (Chuang et al. 2020); 0 is off
+    loss.queue = 0  # soft codes of earlier batches, whose reconstructions are further negatives (MeCoQ)
+    loss.queue_from = 0.0  # share of the run before which they are not used
+    loss.block_size = 0  # anchors at a time, which bounds the memory; 0 is as many as make 4 M similarities
+    loss.gather = "all"  # all | ring: whether a device holds all columns or passes its own round
     loss.entropy_weight = 0.0  # of the mean entropy of the soft codes
     loss.diversity_weight = 0.0  # of the mean cosine between codewords of a codebook
 
@@ -134,6 +140,9 @@ def get_config() -> ConfigDict:
     c.train = train = ConfigDict()
     train.total_steps = 0  # one of these two is set, the other 0
     train.total_epochs = 0.0
+    train.microbatches = (
+        1  # pieces of a batch that the backbone sees one by one: less memory, the same loss, more to compute
+    )
     train.seed = 0  # of initial weights, data order and views
     train.log_every_steps = 50
 

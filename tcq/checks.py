@@ -7,12 +7,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tcq import losses, metrics, quantizer, ranking
+from tcq import anchors, losses, metrics, quantizer, ranking
 from tcq.data import images, protocols
 from tcq.models import resnet, vit
 
 OPTIMIZERS = ("adamw", "lars", "sgd")
 DTYPES = ("float32", "bfloat16")
+RAMPS = ("linear", "cosine")
 INITS = ("kmeans", "data", "random")
 
 
@@ -25,9 +26,10 @@ def bits(config: ConfigDict) -> int:
     return config.quantizer.num_codebooks * int(log2(config.quantizer.num_codewords))
 
 
-def clip_count(clip: int | float, batch_size: int) -> int:
-    """`loss.clip` as a count: an integer is one already, a fraction is taken of the 2B - 2 negatives and floored."""
-    return int(clip * (2 * batch_size - 2)) if isinstance(clip, float) else clip
+def clip_count(clip: int | float, batch_size: int, *, queue: int = 0) -> int:
+    """`loss.clip` as a count: an integer is one already, a fraction is taken of the 2B - 2 negatives of the global batch
+    and those of a queue, and floored."""
+    return int(clip * (2 * batch_size - 2 + queue)) if isinstance(clip, float) else clip
 
 
 def total_steps(config: ConfigDict, num_train: int) -> int:
@@ -61,6 +63,11 @@ def check_run(
         problems.append(
             f"data.batch_size {d.batch_size} is not divisible by the {num_devices} devices: "
             f"use {' or '.join(str(n) for n in near)}"
+        )
+    elif d.batch_size // num_devices % config.train.microbatches:
+        problems.append(
+            f"train.microbatches {config.train.microbatches} does not divide the {d.batch_size // num_devices} images of "
+            f"each device (data.batch_size {d.batch_size} on {num_devices})"
         )
     if d.batch_size > num_train:
         problems.append(
@@ -98,6 +105,8 @@ def _value_problems(c: ConfigDict) -> Iterator[str]:
         "quantizer.metric": (q.metric, quantizer.METRICS),
         "quantizer.init": (q.init, INITS),
         "loss.pairing": (loss.pairing, losses.PAIRINGS),
+        "loss.clip_ramp": (loss.clip_ramp, RAMPS),
+        "loss.gather": (loss.gather, anchors.GATHERS),
         "optim.name": (o.name, OPTIMIZERS),
         "eval.score": (c.eval.score, ranking.METRICS),
         "eval.normalize": (c.eval.normalize, ("auto", *ranking.NORMALIZE)),
@@ -116,7 +125,14 @@ def _value_problems(c: ConfigDict) -> Iterator[str]:
     for key in ("quantizer.scale", "loss.temperature", "optim.learning_rate", "optim.layer_decay", "model.mlp_ratio"):
         if not 0 < flat[key] < float("inf"):
             yield f"{key} {flat[key]} must be above 0"
-    for key in ("data.query", "data.validation", "data.augment.crop", "model.dropout", "model.drop_path"):
+    for key in (
+        "data.query",
+        "data.validation",
+        "data.augment.crop",
+        "model.dropout",
+        "model.drop_path",
+        "loss.debias",
+    ):
         if not 0 <= flat[key] < 1:
             yield f"{key} {flat[key]} must be in [0, 1)"
     (width, depth, heads), patch = vit.NAMED.get(m.name, (vit.Size(m.width, m.depth, m.heads), m.patch))
@@ -142,6 +158,11 @@ def _value_problems(c: ConfigDict) -> Iterator[str]:
             yield f"optim.frozen_blocks {o.frozen_blocks} is above the {blocks} blocks of {m.name}; -1 is all of it"
         if m.dropout or m.drop_path:
             yield f"model.dropout {m.dropout} and model.drop_path {m.drop_path} are for ViTs: {m.name} has none, set them to 0"
+        if t.microbatches > 1 and o.frozen_blocks >= 0:
+            yield (
+                f"train.microbatches {t.microbatches}: the batch statistics of {m.name} would be those of a piece of the batch; "
+                f"use a ViT, or freeze the backbone (optim.frozen_blocks=-1)"
+            )
         if m.scan:
             yield f"model.scan is for ViTs, whose blocks are alike; those of {m.name} are not"
     for key, low in (("mean", -_INFINITY), ("std", 0.0)):
@@ -161,7 +182,9 @@ def _value_problems(c: ConfigDict) -> Iterator[str]:
         yield f"data.crop_share {d.crop_share} must be above 0 and at most 1"
     if d.views == 1:
         yield "data.views 1 leaves no two views to compare: use 0 or at least 2"
-    yield from _clip_problems(loss.clip, d.batch_size)
+    yield from _clip_problems(loss.clip, d.batch_size, loss.queue)
+    if loss.queue and loss.pairing == "float":
+        yield f"loss.queue {loss.queue} holds reconstructions, which loss.pairing float does not compare: use cross or quantized"
     if loss.clip_from > loss.clip_full:
         yield f"loss.clip_from {loss.clip_from} must not be above loss.clip_full {loss.clip_full}"
     if (t.total_steps > 0) == (t.total_epochs > 0):
@@ -170,16 +193,16 @@ def _value_problems(c: ConfigDict) -> Iterator[str]:
         yield f"optim.warmup_steps {o.warmup_steps} must be below train.total_steps {t.total_steps}"
 
 
-def _clip_problems(clip: Any, batch_size: int) -> Iterator[str]:
-    negatives = 2 * batch_size - 2
+def _clip_problems(clip: Any, batch_size: int, queue: int) -> Iterator[str]:
+    negatives = 2 * batch_size - 2 + queue
     if isinstance(clip, bool) or not isinstance(clip, int | float):
         yield f"loss.clip {clip!r} must be a count such as 64 or a fraction such as 0.1"
     elif isinstance(clip, float) and not 0 <= clip < 1:
         yield f"loss.clip {clip} is a fraction of the negatives and must be in [0, 1); a count is written without a point"
-    elif clip < 0 or clip_count(clip, batch_size) >= max(negatives, 1):
+    elif clip < 0 or clip_count(clip, batch_size, queue=queue) >= max(negatives, 1):
         yield (
             f"loss.clip {clip} must be from 0 to {negatives - 1}: "
-            f"a batch of {batch_size} has 2 x {batch_size} - 2 = {negatives} negatives per anchor"
+            f"a batch of {batch_size} has 2 x {batch_size} - 2{f' + {queue}' if queue else ''} = {negatives} negatives per anchor"
         )
 
 
@@ -212,6 +235,9 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("quantizer.init_images", 1, _INFINITY),
     ("loss.clip_from", 0, 1),
     ("loss.clip_full", 0, 1),
+    ("loss.queue", 0, _INFINITY),
+    ("loss.queue_from", 0, 1),
+    ("loss.block_size", 0, _INFINITY),
     ("loss.entropy_weight", 0, _INFINITY),
     ("loss.diversity_weight", 0, _INFINITY),
     ("optim.warmup_steps", 0, _INFINITY),
@@ -225,6 +251,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("optim.clip_norm", 0, _INFINITY),
     ("train.total_steps", 0, 2**31 - 2),
     ("train.total_epochs", 0, _INFINITY),
+    ("train.microbatches", 1, _INFINITY),
     ("train.seed", 0, 2**32 - 1),
     ("train.log_every_steps", 1, _INFINITY),
     ("eval.every_steps", 0, _INFINITY),

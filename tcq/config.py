@@ -36,7 +36,10 @@ OPERATIONAL = (
     "model.attention",
     "model.remat",
     "model.scan",
+    "loss.block_size",
+    "loss.gather",
     "train.log_every_steps",
+    "train.microbatches",
     "eval.batch_size",
     "checkpoint.keep",
 )

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Float, Int32
 from ml_collections import ConfigDict
 
 from tcq import augment, encode, losses, quantizer
@@ -30,6 +30,7 @@ class TrainState(NamedTuple):
     params: retriever.Params
     batch_stats: retriever.Params  # of a ResNet; else empty
     opt_state: Any
+    queue: Any  # soft codes of earlier batches, (Q, M, K), the newest first; empty without `loss.queue`
 
 
 def step_body(
@@ -40,11 +41,13 @@ def step_body(
     A batch holds "image", uint8 (b, H, W, 3), and "index", int32 (b,), as `loader.batches` gives them; or, for a frozen
     backbone whose views have been embedded, "image" is float32 (b, views, F).
 
+    With `train.microbatches` the backbone sees so many pieces of the batch one after the other; the loss is over all of it.
+
     Views are a function of (seed, step, place in the global batch), so they do not depend on the number of devices. With
     `data.views` an image has that many views, each a function of (seed, index, view), and a step draws two of them.
     """
     c = config.loss
-    clip_at = clip_schedule(config, steps)
+    clip_at, filled = clip_schedule(config, steps), queue_filled(config, steps)
     strengths = dict(config.data.augment.items())
     variety = config.data.views
 
@@ -67,29 +70,40 @@ def step_body(
         step_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         device = jax.lax.axis_index(AXIS)
         b = len(batch["index"])
-        keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(device * b + jnp.arange(b))
-        embedded = batch["image"].ndim == 3
-        view_pair = embedded_views if embedded else some_views if variety else new_views
-        pairs = jax.vmap(view_pair)(keys, batch["image"].astype(jnp.float32), batch["index"])
         dropout_key = jax.random.fold_in(jax.random.fold_in(step_key, config.data.batch_size), device)
+        embedded_before = batch["image"].ndim == 3
+        rows = batch | {"place": device * b + jnp.arange(b)}
 
-        def loss_fn(params: retriever.Params) -> tuple[Array, tuple[Logs, Any]]:
-            params = jax.tree_util.tree_map_with_path(
-                lambda path, p: jax.lax.stop_gradient(p) if optimizers.frozen(path, config) else p, params
-            )
-            run = partial(model.apply, {"params": params, "batch_stats": state.batch_stats}, jnp.concatenate(pairs))
-            moved: Any = {}
+        def embed(params: retriever.Params, rows: Batch, key: Array) -> tuple[Array, Any]:
+            """Both views of some images as the backbone sees them, (2, b, F), and its new batch statistics."""
+            keys = jax.vmap(lambda place: jax.random.fold_in(step_key, place))(rows["place"])
+            view_pair = embedded_views if embedded_before else some_views if variety else new_views
+            pairs = jax.vmap(view_pair)(keys, rows["image"].astype(jnp.float32), rows["index"])
+            if embedded_before:
+                return jnp.stack(pairs), state.batch_stats
+            variables = {"params": _trained(params, config), "batch_stats": state.batch_stats}
+            run = partial(model.apply, variables, jnp.concatenate(pairs), train=True, method="embed")
             out: Any
-            if embedded:
-                out = run(method="head")
-            else:
-                out, moved = run(train=True, rngs={"dropout": dropout_key}, mutable=["batch_stats"])
+            out, moved = run(rngs={"dropout": key}, mutable=["batch_stats"])
+            return out.reshape(2, -1, out.shape[-1]), moved.get("batch_stats", state.batch_stats)
+
+        def loss_of(params: retriever.Params, embedded: Array) -> tuple[Array, tuple[Logs, Array]]:
+            """The loss over the global batch, and the soft codes (2, b, M, K)."""
+            variables = {"params": _trained(params, config)}
+            out: Any = model.apply(variables, embedded.reshape(2 * b, -1), method="head")
+            queue = None
+            if c.queue:
+                queue = losses.Queue(quantizer.reconstruct(state.queue, out.codebooks), filled(state.step))
             loss, logs = losses.contrastive_loss(
                 *jnp.split(out.features, 2),
                 *jnp.split(out.reconstructions, 2),
                 pairing=c.pairing,
                 temperature=c.temperature,
                 clip=clip_at(state.step),
+                debias=c.debias,
+                queue=queue,
+                block_size=c.block_size or None,
+                gather=c.gather,
                 axis_name=AXIS,
             )
             if c.entropy_weight:
@@ -99,26 +113,102 @@ def step_body(
             codes = quantizer.hard_assign(out.features, out.codebooks, metric=model.metric)
             usage = quantizer.codeword_usage(codes, num_codewords=model.num_codewords, axis_name=AXIS)
             logs |= {"loss": loss, "codeword_usage": usage.mean(), "codeword_usage_min": usage.min()}
-            return loss, (logs, moved.get("batch_stats", state.batch_stats))
+            return loss, (logs, out.weights.reshape(2, b, *out.weights.shape[1:]))
 
-        grads, (logs, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
+        pieces = 1 if embedded_before else config.train.microbatches
+        embedded, pull_back, batch_stats = _in_pieces(embed, state.params, rows, dropout_key, pieces)
+        (by_params, by_embedded), (logs, codes) = jax.grad(loss_of, (0, 1), has_aux=True)(state.params, embedded)
+        grads = jax.tree.map(jnp.add, by_params, pull_back(by_embedded))
         grads = jax.lax.pmean(grads, AXIS)
         logs = jax.lax.pmean(logs, AXIS)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         logs |= {"gradient_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, batch_stats, opt_state), logs
+        queue = _remember(state.queue, codes) if c.queue else state.queue
+        return TrainState(state.step + 1, params, batch_stats, opt_state, queue), logs
 
     return body
 
 
+def _trained(params: retriever.Params, config: ConfigDict) -> retriever.Params:
+    """Frozen parameters as constants."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p: jax.lax.stop_gradient(p) if optimizers.frozen(path, config) else p, params
+    )
+
+
+def _in_pieces(
+    embed: Callable[[retriever.Params, Batch, Array], tuple[Array, Any]],
+    params: retriever.Params,
+    rows: Batch,
+    key: Array,
+    pieces: int,
+) -> tuple[Array, Callable[[Array], retriever.Params], Any]:
+    """What `embed` makes of all rows, (2, b, F), how a gradient by that becomes one by the parameters, and the rest of it.
+
+    In several pieces the activations of one piece at a time are in memory: they are not kept but computed once more when
+    the gradient comes back (GradCache, Gao et al. 2021), with the same views. The loss in between sees all rows.
+    """
+    if pieces == 1:
+        embedded, pull_back, rest = jax.vjp(lambda p: embed(p, rows, key), params, has_aux=True)
+        return embedded, lambda by_embedded: pull_back(by_embedded)[0], rest
+
+    each = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), rows)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(pieces))
+    parts, rests = jax.lax.map(lambda piece: embed(params, *piece), (each, keys))  # (pieces, 2, b / pieces, F)
+    width = parts.shape[-1]
+
+    def pull_back_all(by_embedded: Array) -> retriever.Params:
+        by_parts = by_embedded.reshape(2, pieces, -1, width).swapaxes(0, 1)
+
+        def add(total: retriever.Params, piece: tuple[Batch, Array, Array]) -> tuple[retriever.Params, None]:
+            rows, key, by_part = piece
+            _, pull_back, _ = jax.vjp(lambda p: embed(p, rows, key), params, has_aux=True)
+            return jax.tree.map(jnp.add, total, pull_back(by_part)[0]), None
+
+        total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (each, keys, by_parts))
+        return total
+
+    embedded = parts.swapaxes(0, 1).reshape(2, -1, width)
+    return embedded, pull_back_all, jax.tree.map(lambda x: x[-1], rests)
+
+
+def _remember(queue: Float[Array, "Q M K"], codes: Float[Array, "2 b M K"]) -> Float[Array, "Q M K"]:
+    """The queue with the soft codes of this batch, of all devices: the newest first."""
+    everyone = jax.lax.all_gather(jax.lax.stop_gradient(codes), AXIS, axis=1, tiled=True)
+    return jnp.concatenate([everyone[1], everyone[0], queue])[: len(queue)]
+
+
 def clip_schedule(config: ConfigDict, steps: int) -> Callable[[Array], int | Array]:
-    """How many negatives are clipped at a step (counted from 0): all of `loss.clip`, or fewer before `loss.clip_full`."""
-    c, count = config.loss, configs.clip_count(config.loss.clip, config.data.batch_size)
+    """How many negatives are clipped at a step (counted from 0): all of `loss.clip`, or fewer before `loss.clip_full`.
+
+    A fraction is one of the negatives that are there: those of the global batch, and what the queue holds.
+    """
+    c, batch_size = config.loss, config.data.batch_size
     first, full = c.clip_from * steps, c.clip_full * steps
-    if not count or not full:
+    count = configs.clip_count(c.clip, batch_size)
+    filled = queue_filled(config, steps)
+    grows = c.queue and isinstance(c.clip, float)
+    if not c.clip or not (full or grows):
         return lambda step: count
-    return lambda step: jnp.floor(count * jnp.clip((step - first + 1) / max(full - first, 1), 0, 1)).astype(jnp.int32)
+
+    def at(step: Array) -> Array:
+        share = jnp.clip((step - first + 1) / max(full - first, 1), 0, 1) if full else jnp.ones(())
+        if c.clip_ramp == "cosine":
+            share = (1 - jnp.cos(jnp.pi * share)) / 2
+        all_of_it = jnp.floor(c.clip * (2 * batch_size - 2 + filled(step))) if grows else count
+        return jnp.floor(all_of_it * share).astype(jnp.int32)
+
+    return at
+
+
+def queue_filled(config: ConfigDict, steps: int) -> Callable[[Array], Array]:
+    """How many entries of the queue are negatives at a step: none before `loss.queue_from`, else those of earlier steps."""
+    c, both_views = config.loss, 2 * config.data.batch_size
+    full_after = -(-c.queue // both_views)
+    return lambda step: jnp.where(
+        step < c.queue_from * steps, 0, jnp.minimum(jnp.minimum(step, full_after) * both_views, c.queue)
+    )
 
 
 def initial_state(config: ConfigDict, model: retriever.Retriever, optimizer: Any, images: np.ndarray) -> TrainState:
@@ -127,15 +217,21 @@ def initial_state(config: ConfigDict, model: retriever.Retriever, optimizer: Any
     weights = backbone_from_weights(config, model) if config.model.weights else None
     variables = retriever.init(key, model, images, codewords=config.quantizer.init, backbone=weights)
     params = variables["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), optimizer.init(params))
+    queue: Any = jnp.zeros(_queue_shape(config), jnp.float32) if config.loss.queue else {}
+    return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), optimizer.init(params), queue)
 
 
 def state_like(config: ConfigDict, model: retriever.Retriever, optimizer: Any) -> TrainState:
     """Shapes and dtypes of the state; nothing is computed."""
     variables = retriever.shapes(model, config.data.image_size)
     params = variables["params"]
-    state = jax.eval_shape(optimizer.init, params)
-    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, variables.get("batch_stats", {}), state)  # type: ignore[arg-type]
+    queue: Any = jax.ShapeDtypeStruct(_queue_shape(config), jnp.float32) if config.loss.queue else {}
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    return TrainState(step, params, variables.get("batch_stats", {}), jax.eval_shape(optimizer.init, params), queue)  # type: ignore[arg-type]
+
+
+def _queue_shape(config: ConfigDict) -> tuple[int, int, int]:
+    return config.loss.queue, config.quantizer.num_codebooks, config.quantizer.num_codewords
 
 
 def backbone_from_weights(config: ConfigDict, model: retriever.Retriever) -> retriever.Variables:

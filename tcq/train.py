@@ -131,12 +131,14 @@ def _loop(
 def _items(state: learner.TrainState) -> dict[str, Any]:
     """The two parts of a checkpoint: what encoding needs, and what only going on needs."""
     variables = {"params": state.params} | ({"batch_stats": state.batch_stats} if state.batch_stats else {})
-    return {"variables": variables, "training": {"step": state.step, "opt_state": state.opt_state}}
+    training = {"step": state.step, "opt_state": state.opt_state}
+    return {"variables": variables, "training": training | ({"queue": state.queue} if len(state.queue) else {})}
 
 
 def _from_items(items: dict[str, Any]) -> learner.TrainState:
     variables, rest = items["variables"], items["training"]
-    return learner.TrainState(rest["step"], variables["params"], variables.get("batch_stats", {}), rest["opt_state"])
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    return learner.TrainState(rest["step"], params, batch_stats, rest["opt_state"], rest.get("queue", {}))
 
 
 def _validate(
@@ -240,7 +242,7 @@ def _introduce(
 ) -> None:
     """The start-up lines: what is trained on what."""
     B, q = config.data.batch_size, config.quantizer
-    clip = configs.clip_count(config.loss.clip, B)
+    clip = configs.clip_count(config.loss.clip, B, queue=config.loss.queue)
     labels = "no labels" if source.labels is None else f"labels of {_some(source.classes)}, used only to score"
     say(f"{config.data.source}: {len(source.images):,} images, {labels}; {len(source.skipped)} files skipped")
     say("  " + ", ".join(f"{len(part):,} {name}" for name, part in split._asdict().items()))
@@ -249,7 +251,7 @@ def _introduce(
     say(
         f"model: {retriever.parameter_count(state.params):,} parameters, {trained:,} of them trained, "
         f"{configs.bits(config)} bits per image ({q.num_codebooks} codebooks of {q.num_codewords} codewords), "
-        f"{clip} of {2 * B - 2} negatives clipped"
+        f"{clip} of {2 * B - 2 + config.loss.queue} negatives clipped"
     )
     say(
         f"batch: {B} global, {B // jax.process_count()} per process, {B // jax.device_count()} per device "

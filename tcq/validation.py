@@ -138,7 +138,7 @@ def scorers(encoder: encode.Encoder, queries: encode.Encoded, database: encode.E
 def clip_quality(
     encoder: encode.Encoder, images: UInt8[np.ndarray, "N H W 3"], labels: Any, *, batches: int = 4
 ) -> dict[str, float]:
-    """The training loss and its logs on un-trained images, with augmented views drawn by a fixed key.
+    """The training loss (without a queue) and its logs on un-trained images, with augmented views drawn by a fixed key.
 
     Where there are labels, also clip_precision, clip_recall and false_negative_rate (see `losses.nt_xent`), over up to
     `batches` batches of the training size; of fewer images with the same share of negatives clipped.
@@ -146,7 +146,8 @@ def clip_quality(
     c = encoder.config
     size = min(c.data.batch_size, len(images))
     negatives = 2 * size - 2
-    clip = configs.clip_count(c.loss.clip, c.data.batch_size) * negatives // (2 * c.data.batch_size - 2)
+    count = configs.clip_count(c.loss.clip, c.data.batch_size)
+    clip = min(count * negatives // (2 * c.data.batch_size - 2), negatives)
     order = np.random.RandomState(c.train.seed).permutation(len(images))
     variables = parallel.replicate(encoder.variables)
     strengths = tuple(sorted(c.data.augment.items()))
@@ -160,6 +161,8 @@ def clip_quality(
             pairing=c.loss.pairing,
             temperature=c.loss.temperature,
             clip=clip,
+            debias=c.loss.debias,
+            block_size=c.loss.block_size or None,
             labels=None if labels is None else labels[chosen].astype(np.int32),
         )
         results.append({"loss": float(loss), **{k: float(v) for k, v in logs.items()}})

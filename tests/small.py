@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -69,6 +71,18 @@ def step(config: ConfigDict, num_images: int = 64) -> tuple[np.ndarray, Any, lea
     images = np.random.RandomState(0).randint(0, 256, (num_images, 8, 8, 3)).astype(np.uint8)
     body = learner.step_body(model, rule, config, config.train.total_steps)
     return images, body, learner.initial_state(config, model, rule, images)
+
+
+def steps(body: Any, state: Any, batches: Iterable[dict[str, np.ndarray]], devices: int) -> list[tuple[Any, Any]]:
+    """State and logs after each step on the first so many devices, compiled once."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), (parallel.AXIS,))
+    state = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    step = jax.pmap(body, parallel.AXIS, in_axes=(None, 0), out_axes=(None, None), devices=jax.devices()[:devices])
+    results = []
+    for batch in batches:
+        state, logs = jax.block_until_ready(step(state, batch))
+        results.append(parallel.fetch((state, logs)))
+    return results
 
 
 def batch(rows: np.ndarray, devices: int, first: int = 0) -> dict[str, np.ndarray]:

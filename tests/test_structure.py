@@ -8,6 +8,8 @@ from pathlib import Path
 FLOORS = {
     "tcq": 0,
     "tcq.quantizer": 0,
+    "tcq.selection": 0,
+    "tcq.anchors": 0,
     "tcq.losses": 0,
     "tcq.augment": 0,
     "tcq.ranking": 0,

@@ -46,15 +46,9 @@ class TestStep:
         images, body, start = small.step(c)
         results = {}
         for devices in (1, 2, 8):
-            step = jax.pmap(
-                body, axis_name=parallel.AXIS, in_axes=(None, 0), out_axes=(None, None), devices=jax.devices()[:devices]
-            )
-            state = start
-            for i in range(3):
-                batch = small.batch(images[16 * i : 16 * (i + 1)], devices)
-                state, logs = step(state, batch)
-                jax.block_until_ready(logs)
-            results[devices] = parallel.fetch((state.params, logs))
+            batches = [small.batch(images[16 * i : 16 * (i + 1)], devices) for i in range(3)]
+            state, logs = small.steps(body, start, batches, devices)[-1]
+            results[devices] = state.params, logs
         for devices in (2, 8):
             for one, many in zip(jax.tree.leaves(results[1]), jax.tree.leaves(results[devices]), strict=True):
                 np.testing.assert_allclose(many, one, rtol=1e-4, atol=2e-6)
@@ -117,6 +111,34 @@ class TestStep:
         constant = small.config("loss.clip=8", "loss.clip_from=0", "loss.clip_full=0")
         assert learner.clip_schedule(constant, 16)(jnp.int32(3)) == 8
 
+    def test_a_cosine_ramp_and_a_fraction_with_a_queue(self):
+        c = small.config("loss.clip=9", "loss.clip_from=0.25", "loss.clip_full=0.75", "loss.clip_ramp=cosine")
+        counts = [int(learner.clip_schedule(c, 16)(jnp.int32(step))) for step in range(16)]
+        assert counts == [0, 0, 0, 0] + [int(9 * (1 - np.cos(np.pi * i / 8)) / 2) for i in range(1, 8)] + [9] * 5
+        c = small.config(
+            "loss.clip=0.5",
+            "loss.clip_from=0",
+            "loss.clip_full=0",
+            "loss.queue=50",
+            "loss.queue_from=0.125",
+            "data.batch_size=8",
+        )
+        filled, clip = learner.queue_filled(c, 16), learner.clip_schedule(c, 16)
+        assert [int(filled(jnp.int32(step))) for step in range(6)] == [0, 0, 32, 48, 50, 50]
+        assert [int(clip(jnp.int32(step))) for step in range(6)] == [7, 7, 23, 31, 32, 32]  # half of 14 + filled
+        assert int(learner.queue_filled(c, 16)(jnp.int32(2**31 - 2))) == 50
+
+    def test_the_clip_changes_without_compiling_again(self):
+        c = small.config("loss.clip=8", "loss.clip_full=1.0")
+        images, body, start = small.step(c)
+        traced = []
+        step = parallel.pmap_step(lambda *arguments: traced.append(1) or body(*arguments))
+        state, seen = parallel.replicate(start), set()
+        for _ in range(4):
+            state, logs = step(state, small.batch(images[:16], 8))
+            seen.add(float(logs["clip_similarity"]))
+        assert traced == [1] and len(seen) == 4
+
     def test_gradients_are_clipped_by_norm(self):
         c = small.config(
             "optim.name=sgd", "optim.clip_norm=0.5", "optim.weight_decay=0", "optim.warmup_steps=0", "optim.momentum=0"
@@ -125,6 +147,90 @@ class TestStep:
         params = {"kernel": jnp.zeros(4)}
         updates, _ = rule.update({"kernel": jnp.full(4, 100.0)}, rule.init(params), params)
         np.testing.assert_allclose(jnp.linalg.norm(updates["kernel"]), 0.5 * c.optim.learning_rate, rtol=1e-5)
+
+
+class TestMicrobatches:
+    SHARED = (
+        "optim.name=sgd",
+        "optim.momentum=0",
+        "optim.clip_norm=0",
+        "optim.warmup_steps=0",
+        "optim.learning_rate=1",
+        "data.augment.flip=0.5",
+        "loss.clip=0.2",
+    )
+
+    @pytest.mark.parametrize(
+        "overrides", [[], ["model.depth=2", "optim.frozen_blocks=1", "loss.queue=7", "data.views=3"]]
+    )
+    def test_the_gradients_are_those_of_the_whole_batch(self, overrides):
+        results = {}
+        for n, devices in ((1, 1), (4, 1), (2, 2)):
+            c = small.config(*self.SHARED, *overrides, f"train.microbatches={n}")
+            images, body, start = small.step(c)
+            batches = [small.batch(images[16 * i : 16 * (i + 1)], devices, 16 * i) for i in range(2)]
+            state, logs = small.steps(body, start, batches, devices)[-1]
+            results[n, devices] = jax.tree.map(lambda a, b: a - b, state.params, start.params), logs
+        largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(results[1, 1][0]))
+        assert largest > 1e-2
+        for run, got in results.items():
+            for one, other in zip(jax.tree.leaves(results[1, 1]), jax.tree.leaves(got), strict=True):
+                np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5 * largest, err_msg=str(run))
+
+    def test_activations_take_less_memory(self):
+        found = {}
+        for n in (1, 8):
+            c = small.config("model.width=64", "model.depth=3", "data.batch_size=256", f"train.microbatches={n}")
+            images, body, start = small.step(c, 256)
+            step = jax.pmap(body, axis_name=parallel.AXIS, in_axes=(None, 0), devices=jax.devices()[:1])
+            compiled = step.lower(start, small.batch(images, 1)).compile()
+            found[n] = compiled.memory_analysis().temp_size_in_bytes
+        assert found[8] < 0.25 * found[1]
+
+    def test_a_resnet_is_refused_unless_it_is_frozen(self):
+        resnet = ("model.name=resnet18", "model.stem=cifar", "train.microbatches=2")
+        with pytest.raises(configs.ConfigError, match="batch statistics of resnet18 would be those of a piece"):
+            small.config(*resnet)
+        small.config(*resnet, "optim.frozen_blocks=-1")
+        c = small.config("train.microbatches=3")
+        with pytest.raises(configs.ConfigError, match="microbatches 3 does not divide the 8 images of each device"):
+            configs.check_run(c, num_devices=2, num_train=100, num_validation=0)
+
+
+class TestQueue:
+    def test_holds_the_newest_codes_of_all_devices_and_pulls_at_the_codebooks(self):
+        c = small.config("loss.queue=40", "loss.pairing=quantized", "data.batch_size=8", "optim.learning_rate=1e-6")
+        images, body, start = small.step(c)
+        states = {}
+        for devices in (1, 4):
+            batches = [small.batch(images[8 * i : 8 * (i + 1)], devices) for i in range(4)]
+            states[devices] = [state for state, _ in small.steps(body, start, batches, devices)]
+        for one, four in zip(states[1], states[4], strict=True):
+            np.testing.assert_allclose(four.queue, one.queue, rtol=1e-4, atol=1e-5)
+        before, after = states[1][1].queue, states[1][2].queue
+        assert (before[32:] == 0).all() and (before[:32].sum(-1) > 0.99).all()
+        np.testing.assert_array_equal(after[16:], before[:24])
+        assert np.abs(after[:16] - before[:16]).max() > 1e-3
+
+    def test_a_run_goes_on_with_it(self, tmp_path, monkeypatch):
+        flags = ("loss.queue=40", "loss.pairing=quantized", "loss.debias=0.1", "loss.clip=0.1", "train.microbatches=2")
+        c = small.config(*flags)
+        train.train(c, tmp_path / "whole")
+        real, count = train._finite, iter(range(100))
+
+        def dies(step, logs):
+            if next(count) > 12:
+                raise KeyboardInterrupt
+            return real(step, logs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "_finite", dies)
+            with pytest.raises(KeyboardInterrupt):
+                train.train(c, tmp_path / "parts")
+        train.train(c, tmp_path / "parts")
+        assert_same_bits(tmp_path / "whole", tmp_path / "parts")
+        with pytest.raises(configs.ConfigError, match="loss.queue 5 holds reconstructions"):
+            small.config("loss.queue=5", "loss.pairing=float")
 
 
 class TestRun:
