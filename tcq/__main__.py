@@ -49,6 +49,16 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", "train a model, or go on with one; --config.group.key=value overrides a key")
     train.add_argument("--config", required=True, metavar="FILE[:ARG]", help="for example configs/digits.py")
     train.add_argument("--workdir", type=os.path.expanduser, required=True, help="where everything of this run is kept")
+    train.add_argument("--evaluate", metavar="CHECKPOINT", help="score it at the end: best (by validation) or latest")
+
+    sweep = command("sweep", "train and score a grid of configs; resumable; one table, one picture")
+    sweep.add_argument("--config", required=True, metavar="FILE[:ARG]", help="for example configs/digits.py")
+    sweep.add_argument("--grid", required=True, help="for example 'loss.clip=0,0.1; train.seed=0,1,2'")
+    sweep.add_argument(
+        "--workdir", type=os.path.expanduser, required=True, help="table.csv, table.md, sweep.png, cells/"
+    )
+    sweep.add_argument("--jobs", type=_positive, default=1, help="cells at a time (default 1)")
+    sweep.add_argument("--checkpoint", default="best", help="which is scored: best (by validation) or latest")
 
     evaluate = command(
         "evaluate", "score a trained model under its protocol; --config.eval.key=value overrides a convention"
@@ -123,18 +133,34 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     train.train(config.load(arguments.config, overrides, workdir=arguments.workdir), arguments.workdir)
     print(f"trained: {arguments.workdir}")
+    if arguments.evaluate:
+        _score(arguments.workdir, arguments.evaluate)
+    return 0
+
+
+def _sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from tcq import sweep
+
+    a = arguments
+    sweep.sweep(a.config, a.grid, a.workdir, overrides=overrides, jobs=a.jobs, checkpoint=a.checkpoint)
+    for name in ("table.csv", "table.md", "sweep.png"):
+        print(f"{a.workdir}/{name}")
     return 0
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    _score(arguments.workdir, arguments.checkpoint, overrides=overrides, recorded=arguments.recorded)
+    return 0
+
+
+def _score(workdir: str, checkpoint: str, *, overrides: Sequence[str] = (), recorded: str | None = None) -> None:
     from tcq import evaluate
 
-    recorded = evaluate.read_recorded(arguments.recorded) if arguments.recorded else None
-    results = evaluate.evaluate(arguments.workdir, which=arguments.checkpoint, overrides=overrides)
-    print(evaluate.table(results, recorded))
+    beside = evaluate.read_recorded(recorded) if recorded else None
+    results = evaluate.evaluate(workdir, which=checkpoint, overrides=overrides)
+    print(evaluate.table(results, beside))
     for name in ("results.json", "curves.png", "gallery.png"):
-        print(f"{arguments.workdir}/{name}")
-    return 0
+        print(f"{workdir}/{name}")
 
 
 def _index(arguments: argparse.Namespace, _: list[str]) -> int:
@@ -211,6 +237,7 @@ def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 RUN = {
     "train": _train,
+    "sweep": _sweep,
     "evaluate": _evaluate,
     "index": _index,
     "search": _search,

@@ -1,11 +1,13 @@
 """Scoring a trained model under its protocol: encode, rank, measure, write results.json and the pictures."""
 
 import json
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -130,10 +132,13 @@ def evaluate(workdir: str | Path, *, which: str = "best", overrides: Sequence[st
             **{n: {"precision": r.precision.tolist(), "recall": r.recall.tolist()} for n, r in found.items()},
         },
         "distinct_codes": len(np.unique(database.codes, axis=0)),
+        "validation": validation.held_out(encoder, source, split),
+        "machine": {
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "python": f"Python {platform.python_version()}",
+            "jax": f"jax {jax.__version__}",
+        },
     }
-    if len(split.validation) >= 2:
-        held_out = source.images[split.validation], source.labels[split.validation]
-        results["clipping"] = validation.clip_quality(encoder, *held_out)
     half = workdir / "results.half"
     half.write_text(json.dumps(results, indent=2) + "\n")
     half.replace(workdir / "results.json")
@@ -159,11 +164,13 @@ def table(results: Mapping[str, Any], recorded: Mapping[str, float] | None = Non
         *(f"{name:<{width}}  {value:.4f}" for name, value in rows),
         *notes,
     ]
-    clipping = results.get("clipping", {})
-    if "clip_precision" in clipping:
+    held_out = results.get("validation", {})
+    if "mAP" in held_out:
+        lines.append(f"validation images against training images: {held_out['mAP']:.4f}")
+    if "clip_precision" in held_out:
         lines.append(
-            f"of the clipped negatives {clipping['clip_precision']:.0%} were of the anchor's own class "
-            f"({clipping['false_negative_rate']:.0%} by chance); {clipping['clip_recall']:.0%} of those were clipped"
+            f"of the clipped negatives {held_out['clip_precision']:.0%} were of the anchor's own class "
+            f"({held_out['false_negative_rate']:.0%} by chance); {held_out['clip_recall']:.0%} of those were clipped"
         )
     return "\n".join(lines)
 

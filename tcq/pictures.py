@@ -66,6 +66,37 @@ def curves(path: str | Path, results: Mapping[str, Mapping[str, Any]], *, ks: Se
     _save(figure, path)
 
 
+def sweep(path: str | Path, groups: Sequence[Mapping[str, Any]], *, x: str, lines: Sequence[str]) -> None:
+    """Writes mAP on validation and on test queries over the values of the key `x`, a line for each setting of the keys
+    `lines`; bars are one standard deviation. `groups` are of `sweep.summary`."""
+    plt = _pyplot()
+    values = list(dict.fromkeys(group[x] for group in groups))
+    settings = list(dict.fromkeys(tuple(group[k] for k in lines) for group in groups))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    styles = ["solid", "dashed", "dotted", "dashdot", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3))]
+    panels = ("validation_mAP", "validation queries"), ("test_mAP", "test queries")
+    for axis, (name, title) in zip(axes, panels, strict=True):
+        for i, setting in enumerate(settings):
+            own = [g for g in groups if tuple(g[k] for k in lines) == setting and g[name] is not None]
+            label = ", ".join(f"{k.rpartition('.')[2]} {v}" for k, v in zip(lines, setting, strict=True)) or x
+            axis.errorbar(
+                [values.index(g[x]) for g in own],
+                [g[name][0] for g in own],
+                yerr=[g[name][1] for g in own],
+                label=_plain(label),
+                linestyle=styles[i % len(styles)],
+                marker="osD^v*"[i % 6],
+                capsize=3,
+            )
+        axis.set_xticks(range(len(values)), [_plain(v) for v in values])
+        axis.set(xlabel=x, title=title)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("mAP, mean over the seeds")
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    _save(figure, path)
+
+
 def _plain(text: str) -> str:
     """Without what cannot be drawn: file names may hold any bytes."""
     return text.encode("utf-8", "replace").decode()

@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,10 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         _introduce(config, source, split, state, steps)
         with closing(Journal(workdir, step=int(state.step))) as journal:
             run = parallel.pmap_step(learner.step_body(model, optimizer, config, steps))
-            validate = partial(_validate, config, model, source, split)
+
+            def validate(variables: retriever.Variables, step: int) -> dict[str, float]:
+                return validation.held_out(encode.Encoder(config, model, variables, step), source, split)
+
             stream = _batches(config, *_training_rows(config, model, source, split, state), int(state.step))
             return _loop(config, state, steps, run, stream, validate, manager, journal)
 
@@ -139,34 +141,6 @@ def _from_items(items: dict[str, Any]) -> learner.TrainState:
     variables, rest = items["variables"], items["training"]
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     return learner.TrainState(rest["step"], params, batch_stats, rest["opt_state"], rest.get("queue", {}))
-
-
-def _validate(
-    config: ConfigDict,
-    model: retriever.Retriever,
-    source: Source,
-    split: protocols.Split,
-    variables: retriever.Variables,
-    step: int,
-) -> dict[str, float]:
-    """Loss and clip quality on validation images; with labels also mAP of validation queries against training images."""
-    if len(split.validation) < 2:
-        return {}
-    encoder = encode.Encoder(config, model, variables, step)
-    images = source.images[split.validation]
-    labels = None if source.labels is None else source.labels[split.validation]
-    values = validation.clip_quality(encoder, images, labels)
-    if source.labels is not None:
-        chosen = np.random.RandomState(0).permutation(split.train)[: config.eval.max_database]
-        database = encode.encode(encoder, source.images[np.sort(chosen)])
-        queries = encode.encode(encoder, images)
-        score = validation.scorers(encoder, queries, database)["asymmetric"]
-        k = protocols.cut_off(config.data.protocol, config.eval.k, len(chosen))
-        result = validation.retrieve(
-            score, labels, source.labels[np.sort(chosen)], k=k, ks=[1], conventions=validation.conventions_of(config)
-        )
-        values = {"mAP": result.mean_average_precision} | values
-    return values
 
 
 def _training_rows(

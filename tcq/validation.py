@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 
 from tcq import augment, encode, losses, metrics, parallel, quantizer, ranking
 from tcq import config as configs
+from tcq.data import protocols
+from tcq.data.sources import Source
 
 Scorer = Callable[[slice], Float[np.ndarray, "Q N"]]
 
@@ -133,6 +135,27 @@ def scorers(encoder: encode.Encoder, queries: encode.Encoded, database: encode.E
         "symmetric": coded(decoded),
         "float": lambda block: ranking.dense_scores(queries.features[block], database.features, metric=metric),
     }
+
+
+def held_out(encoder: encode.Encoder, source: Source, split: protocols.Split) -> dict[str, float]:
+    """Loss and clip quality on the validation images; with labels also mAP of them against training images.
+
+    Empty where there are fewer than two.
+    """
+    if len(split.validation) < 2:
+        return {}
+    config, images = encoder.config, source.images[split.validation]
+    labels = None if source.labels is None else source.labels[split.validation]
+    values = clip_quality(encoder, images, labels)
+    if source.labels is None:
+        return values
+    chosen = np.sort(np.random.RandomState(0).permutation(split.train)[: config.eval.max_database])
+    database = encode.encode(encoder, source.images[chosen])
+    queries = encode.encode(encoder, images)
+    score = scorers(encoder, queries, database)["asymmetric"]
+    k = protocols.cut_off(config.data.protocol, config.eval.k, len(chosen))
+    found = retrieve(score, labels, source.labels[chosen], k=k, ks=[1], conventions=conventions_of(config))
+    return {"mAP": found.mean_average_precision} | values
 
 
 def clip_quality(

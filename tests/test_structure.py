@@ -47,6 +47,7 @@ FLOORS = {
     "tcq.train": 5,
     "tcq.index": 5,
     "tcq.evaluate": 5,
+    "tcq.sweep": 6,
     "tcq.export": 6,
     "tcq.serve": 6,
     "tcq.doctor": 6,
