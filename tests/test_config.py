@@ -29,6 +29,11 @@ def refused(overrides, file="configs/digits.py"):
         ("loss.clip=1.0", "a count is written without a point"),
         ("loss.clip=many", "'many' must be a count such as 64 or a fraction such as 0.1"),
         ("loss.clip=-1", "loss.clip -1 must be from 0 to 253"),
+        ("loss.debias=1.0", "loss.debias 1.0 must be in [0, 1)"),
+        ("loss.queue=-1", "loss.queue -1 must be at least 0"),
+        ("loss.clip_ramp=exp", "loss.clip_ramp 'exp' is unknown: use one of 'linear', 'cosine'"),
+        ("loss.gather=none", "loss.gather 'none' is unknown: use one of 'all', 'ring'"),
+        ("train.microbatches=0", "train.microbatches 0 must be at least 1"),
         ("quantizer.num_codewords=24", "24 is not a power of two from 2 to 65536: use for example 32"),
         ("quantizer.num_codewords=131072", "131072 is not a power of two from 2 to 65536"),
         ("quantizer.bits=16", "8 codebooks x 4 bits (16 codewords) = 32; set quantizer.num_codebooks=4"),
@@ -107,6 +112,17 @@ def test_configs_take_bits_backbone_and_weights(name, tmp_path):
     assert configs.load("configs/folder.py:photos").data.source == f"folder:{Path.cwd() / 'photos'}"
     assert "does not exist" in refused([], "experiments/digits.py")
     assert configs.load("digits").data.source == "digits"  # by name, from anywhere
+
+
+def test_the_rivals_are_set_as_their_papers_mean_them():
+    c = configs.load("configs/spq.py:bits=64")
+    assert (configs.bits(c), c.loss.pairing, c.quantizer.metric, c.quantizer.scale) == (64, "cross", "l2", 5.0)
+    assert (c.loss.temperature, c.loss.clip, c.loss.debias, c.loss.queue) == (0.5, 0, 0.0, 0)
+    c = configs.load("configs/mecoq.py:bits=16", ["loss.clip=0.1"])
+    assert (configs.bits(c), c.loss.pairing, c.quantizer.metric, c.loss.temperature) == (16, "quantized", "ip", 0.25)
+    assert (c.loss.debias, c.loss.queue, c.loss.queue_from, c.quantizer.num_codewords) == (0.1, 384, 0.06, 256)
+    assert configs.clip_count(c.loss.clip, 128, queue=384) == 63
+    assert "bits=24 must be one of 16, 32, 64" in refused([], "configs/mecoq.py:bits=24")
 
 
 def test_clip_is_a_count_or_a_floored_fraction():

@@ -1,0 +1,87 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import small
+from tcq import sweep
+
+GRID = "optim.learning_rate=1e-3,1e30; train.seed=0"
+FLAGS = small.small_flags("optim.name=sgd", "optim.clip_norm=0", "loss.clip=0.1", "train.total_steps=6")
+
+
+def test_a_grid_is_keys_and_values():
+    text = " loss.clip = 0,0.1 ;--config.train.seed=0,1,2\n model.mean=(0.1,0.2,0.3),(0,0,0)"
+    assert sweep.parse_grid(text) == {
+        "loss.clip": ["0", "0.1"],
+        "train.seed": ["0", "1", "2"],
+        "model.mean": ["(0.1,0.2,0.3)", "(0,0,0)"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ("", "--grid is empty"),
+        ("loss.clip", "'loss.clip' is not of the form key=value,value"),
+        ("loss.clip=0,,1", "is not of the form"),
+        ("loss.clip=0; loss.clip=1", "loss.clip stands twice"),
+        ("loss.clip=0,1,0", "a value of loss.clip stands twice"),
+        ("loss.clp=0,1", "loss.clp: there is no such key: did you mean loss.clip?"),
+        ("loss.clip=0,9999", "loss.clip 9999 must be from 0 to 253"),
+        ("data.source=folder:/a_b,folder:/a/b", "different values give one folder, 'source=folder__a_b'"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(grid, message, tmp_path):
+    done = small.tcq("sweep", "--config=configs/digits.py", f"--grid={grid}", f"--workdir={tmp_path / 'sweep'}")
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "sweep").exists()
+
+
+def test_means_are_over_the_seeds_that_are_done():
+    keys = {"loss.clip": ["0", "5"], "train.seed": ["0", "1", "2"]}
+    blank = dict.fromkeys(sweep.MEASURED)
+    scores = {("0", "0"): 0.5, ("0", "1"): 0.7, ("5", "2"): 0.9}
+    rows = [
+        {**blank, "loss.clip": c, "train.seed": s, "test_mAP": scores.get((c, s))}
+        for c in keys["loss.clip"]
+        for s in keys["train.seed"]
+    ]
+    none, some = sweep.summary(keys, rows)
+    assert (none["loss.clip"], none["n"], some["n"]) == ("0", 2, 1)
+    np.testing.assert_allclose(none["test_mAP"], (0.6, 0.1))
+    assert some["test_mAP"] == (0.9, 0.0) and some["clip_recall"] is None
+
+
+def test_cells_that_are_done_stay_and_those_that_fail_are_told(tmp_path):
+    workdir = tmp_path / "sweep"
+
+    def run(grid=GRID, *more):
+        return small.tcq(
+            "sweep", "--config=configs/digits.py", f"--grid={grid}", f"--workdir={workdir}", "--jobs=2", *FLAGS, *more
+        )
+
+    done = run()
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "1 of 2 cells failed" in done.stderr and "learning_rate=1e30,seed=0/log.txt: tcq train:" in done.stderr
+    assert "2 cells, 0 of them done" in done.stderr and "left 0:00:00" in done.stderr
+    with open(workdir / "table.csv") as file:
+        good, bad = csv.DictReader(file)
+    assert (good["optim.learning_rate"], good["train.seed"], good["step"]) == ("1e-3", "0", "6")
+    results = json.loads((workdir / "cells" / "learning_rate=1e-3,seed=0" / "results.json").read_text())
+    assert float(good["test_mAP"]) == results["mAP"]["asymmetric"]
+    assert float(good["validation_mAP"]) == results["validation"]["mAP"]
+    assert 0 < float(good["clip_precision"]) < 1 and float(good["seconds"]) > 1 and good["commit"] and good["machine"]
+    assert bad["test_mAP"] == "" and float(bad["seconds"]) > 1
+    assert "| 1e-3 | 1 | " in (workdir / "table.md").read_text()
+    with Image.open(workdir / "sweep.png") as picture:
+        assert min(picture.size) > 200
+
+    before = (workdir / "cells" / "learning_rate=1e-3,seed=0" / "results.json").stat().st_mtime_ns
+    again = run("optim.learning_rate=1e-3; train.seed=0")
+    assert again.returncode == 0 and "1 cells, 1 of them done" in again.stderr, again.stderr
+    assert (workdir / "cells" / "learning_rate=1e-3,seed=0" / "results.json").stat().st_mtime_ns == before
+    other = run(GRID, "--config.train.total_steps=7")
+    assert other.returncode == 2 and "train.total_steps: 6 there, 7 now" in other.stderr, other.stderr
