@@ -30,10 +30,10 @@ test-tensorflow: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'tensorflow-cpu>=2.21' dill
 	$(BIN)/python -m pytest -m tensorflow
 
-# timm's models need no torchvision, which has no build that runs without CUDA everywhere.
+# timm's models and open_clip's loss need no torchvision, which has no build that runs without CUDA everywhere.
 $(VENV)/installed-peers: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu' transformers==5.23.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31 open_clip_torch==3.3.0
 	touch $@
 
 peers: $(VENV)/installed-peers
