@@ -44,7 +44,7 @@ def main() -> None:
                 "index": chosen.astype(np.int32).reshape(shape),
             }
             begin = time.perf_counter()
-            state, logs = step(state, batch)
+            state, logs = step(state, (), batch)
             losses.append(float(logs["loss"]))
             times.append(time.perf_counter() - begin)
         return float(np.median(times[1:])), losses, parallel.fetch(state.params)

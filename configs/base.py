@@ -55,6 +55,7 @@ def get_config() -> ConfigDict:
     data.crop_share = 1.0  # of the shorter side that "crop" keeps; by the weights unless the command line says
     data.batch_size = 256  # images per step over all devices (two views each)
     data.views = 0  # views of an image in all; 0 draws new ones for ever. A frozen backbone then sees each view once
+    data.resident = 1024  # MiB; training images that take no more lie on every device, and are only indexed there
     data.threads = 2  # that read batches ahead
     data.tfds_dir = ""  # where prepared TFDS datasets lie; "" is TFDS's own choice (~/tensorflow_datasets)
     data.cache_dir = ""  # where decoded images are kept; "" is $XDG_CACHE_HOME/tcq or ~/.cache/tcq
@@ -145,6 +146,10 @@ def get_config() -> ConfigDict:
     )
     train.seed = 0  # of initial weights, data order and views
     train.log_every_steps = 50
+    train.compare_every_steps = 500  # the copies of the state on all devices, which must be the same bits
+    train.max_skipped = (
+        10  # steps in a row with a loss or gradient that is not finite; then the run goes back, and then stops
+    )
 
     c.eval = evaluation = ConfigDict()
     evaluation.every_steps = 0  # validation while training; 0 is only at the end

@@ -7,6 +7,7 @@ import argparse
 import io
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 
@@ -21,8 +22,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may be any bytes
+    if "distributed" in arguments and (arguments.distributed or arguments.coordinator):
+        return _one_of_several(arguments, overrides)
+    return _run(arguments, overrides)
+
+
+def _one_of_several(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Runs a command as one process of a run. The others learn it when this one fails."""
+    import jax
+
+    from tcq import processes
+
     try:
+        processes.join(
+            coordinator=arguments.coordinator, processes=arguments.processes, process_id=arguments.process_id
+        )
+        status = _run(arguments, overrides)
+    except processes.ProcessError as error:
+        print(f"tcq {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    except jax.errors.JaxRuntimeError:
+        traceback.print_exc()
+        processes.wait_for_blame()
+        processes.fail("a device or a collective failed, see its log", 1)
+        return 1
+    except BaseException as error:
+        traceback.print_exc()
+        processes.fail(f"{type(error).__name__}: {error}", 1)
+        return 1
+    if status:
+        processes.fail(f"status {status}, see its log", status)
+    processes.leave()
+    return status
+
+
+def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from tcq import signals
+
+    try:
+        signals.install()
         return RUN[arguments.command](arguments, overrides)
+    except signals.Stopped as stopped:
+        print(f"tcq {arguments.command}: {stopped}", file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -49,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", "train a model, or go on with one; --config.group.key=value overrides a key")
     train.add_argument("--config", required=True, metavar="FILE[:ARG]", help="for example configs/digits.py")
     train.add_argument("--workdir", type=os.path.expanduser, required=True, help="where everything of this run is kept")
+    train.add_argument(
+        "--profile", type=_steps, metavar="FIRST:BEHIND", help="write a trace of these steps to the workdir"
+    )
     train.add_argument("--evaluate", metavar="CHECKPOINT", help="score it at the end: best (by validation) or latest")
 
     sweep = command("sweep", "train and score a grid of configs; resumable; one table, one picture")
@@ -117,6 +162,12 @@ def _parser() -> argparse.ArgumentParser:
         "--unverified", action="store_true", help="take other files than the published ones, of the same layout"
     )
 
+    for joined in (train, evaluate, index):
+        joined.add_argument("--distributed", action="store_true", help="one process of several, as JAX detects it")
+        joined.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where JAX does not detect it")
+        joined.add_argument("--processes", type=_positive, metavar="N", help="how many, then")
+        joined.add_argument("--process_id", type=int, metavar="I", help="which of them this is, from 0")
+
     doctor = command("doctor", "check versions, devices, and whether a config and its images fit them")
     doctor.add_argument("--config", metavar="FILE[:ARG]")
     return parser
@@ -128,10 +179,20 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _steps(text: str) -> tuple[int, int]:
+    first, _, behind = text.partition(":")
+    if not (first.isdecimal() and behind.isdecimal() and 0 < int(first) < int(behind)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not of the form 10:20, the first step and the one behind the last"
+        )
+    return int(first), int(behind)
+
+
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from tcq import config, train
 
-    train.train(config.load(arguments.config, overrides, workdir=arguments.workdir), arguments.workdir)
+    found = config.load(arguments.config, overrides, workdir=arguments.workdir)
+    train.train(found, arguments.workdir, profile=arguments.profile)
     print(f"trained: {arguments.workdir}")
     if arguments.evaluate:
         _score(arguments.workdir, arguments.evaluate)

@@ -1,6 +1,8 @@
 """The only file that knows Orbax: checkpoints of a workdir, saved as NumPy trees, so that they restore on any devices."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,22 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from tcq import processes
+from tcq.journal import say
+
 FOLDER = "checkpoints"
 _UNSCORED = -1e30  # ranks below every score; Orbax would call NaN the best, and keep every checkpoint without a score
 
 
+DIGESTS = "digests"
+
+
 class CheckpointError(ValueError):
     """There is no checkpoint to restore, or it does not fit; the message says why."""
+
+
+class DamagedError(CheckpointError):
+    """The files of a checkpoint are not what was written."""
 
 
 def open_manager(workdir: str | Path, *, keep: int = 1, writable: bool = False) -> ocp.CheckpointManager:
@@ -32,60 +44,139 @@ def open_manager(workdir: str | Path, *, keep: int = 1, writable: bool = False) 
     return ocp.CheckpointManager(folder, options=options)
 
 
-def save(manager: ocp.CheckpointManager, step: int, state: Mapping[str, Any], *, score: float | None) -> None:
-    """Saves named trees of NumPy arrays in the background; higher scores are better, None ranks last."""
+def save(
+    manager: ocp.CheckpointManager, step: int, state: Mapping[str, Any], *, score: float | None, replace: bool = False
+) -> None:
+    """Saves named trees of NumPy arrays in the background, with a digest of every array; higher scores are better, None
+    ranks last. `replace` a checkpoint of this step, which had no score.
+
+    Raises CheckpointError where a number is not finite: such a state is never saved.
+    """
+    digests = {name: _digests(tree) for name, tree in state.items()}
+    for name, tree in state.items():
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            if np.asarray(x).dtype.kind == "f" and not np.isfinite(x).all():
+                raise CheckpointError(f"{name}{jax.tree_util.keystr(path)} is not finite at step {step}: not saved")
+    if replace and step in manager.all_steps():
+        manager.delete(step)
     rank = _UNSCORED if score is None or not np.isfinite(score) else float(score)
     items = {name: ocp.args.PyTreeSave(tree) for name, tree in state.items()}
+    items[DIGESTS] = ocp.args.JsonSave(digests)
     manager.save(step, args=ocp.args.Composite(**items), metrics={"score": rank})
 
 
-def find_step(manager: ocp.CheckpointManager, which: str) -> int:
-    """The step of "latest", "best" (by validation score; the latest where there is none) or a number.
+def in_order(manager: ocp.CheckpointManager, which: str) -> list[int]:
+    """The steps to try: of "latest" the newest first, of "best" by validation score; a number stands alone.
 
     Raises CheckpointError if there is none.
     """
-    steps = sorted(manager.all_steps())
+    steps = sorted(manager.all_steps(), reverse=True)
     if not steps:
         raise CheckpointError(f"there is no checkpoint in {manager.directory}")
     if which == "latest":
-        return steps[-1]
+        return steps
     if which == "best":
-        return max(steps, key=lambda s: (_score(manager.metrics(s) or {}), s))
+        return sorted(steps, key=lambda s: (_score(_metrics(manager, s)), s), reverse=True)
     if not which.isdecimal() or int(which) not in steps:
-        known = ", ".join(map(str, steps))
+        known = ", ".join(map(str, sorted(steps)))
         raise CheckpointError(f"checkpoint {which!r} is not in {manager.directory}: use latest, best or one of {known}")
-    return int(which)
+    return [int(which)]
+
+
+def restore_first_good(
+    manager: ocp.CheckpointManager, steps: Iterable[int], like: Mapping[str, Any], *, move: bool = False
+) -> tuple[int, dict[str, Any]]:
+    """The first of some checkpoints whose files are what was written, and its step; of damaged ones it is said loudly.
+
+    With `move` they are moved out of the way, to checkpoints_damaged/ beside the folder, so that their steps can be saved
+    again. Raises CheckpointError as `restore`, DamagedError where all are damaged.
+    """
+    told: list[str] = []
+    for step in steps:
+        try:
+            restored, damage = restore(manager, step, like), None
+        except DamagedError as error:
+            restored, damage = {}, str(error)
+        found = [d for d in processes.exchange(damage) if d]
+        if not found:
+            if told:
+                say(f"GOING BACK to checkpoint {step}, which is as it was written")
+            return step, restored
+        told.append(found[0])
+        say(f"DAMAGED: {found[0]}")
+        if move:
+            processes.on_first(partial(_move_away, Path(manager.directory), step))
+            manager.reload()
+    raise DamagedError("\n".join(told) or f"there is no checkpoint in {manager.directory}")
 
 
 def restore(manager: ocp.CheckpointManager, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
     """The saved trees that `like` names, as NumPy arrays; `like` has their structures, shapes and dtypes.
 
-    Raises CheckpointError where keys or shapes differ, or the files cannot be read.
+    Raises CheckpointError where keys or shapes differ, DamagedError where the files cannot be read or are not what was
+    written.
     """
+    where = f"checkpoint {step} in {manager.directory}"
     target = {name: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree) for name, tree in like.items()}
-    items = {name: ocp.args.PyTreeRestore(tree) for name, tree in target.items()}
-    absent = [name for name in target if not (Path(manager.directory) / str(step) / name).exists()]
+    absent = [n for n in (*target, DIGESTS) if not (Path(manager.directory) / str(step) / n).exists()]
     if absent:
-        raise CheckpointError(
-            f"checkpoint {step} in {manager.directory} holds no {' and no '.join(absent)}: it is not whole, or an older tcq made it"
-        )
+        raise CheckpointError(f"{where} holds no {' and no '.join(absent)}: it is not whole, or an older tcq made it")
     try:
-        restored = manager.restore(step, args=ocp.args.Composite(**items))
-    except Exception as error:  # Orbax and TensorStore raise many kinds
-        raise CheckpointError(
-            f"checkpoint {step} in {manager.directory} does not fit the model, or cannot be read: {str(error)[:2000]}"
-        ) from None
-    restored = {name: restored[name] for name in target}
-    wrong = [
-        f"{jax.tree_util.keystr(path)}: {np.shape(got)} there, {want.shape} expected"
-        for (path, want), got in zip(
-            jax.tree_util.tree_leaves_with_path(target), jax.tree.leaves(restored), strict=True
-        )
-        if np.shape(got) != want.shape
-    ]
-    if wrong:
-        raise CheckpointError(f"checkpoint {step} in {manager.directory} does not fit the model:\n" + "\n".join(wrong))
+        digests = manager.restore(step, args=ocp.args.Composite(**{DIGESTS: ocp.args.JsonRestore()}))[DIGESTS]
+        stored = {name: {key: tuple(leaf["shape"]) for key, leaf in digests[name].items()} for name in target}
+    except Exception as error:  # Orbax, JSON and TensorStore raise many kinds
+        raise DamagedError(f"{where} has no readable digests: {_short(error)}") from None
+    for name, tree in target.items():
+        want = {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        if want != stored[name]:
+            odd = sorted(k for k in want.keys() | stored[name].keys() if want.get(k) != stored[name].get(k))
+            listed = [
+                f"{name}{k}: {stored[name].get(k, 'missing')} there, {want.get(k, 'nothing')} expected" for k in odd
+            ]
+            raise CheckpointError(f"{where} does not fit the model:\n" + "\n".join(listed))
+    try:
+        items = {name: ocp.args.PyTreeRestore(tree) for name, tree in target.items()}
+        found = manager.restore(step, args=ocp.args.Composite(**items))
+        restored = {name: found[name] for name in target}
+        bad = [
+            f"{name}{key}"
+            for name in target
+            for key, leaf in _digests(restored[name]).items()
+            if leaf["sha256"] != digests[name][key]["sha256"]
+        ]
+    except Exception as error:
+        raise DamagedError(f"{where} cannot be read: {_short(error)}") from None
+    if bad:
+        raise DamagedError(f"{where}: the numbers of {', '.join(bad[:5])} are not those that were saved")
     return restored
+
+
+def _digests(tree: Any) -> dict[str, dict[str, Any]]:
+    """SHA-256 and shape of every array of a tree."""
+    found = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        x = np.asarray(x)
+        digest = hashlib.sha256(f"{x.dtype.str} {x.shape} ".encode() + x.tobytes()).hexdigest()
+        found[jax.tree_util.keystr(path)] = {"shape": list(np.shape(x)), "sha256": digest}
+    return found
+
+
+def _move_away(folder: Path, step: int) -> None:
+    place = folder.with_name(f"{folder.name}_damaged")
+    place.mkdir(exist_ok=True)
+    count = len(list(place.iterdir()))
+    (folder / str(step)).rename(place / f"{step}-{count}")
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:500]}"
+
+
+def _metrics(manager: ocp.CheckpointManager, step: int) -> dict[str, float]:
+    try:
+        return manager.metrics(step) or {}
+    except Exception:  # damaged as well
+        return {}
 
 
 def _score(metrics: dict[str, float]) -> float:

@@ -31,6 +31,7 @@ __all__ = [
 # Changing these does not change what a run computes, but for rounding; a workdir may go on with other values of them.
 OPERATIONAL = (
     "data.threads",
+    "data.resident",
     "data.cache_dir",
     "data.tfds_dir",
     "model.attention",
@@ -39,6 +40,8 @@ OPERATIONAL = (
     "loss.block_size",
     "loss.gather",
     "train.log_every_steps",
+    "train.compare_every_steps",
+    "train.max_skipped",
     "train.microbatches",
     "eval.batch_size",
     "checkpoint.keep",
@@ -217,13 +220,18 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
+def identity(config: ConfigDict) -> dict[str, Any]:
+    """What makes a run of a config another run than one of another: all keys but the `OPERATIONAL` ones."""
+    return {key: value for key, value in flatten(config).items() if key not in OPERATIONAL}
+
+
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """What of two configs would make another run, one line each; see `OPERATIONAL`."""
-    before, after = flatten(old), flatten(new)
+    before, after = identity(old), identity(new)
     return [
         f"{key}: {before.get(key)!r} there, {after.get(key)!r} now"
         for key in sorted(before.keys() | after.keys())
-        if key not in OPERATIONAL and before.get(key) != after.get(key)
+        if before.get(key) != after.get(key)
     ]
 
 

@@ -44,15 +44,15 @@ class Encoded(NamedTuple):
 def load(workdir: str | Path, *, which: str = "best") -> Encoder:
     """The encoder of a training run: `which` is "best" (by validation score), "latest" or a step.
 
+    A checkpoint whose files are not what was written is passed over, loudly, for the next best; a step that was named is not.
     Raises CheckpointError or ConfigError if the workdir holds no run, or its checkpoint does not fit its config.
     """
     config = read_config(workdir)
     model = retriever.from_config(config)
     manager = checkpoint.open_manager(workdir)
     try:
-        step = checkpoint.find_step(manager, which)
         like = {"variables": retriever.shapes(model, config.data.image_size)}
-        saved = checkpoint.restore(manager, step, like)
+        step, saved = checkpoint.restore_first_good(manager, checkpoint.in_order(manager, which), like)
     finally:
         manager.close()
     return Encoder(config, model, saved["variables"], step)

@@ -10,21 +10,34 @@ from typing import Any, TextIO
 
 
 class Journal:
-    """Opens the records of a workdir for steps after `step`; lines of later steps, left by a killed run, are dropped."""
+    """Opens the records of a workdir for steps after `step`; lines of later steps, left by a killed run, are dropped.
 
-    def __init__(self, workdir: Path, *, step: int) -> None:
+    With writes=False, in a process of several that is not the first, nothing is read or written.
+    """
+
+    def __init__(self, workdir: Path, *, step: int, writes: bool = True) -> None:
+        self._writes, self._kept = writes, set()
+        if not writes:
+            return
         from tensorboardX import SummaryWriter
 
         path = workdir / "metrics.jsonl"
         kept = [line for line in _lines(path) if line["step"] <= step]
+        self._kept = {(line["step"], key.partition("/")[0]) for line in kept for key in line}
         half = path.with_suffix(".half")
         half.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(half, path)
         self._lines: TextIO = open(path, "a")
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
+    def has(self, step: int, group: str) -> bool:
+        """Whether there was a line with values of this group, such as "validation", at this step when it was opened."""
+        return (step, group) in self._kept
+
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line of JSON, and one TensorBoard scalar per value. Values that are not finite are written as null."""
+        if not self._writes:
+            return
         finite = {k: v if abs(v) < float("inf") else None for k, v in values.items()}
         self._lines.write(json.dumps({"step": step, **finite}) + "\n")
         self._lines.flush()
@@ -32,6 +45,8 @@ class Journal:
             self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
+        if not self._writes:
+            return
         self._lines.close()
         self._events.close()
 
@@ -66,9 +81,13 @@ class Progress:
         self._step, self._start, self._waited = step, time.monotonic(), 0.0
 
 
+quiet = False  # another process speaks for this one
+
+
 def say(message: str) -> None:
     """A line for the person who watches, on standard error."""
-    print(message, file=sys.stderr, flush=True)
+    if not quiet:
+        print(message, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -35,11 +35,17 @@ class TrainState(NamedTuple):
 
 def step_body(
     model: retriever.Retriever, optimizer: optax.GradientTransformation, config: ConfigDict, steps: int
-) -> Callable[[TrainState, Batch], tuple[TrainState, Logs]]:
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Logs]]:
     """The training step of one device, to be mapped over `AXIS`; what it returns is the same on all of them.
 
-    A batch holds "image", uint8 (b, H, W, 3), and "index", int32 (b,), as `loader.batches` gives them; or, for a frozen
-    backbone whose views have been embedded, "image" is float32 (b, views, F).
+    Data are all training images, and a batch has their places, "row", int32 (b,); or data is () and the batch has the images,
+    "image", uint8 (b, H, W, 3), or for a frozen backbone whose views have been embedded float32 (b, views, F). It has "index",
+    int32 (b,), as `loader.batches` gives it, and may have "stop", a number of this device, whose mean comes back with the
+    logs: so all processes learn in the same step that one of them was asked to stop.
+
+    Where the loss or a gradient is not finite nothing changes but the step; the logs count such steps ("skipped",
+    "skipped_in_a_row"). Two collectives, and the transpose of the first: columns are gathered, and everything else that
+    devices have to agree on is averaged in one reduction (a ResNet's statistics, a queue and a ring have more).
 
     With `train.microbatches` the backbone sees so many pieces of the batch one after the other; the loss is over all of it.
 
@@ -66,13 +72,15 @@ def step_body(
         first, second = jax.random.choice(key, variety, (2,), replace=False)
         return embedded[first], embedded[second]
 
-    def body(state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
+    def body(state: TrainState, data: Any, batch: Batch) -> tuple[TrainState, Logs]:
+        if len(data):  # the images lie here
+            batch = batch | {"image": data[batch["row"]]}
         step_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         device = jax.lax.axis_index(AXIS)
         b = len(batch["index"])
         dropout_key = jax.random.fold_in(jax.random.fold_in(step_key, config.data.batch_size), device)
         embedded_before = batch["image"].ndim == 3
-        rows = batch | {"place": device * b + jnp.arange(b)}
+        rows = {"image": batch["image"], "index": batch["index"], "place": device * b + jnp.arange(b)}
 
         def embed(params: retriever.Params, rows: Batch, key: Array) -> tuple[Array, Any]:
             """Both views of some images as the backbone sees them, (2, b, F), and its new batch statistics."""
@@ -87,8 +95,8 @@ def step_body(
             out, moved = run(rngs={"dropout": key}, mutable=["batch_stats"])
             return out.reshape(2, -1, out.shape[-1]), moved.get("batch_stats", state.batch_stats)
 
-        def loss_of(params: retriever.Params, embedded: Array) -> tuple[Array, tuple[Logs, Array]]:
-            """The loss over the global batch, and the soft codes (2, b, M, K)."""
+        def loss_of(params: retriever.Params, embedded: Array) -> tuple[Array, tuple[Logs, Array, Array]]:
+            """This device's part of the loss over the global batch, logs, shares of the codewords, soft codes (2, b, M, K)."""
             variables = {"params": _trained(params, config)}
             out: Any = model.apply(variables, embedded.reshape(2 * b, -1), method="head")
             queue = None
@@ -105,26 +113,36 @@ def step_body(
                 block_size=c.block_size or None,
                 gather=c.gather,
                 axis_name=AXIS,
+                average=False,
             )
             if c.entropy_weight:
                 loss += c.entropy_weight * losses.assignment_entropy(out.weights)
             if c.diversity_weight:
                 loss += c.diversity_weight * losses.codeword_diversity(out.codebooks)
             codes = quantizer.hard_assign(out.features, out.codebooks, metric=model.metric)
-            usage = quantizer.codeword_usage(codes, num_codewords=model.num_codewords, axis_name=AXIS)
-            logs |= {"loss": loss, "codeword_usage": usage.mean(), "codeword_usage_min": usage.min()}
-            return loss, (logs, out.weights.reshape(2, b, *out.weights.shape[1:]))
+            share = quantizer.codeword_share(codes, num_codewords=model.num_codewords)
+            return loss, (logs | {"loss": loss}, share, out.weights.reshape(2, b, *out.weights.shape[1:]))
 
         pieces = 1 if embedded_before else config.train.microbatches
         embedded, pull_back, batch_stats = _in_pieces(embed, state.params, rows, dropout_key, pieces)
-        (by_params, by_embedded), (logs, codes) = jax.grad(loss_of, (0, 1), has_aux=True)(state.params, embedded)
+        (by_params, by_embedded), (logs, share, codes) = jax.grad(loss_of, (0, 1), has_aux=True)(state.params, embedded)
         grads = jax.tree.map(jnp.add, by_params, pull_back(by_embedded))
-        grads = jax.lax.pmean(grads, AXIS)
-        logs = jax.lax.pmean(logs, AXIS)
+        logs |= {"stop": batch.get("stop", jnp.zeros(()))}
+        grads, logs, share = jax.lax.pmean((grads, logs, share), AXIS)  # all that is reduced, at once
+        usage = quantizer.codeword_usage(share)
+        logs |= {"codeword_usage": usage.mean(), "codeword_usage_min": usage.min()}
+        logs |= {"gradient_norm": optax.tree.norm(grads)}
+        # A loss that is not finite leaves no gradient that is: the optimizer then changes nothing.
+        grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(logs["loss"]), g, jnp.nan), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        logs |= {"gradient_norm": optax.tree.norm(grads)}
+        logs |= {"skipped": opt_state.total_notfinite, "skipped_in_a_row": opt_state.notfinite_count}
         queue = _remember(state.queue, codes) if c.queue else state.queue
+        batch_stats, queue = jax.tree.map(
+            lambda new, old: jnp.where(opt_state.last_finite, new, old),
+            (batch_stats, queue),
+            (state.batch_stats, state.queue),
+        )
         return TrainState(state.step + 1, params, batch_stats, opt_state, queue), logs
 
     return body

@@ -46,6 +46,7 @@ def nt_xent(
     block_size: int | None = None,
     gather: str = "all",
     axis_name: str | None = None,
+    average: bool = True,
     labels: Num[ArrayLike, " b *L"] | None = None,
 ) -> tuple[Float[Array, ""], Logs]:
     """Top-k clipped NT-Xent over the global batch.
@@ -65,6 +66,8 @@ def nt_xent(
       gather: how the columns come to the rows. "all": every device holds all 2B; "ring": devices hand theirs round,
         twice for every block, and hold 2b.
       axis_name: the mapped axis over which the batch is spread.
+      average: whether loss and logs are averaged over that axis. False leaves it to the caller, who averages the gradients
+        anyhow: they are the same.
       labels: (b,) class numbers or (b, L) multi-hot; only for the logs below.
 
     Returns:
@@ -88,6 +91,7 @@ def nt_xent(
         block_size=block_size,
         gather=gather,
         axis_name=axis_name,
+        average=average,
         labels=labels,
     )
 
@@ -136,6 +140,7 @@ def _problems(
     block_size: int | None = None,
     gather: str = "all",
     axis_name: str | None = None,
+    average: bool = True,
     labels: ArrayLike | None = None,
 ) -> tuple[Array, Logs]:
     """Mean loss and logs of some pairs of views; their columns are gathered together."""
@@ -199,7 +204,7 @@ def _problems(
         loss, seen = anchors.total_loss(rule, batch)
         results.append((loss / (2 * b), _logs(batch, seen, rule, num_columns)))
     loss, logs = jax.tree.map(lambda *values: jnp.stack(values).mean(0), *results)
-    loss, logs = _mean((loss, jax.lax.stop_gradient(logs)), axis_name)
+    loss, logs = _mean((loss, jax.lax.stop_gradient(logs)), axis_name if average else None)
     return loss, _shares(logs)
 
 

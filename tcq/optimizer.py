@@ -12,7 +12,10 @@ from tcq.models.retriever import Params
 
 
 def make(config: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """Gradient clipping by norm, then AdamW, LARS or SGD, then the rates of the parts. Frozen parameters have no state."""
+    """Gradient clipping by norm, then AdamW, LARS or SGD, then the rates of the parts. Frozen parameters have no state.
+
+    A gradient that is not finite changes nothing, and is counted.
+    """
     o = config.optim
     rate = learning_rate(config, steps)
     if o.name == "adamw":
@@ -30,7 +33,7 @@ def make(config: ConfigDict, steps: int) -> optax.GradientTransformation:
             {False: rule, True: optax.set_to_zero()},
             lambda params: jax.tree_util.tree_map_with_path(lambda path, _: frozen(path, config), params),
         )
-    return rule
+    return optax.apply_if_finite(rule, max_consecutive_errors=2**31 - 2)
 
 
 def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:

@@ -73,20 +73,17 @@ def unit_codewords(codebooks: Float[ArrayLike, "M K d"]) -> Float[Array, "M K d"
     return unit(jnp.asarray(codebooks, jnp.float32))
 
 
-def codeword_usage(
-    codes: UInt[ArrayLike, "N M"], *, num_codewords: int, axis_name: str | None = None
-) -> Float[Array, " M"]:
-    """Perplexity of the code histogram per codebook: from 1 (one codeword used) to K (all equally often).
-
-    With `axis_name` the histogram is taken over all devices of that axis.
-    """
+def codeword_share(codes: UInt[ArrayLike, "N M"], *, num_codewords: int) -> Float[Array, "M K"]:
+    """The share of the N items that has each codeword."""
     codes = jnp.asarray(codes).astype(jnp.int32)
     books = jnp.arange(codes.shape[1])
-    share = jnp.zeros((codes.shape[1], num_codewords)).at[books, codes].add(1.0 / codes.shape[0])  # (M, K)
-    if axis_name is not None:
-        share = jax.lax.pmean(share, axis_name)
-    entropy = -jnp.sum(jax.scipy.special.xlogy(share, share), axis=-1)
-    return jnp.exp(entropy)
+    return jnp.zeros((codes.shape[1], num_codewords)).at[books, codes].add(1.0 / codes.shape[0])
+
+
+def codeword_usage(share: Float[ArrayLike, "M K"]) -> Float[Array, " M"]:
+    """Perplexity of a codebook's histogram: from 1 (one codeword used) to K (all equally often)."""
+    share = jnp.asarray(share)
+    return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(share, share), axis=-1))
 
 
 def code_dtype(num_codewords: int) -> jnp.dtype:

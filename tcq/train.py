@@ -1,38 +1,42 @@
-"""Learning: the loop around the step."""
+"""Learning: everything that the loop needs, from a config and a workdir."""
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
-from tcq import checkpoint, encode, learner, parallel, validation
+from tcq import checkpoint, encode, learner, parallel, processes, validation
 from tcq import config as configs
 from tcq import optimizer as optimizers
 from tcq.data import protocols, splits
 from tcq.data.loader import batches
 from tcq.data.sources import Source, open_source
-from tcq.journal import Journal, Progress, duration, say
+from tcq.journal import Journal, duration, say
+from tcq.loop import Job, TooManySkipped, TrainError, from_items, items, loop
 from tcq.models import retriever
 from tcq.parallel import AXIS
 
-
-class TrainError(RuntimeError):
-    """Training cannot go on; the message says at which step and why."""
+ADVICE = "A lower optim.learning_rate or a higher loss.temperature may help"
 
 
-def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+def train(config: ConfigDict, workdir: str | Path, *, profile: tuple[int, int] | None = None) -> dict[str, float]:
     """Trains until the last step, going on from the newest checkpoint of the workdir; returns the last validation.
 
-    Leaves config.json, metrics.jsonl, TensorBoard events, checkpoints and, where files were skipped, skipped.jsonl.
-    Raises ConfigError, SourceError, CheckpointError or TrainError.
+    Leaves config.json, metrics.jsonl, TensorBoard events, checkpoints and, where files were skipped, skipped.jsonl; with
+    `profile`, a first step and the one behind the last, also a trace of these in profile/.
+    In a run of several processes all of them call it, with one workdir that all of them see.
+    Raises ConfigError, SourceError, CheckpointError, TrainError, or Stopped when asked to stop, with the state saved.
     """
     workdir = Path(workdir)
+    processes.phase("reading the images")
     source = open_source(config.data)
     split = splits.of_source(source, config.data)
     configs.check_run(
@@ -40,107 +44,70 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         num_devices=jax.device_count(),
         num_train=len(split.train),
         num_validation=len(split.validation),
-        platform=jax.default_backend(),
     )
-    _claim(workdir, config, source)
-    splits.claim(workdir, source, split)
+    processes.same("images", {"names": splits.names_digest(source), "split": protocols.digest(split)})
+    processes.same("config", configs.identity(config))
+    processes.on_first(lambda: _claim(workdir, config, source, split))
+    processes.sees(workdir / "config.json")
 
     steps = configs.total_steps(config, len(split.train))
     model = retriever.from_config(config, axis_name=AXIS)
     optimizer = optimizers.make(config, steps)
+    processes.phase("opening checkpoints")
     with closing(checkpoint.open_manager(workdir, keep=config.checkpoint.keep, writable=True)) as manager:
-        newest = manager.latest_step()
-        if newest is not None:
-            like = learner.state_like(config, model, optimizer)
-            state = _from_items(checkpoint.restore(manager, newest, _items(like)))
-        else:  # drawn, because folders are in the order of their classes
+        state = _newest(config, model, optimizer, manager)
+        if state is None:  # drawn, because folders are in the order of their classes
+            processes.phase("initialising")
             drawn = np.random.RandomState(config.train.seed).permutation(split.train)[: config.quantizer.init_images]
             state = learner.initial_state(config, model, optimizer, np.asarray(source.images[np.sort(drawn)]))
         _introduce(config, source, split, state, steps)
-        with closing(Journal(workdir, step=int(state.step))) as journal:
-            run = parallel.pmap_step(learner.step_body(model, optimizer, config, steps))
-
-            def validate(variables: retriever.Variables, step: int) -> dict[str, float]:
-                return validation.held_out(encode.Encoder(config, model, variables, step), source, split)
-
-            stream = _batches(config, *_training_rows(config, model, source, split, state), int(state.step))
-            return _loop(config, state, steps, run, stream, validate, manager, journal)
-
-
-def _loop(
-    config: ConfigDict,
-    state: learner.TrainState,
-    steps: int,
-    run: parallel.Step,
-    stream: Iterator[dict[str, np.ndarray]],
-    validate: Callable[[retriever.Variables, int], dict[str, float]],
-    manager: Any,
-    journal: Journal,
-) -> dict[str, float]:
-    t, start = config.train, int(state.step)
-    rate = optimizers.learning_rate(config, steps)
-    state = parallel.replicate(state)
-    progress = Progress(step=start, total_steps=steps, batch_size=config.data.batch_size)
-    validated: dict[str, float] = {}
-    before: tuple[int, learner.Logs] | None = None
-    for step in range(start + 1, steps + 1):
-        waiting = time.monotonic()
-        batch = next(stream)
-        progress.waited(time.monotonic() - waiting)
-        state, logs = run(state, batch)
-        parallel.wait_on_cpu(logs)
-        if before:
-            _finite(*before)  # one step late, so that the device never waits for the host
-        before = step, logs
-        if step == start + 1:
-            progress.restart(step)  # the first step compiles
-
-        last = step == steps
-        if last or step % t.log_every_steps == 0:
-            values = _finite(step, logs) | {"learning_rate": float(rate(step - 1))}
-            rates = progress.rates(step)
-            journal.write(
-                step, {f"train/{k}": v for k, v in values.items()} | {f"speed/{k}": v for k, v in rates.items()}
-            )
-            speed = (
-                (
-                    f"  {rates['images_per_second']:,.0f} images/s  waiting for data {rates['data_wait']:.0%}  "
-                    f"left {duration(rates['eta_seconds'])}"
-                )
-                if rates
-                else ""
-            )
-            say(
-                f"step {step:,}/{steps:,}  loss {values['loss']:.4f}  accuracy {values['accuracy']:.3f}  "
-                f"usage {values['codeword_usage']:.1f}/{config.quantizer.num_codewords}{speed}"
-            )
-        validated_now = last or (config.eval.every_steps and step % config.eval.every_steps == 0)
-        if validated_now:
-            _finite(step, logs)
-            validated = validate(parallel.fetch(_items(state)["variables"]), step)
-            if validated:
-                journal.write(step, {f"validation/{k}": v for k, v in validated.items()})
-                say(f"step {step:,}/{steps:,}  validation: " + "  ".join(f"{k} {v:.4f}" for k, v in validated.items()))
-            progress.restart(step)
-        if last or step % config.checkpoint.every_steps == 0:
-            _finite(step, logs)  # a poisoned state is never saved
-            score = validated.get("mAP", -validated["loss"]) if validated_now and validated else None
-            checkpoint.save(manager, step, _items(parallel.fetch(state)), score=score)
-            progress.restart(step)
-    return validated
+        rows: np.ndarray | None
+        rows, indices = _training_rows(config, model, source, split, state)
+        data: Any = ()
+        if len(indices) * rows[:1].nbytes <= config.data.resident * 2**20:
+            data, rows = parallel.replicate(np.asarray(rows[indices])), None
+            say(f"the training images lie on every device ({data.nbytes / 2**20:,.1f} MiB)")
+        job = Job(
+            config=config,
+            steps=steps,
+            run=parallel.pmap_step(learner.step_body(model, optimizer, config, steps)),
+            data=data,
+            stream=partial(_batches, config, rows, indices),
+            validate=lambda variables, step: validation.held_out(
+                encode.Encoder(config, model, variables, step), source, split
+            ),
+            manager=manager,
+            journal=Journal(workdir, step=int(state.step), writes=processes.first()),
+            trace=(workdir / "profile", *profile) if profile else None,
+        )
+        with closing(job.journal):
+            try:
+                return loop(job, state)
+            except TooManySkipped as error:
+                told = str(error)
+        say(f"{told}: GOING BACK to the last checkpoint, once")
+        manager.wait_until_finished()
+        state = _newest(config, model, optimizer, manager)
+        if state is None:
+            raise TrainError(f"{told}; there is no checkpoint to go back to. {ADVICE}")
+        with closing(Journal(workdir, step=int(state.step), writes=processes.first())) as journal:
+            try:
+                return loop(job._replace(journal=journal), state)
+            except TooManySkipped as error:
+                raise TrainError(
+                    f"{error}, again; the checkpoint of step {int(state.step):,} stands. {ADVICE}"
+                ) from None
 
 
-def _items(state: learner.TrainState) -> dict[str, Any]:
-    """The two parts of a checkpoint: what encoding needs, and what only going on needs."""
-    variables = {"params": state.params} | ({"batch_stats": state.batch_stats} if state.batch_stats else {})
-    training = {"step": state.step, "opt_state": state.opt_state}
-    return {"variables": variables, "training": training | ({"queue": state.queue} if len(state.queue) else {})}
-
-
-def _from_items(items: dict[str, Any]) -> learner.TrainState:
-    variables, rest = items["variables"], items["training"]
-    params, batch_stats = variables["params"], variables.get("batch_stats", {})
-    return learner.TrainState(rest["step"], params, batch_stats, rest["opt_state"], rest.get("queue", {}))
+def _newest(
+    config: ConfigDict, model: retriever.Retriever, optimizer: optax.GradientTransformation, manager: Any
+) -> learner.TrainState | None:
+    """The state of the newest checkpoint that is as it was written; None where there is none at all."""
+    if not manager.all_steps():
+        return None
+    like = items(learner.state_like(config, model, optimizer))
+    _, parts = checkpoint.restore_first_good(manager, checkpoint.in_order(manager, "latest"), like, move=True)
+    return from_items(parts)
 
 
 def _training_rows(
@@ -149,7 +116,7 @@ def _training_rows(
     """What is trained on, and which rows of it: images, or where nothing before the projection changes, their features."""
     if config.optim.frozen_blocks >= 0 or not config.data.views:
         return source.images, split.train
-    encoder = encode.Encoder(config, model, _items(state)["variables"], int(state.step))
+    encoder = encode.Encoder(config, model, items(state)["variables"], int(state.step))
     start = time.monotonic()
     rows = encode.embed_views(encoder, source.images, split.train)
     say(
@@ -160,7 +127,7 @@ def _training_rows(
 
 
 def _batches(
-    config: ConfigDict, rows: np.ndarray, indices: np.ndarray, first_step: int
+    config: ConfigDict, rows: np.ndarray | None, indices: np.ndarray, first_step: int
 ) -> Iterator[dict[str, np.ndarray]]:
     return batches(
         rows,
@@ -175,18 +142,7 @@ def _batches(
     )
 
 
-def _finite(step: int, logs: learner.Logs) -> dict[str, float]:
-    values = {k: float(v) for k, v in parallel.fetch(logs).items()}
-    for name, value in values.items():
-        if not np.isfinite(value):
-            raise TrainError(
-                f"{name} is {value} at step {step}: training stopped; the last checkpoint is from before it. "
-                f"A lower optim.learning_rate or a higher loss.temperature may help"
-            )
-    return values
-
-
-def _claim(workdir: Path, config: ConfigDict, source: Source) -> None:
+def _claim(workdir: Path, config: ConfigDict, source: Source, split: protocols.Split) -> None:
     """Writes config.json into a new workdir, or refuses one that holds another run."""
     path = workdir / "config.json"
     if path.is_file():
@@ -205,6 +161,7 @@ def _claim(workdir: Path, config: ConfigDict, source: Source) -> None:
             (workdir / "skipped.jsonl").write_text("".join(json.dumps(s) + "\n" for s in source.skipped))
     except OSError as error:
         raise configs.ConfigError(f"--workdir {str(workdir)!r} cannot be written: {error.strerror}") from None
+    splits.claim(workdir, source, split)
 
 
 def _some(names: list[str]) -> str:

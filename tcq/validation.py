@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from tcq import augment, encode, losses, metrics, parallel, quantizer, ranking
+from tcq import augment, encode, losses, metrics, parallel, processes, quantizer, ranking, signals
 from tcq import config as configs
 from tcq.data import protocols
 from tcq.data.sources import Source
@@ -62,8 +62,9 @@ def retrieve(
     """AP@k, and precision and recall at `ks`, of the ranking that `score` gives for a slice of the queries.
 
     Two blocks of queries are in memory at a time, one being scored and one counted in threads: `max_scores` scores together,
-    or `ranking.ROWS` queries each. No bit of the result depends on the size of the blocks. `own` is where each query itself
-    lies in the database, to be left out of its answers; -1 where it does not.
+    or `ranking.ROWS` queries each. No bit of the result depends on the size of the blocks, nor on the number of processes,
+    which share them. `own` is where each query itself lies in the database, to be left out of its answers; -1 where it does
+    not.
     """
     step = max(1, max_scores // 2 // max(len(database_labels), 1) // ranking.ROWS) * ranking.ROWS
     threads = os.cpu_count() or 1
@@ -77,19 +78,25 @@ def retrieve(
             values, relevant, k=k, cuts=ks, ties=conventions.ties, denominator=conventions.denominator
         )
 
-    starts = range(0, len(query_labels), step)
-    blocks = [slice(start, min(start + step, len(query_labels))) for start in starts]
+    begin, end = (edge * ranking.ROWS for edge in processes.share(-(-len(query_labels) // ranking.ROWS)))
+    end = min(end, len(query_labels))
+    blocks = [slice(start, min(start + step, end)) for start in range(begin, end, step)]
+    blocks = blocks or [slice(0, min(ranking.ROWS, len(query_labels)))]  # for its shapes
     parts: list[metrics.Found] = []
     with ThreadPoolExecutor(threads + 1) as pool:
         coming = pool.submit(score, blocks[0])  # the device scores a block while the one before it is counted
         for i, block in enumerate(blocks):
             values = np.asarray(coming.result())
+            if signals.asked():
+                break
             if i + 1 < len(blocks):
                 coming = pool.submit(score, blocks[i + 1])
             edges = np.linspace(block.start, block.stop, min(threads, block.stop - block.start) + 1).astype(int)
             pieces = [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
             parts += pool.map(count, [values[p.start - block.start : p.stop - block.start] for p in pieces], pieces)
-    found = metrics.Found(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    processes.agree_to_stop()
+    mine = tuple(np.concatenate(column)[: max(end - begin, 0)] for column in zip(*parts, strict=True))
+    found = metrics.Found(*parallel.gather(mine))
     return summary(found, ks, empty=conventions.empty)
 
 

@@ -77,10 +77,12 @@ def steps(body: Any, state: Any, batches: Iterable[dict[str, np.ndarray]], devic
     """State and logs after each step on the first so many devices, compiled once."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), (parallel.AXIS,))
     state = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    step = jax.pmap(body, parallel.AXIS, in_axes=(None, 0), out_axes=(None, None), devices=jax.devices()[:devices])
+    step = jax.pmap(
+        body, parallel.AXIS, in_axes=(None, None, 0), out_axes=(None, None), devices=jax.devices()[:devices]
+    )
     results = []
     for batch in batches:
-        state, logs = jax.block_until_ready(step(state, batch))
+        state, logs = jax.block_until_ready(step(state, (), batch))
         results.append(parallel.fetch((state, logs)))
     return results
 

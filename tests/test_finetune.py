@@ -24,11 +24,13 @@ def run(config, rows=None, steps=2, devices=1):
     """Some steps: what they change, the state before and after, the losses, and the cost of one in FLOPs."""
     images, body, start = small.step(config)
     rows = images if rows is None else rows
-    step = jax.pmap(body, parallel.AXIS, in_axes=(None, 0), out_axes=(None, None), devices=jax.devices()[:devices])
-    step = step.lower(start, small.batch(rows[:16], devices)).compile()
+    step = jax.pmap(
+        body, parallel.AXIS, in_axes=(None, None, 0), out_axes=(None, None), devices=jax.devices()[:devices]
+    )
+    step = step.lower(start, (), small.batch(rows[:16], devices)).compile()
     state, losses = parallel.replicate(start) if devices == jax.device_count() else start, []
     for i in range(steps):
-        state, logs = step(state, small.batch(rows[16 * i : 16 * (i + 1)], devices, 16 * i))
+        state, logs = step(state, (), small.batch(rows[16 * i : 16 * (i + 1)], devices, 16 * i))
         losses.append(float(jax.block_until_ready(logs["loss"])))
     after = parallel.fetch(state)
     old, new = named(start.params), named(after.params)

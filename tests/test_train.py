@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import small
-from tcq import checkpoint, checks, encode, evaluate, learner, optimizer, parallel, train
+from tcq import checkpoint, checks, encode, evaluate, learner, loop, optimizer, parallel, train
 from tcq import config as configs
 from tcq.data import protocols
 
@@ -63,7 +63,7 @@ class TestStep:
         for compile in (parallel.pmap_step, parallel.shard_map_step):
             step, state = compile(body), parallel.replicate(start)
             for _ in range(3):
-                state, logs = step(state, batch)
+                state, logs = step(state, (), batch)
                 jax.block_until_ready(logs)
             outcomes.append(parallel.fetch((state, logs)))
         for a, b in zip(*map(jax.tree.leaves, outcomes), strict=True):
@@ -73,7 +73,7 @@ class TestStep:
         c = small.config()
         images, body, start = small.step(c)
         state = parallel.replicate(start)
-        after, _ = parallel.pmap_step(body)(state, small.batch(images[:16], 8))
+        after, _ = parallel.pmap_step(body)(state, (), small.batch(images[:16], 8))
         assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, start)
         assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
 
@@ -83,7 +83,7 @@ class TestStep:
         state = parallel.replicate(start)
         step = parallel.pmap_step(body)
         for _ in range(3):
-            state, logs = step(state, small.batch(images[:16], 8))
+            state, logs = step(state, (), small.batch(images[:16], 8))
             jax.block_until_ready(logs)
         moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), parallel.fetch(state.params), start.params)
         still = [jax.tree_util.keystr(p) for p, m in jax.tree_util.tree_leaves_with_path(moved) if m == 0]
@@ -135,7 +135,7 @@ class TestStep:
         step = parallel.pmap_step(lambda *arguments: traced.append(1) or body(*arguments))
         state, seen = parallel.replicate(start), set()
         for _ in range(4):
-            state, logs = step(state, small.batch(images[:16], 8))
+            state, logs = step(state, (), small.batch(images[:16], 8))
             seen.add(float(logs["clip_similarity"]))
         assert traced == [1] and len(seen) == 4
 
@@ -188,8 +188,8 @@ class TestMicrobatches:
         for n in (1, 8):
             c = small.config("model.width=64", "model.depth=3", "data.batch_size=256", f"train.microbatches={n}")
             images, body, start = small.step(c, 256)
-            step = jax.pmap(body, axis_name=parallel.AXIS, in_axes=(None, 0), devices=jax.devices()[:1])
-            compiled = step.lower(start, small.batch(images, 1)).compile()
+            step = jax.pmap(body, axis_name=parallel.AXIS, in_axes=(None, None, 0), devices=jax.devices()[:1])
+            compiled = step.lower(start, (), small.batch(images, 1)).compile()
             found[n] = compiled.memory_analysis().temp_size_in_bytes
         assert found[8] < 0.25 * found[1]
 
@@ -222,15 +222,15 @@ class TestQueue:
         flags = ("loss.queue=40", "loss.pairing=quantized", "loss.debias=0.1", "loss.clip=0.1", "train.microbatches=2")
         c = small.config(*flags)
         train.train(c, tmp_path / "whole")
-        real, count = train._finite, iter(range(100))
+        real, count = loop._look, iter(range(100))
 
-        def dies(step, logs):
+        def dies(job, step, logs):
             if next(count) > 12:
                 raise KeyboardInterrupt
-            return real(step, logs)
+            return real(job, step, logs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train, "_finite", dies)
+            patch.setattr(loop, "_look", dies)
             with pytest.raises(KeyboardInterrupt):
                 train.train(c, tmp_path / "parts")
         train.train(c, tmp_path / "parts")
@@ -267,15 +267,15 @@ class TestRun:
         c = small.config()
         train.train(c, tmp_path / "whole")
 
-        real, count = train._finite, iter(range(100))
+        real, count = loop._look, iter(range(100))
 
-        def dies(step, logs):
+        def dies(job, step, logs):
             if next(count) > 12:
                 raise KeyboardInterrupt
-            return real(step, logs)
+            return real(job, step, logs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train, "_finite", dies)
+            patch.setattr(loop, "_look", dies)
             with pytest.raises(KeyboardInterrupt):
                 train.train(c, tmp_path / "parts")
         assert 0 < encode.load(tmp_path / "parts", which="latest").step < 12

@@ -8,7 +8,7 @@ from jaxtyping import Int64, Shaped
 
 
 def batches(
-    images: Shaped[np.ndarray, "N ..."],
+    images: Shaped[np.ndarray, "N ..."] | None,
     indices: Int64[np.ndarray, " T"],
     *,
     batch_size: int,
@@ -20,7 +20,8 @@ def batches(
     threads: int = 2,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches of this process, beginning with that of `first_step`: "image", rows of `images` (uint8 pictures, or
-    features of them) as (num_devices, b, ...), and "index", their places among `images`, int32 (num_devices, b).
+    features of them) as (num_devices, b, ...), and "index", their places among `images`, int32 (num_devices, b). Without
+    `images`, because they lie on the devices already, "row" instead: the places among `indices`.
 
     `indices` are shuffled anew for every epoch; batches run on over the end of an epoch, so that no image is dropped.
     batch_size is global: process p of P gets the p-th of P equal stretches of every batch, whatever the number of its
@@ -37,11 +38,11 @@ def batches(
 
     def read(places: np.ndarray) -> dict[str, np.ndarray]:
         index = indices[places]
+        numbers = {"index": index.astype(np.int32).reshape(num_devices, share)}
+        if images is None:
+            return numbers | {"row": places.astype(np.int32).reshape(num_devices, share)}
         batch = images[index]  # one fancy index: a single copy out of memory or the mapped cache
-        return {
-            "image": batch.reshape(num_devices, share, *batch.shape[1:]),
-            "index": index.astype(np.int32).reshape(num_devices, share),
-        }
+        return numbers | {"image": batch.reshape(num_devices, share, *batch.shape[1:])}
 
     order = grain.MapDataset.range(len(indices)).seed(seed).shuffle().repeat()
     mine = order.batch(share * num_devices)[first_step * num_processes + process :: num_processes]

@@ -1,0 +1,192 @@
+"""The loop of training: steps, logs one step late, validation, checkpoints, and what may go wrong in between."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from tcq import checkpoint, learner, parallel, processes, signals
+from tcq import optimizer as optimizers
+from tcq.journal import Journal, Progress, duration, say
+from tcq.models import retriever
+
+
+class TrainError(RuntimeError):
+    """Training cannot go on; the message says at which step and why."""
+
+
+class TooManySkipped(Exception):
+    """So many steps in a row had numbers that are not finite; the message names step and quantity."""
+
+
+class Job(NamedTuple):
+    """What the loop works with."""
+
+    config: ConfigDict
+    steps: int
+    run: parallel.Step
+    data: Any  # training images that lie on the devices, or ()
+    stream: Callable[[int], Iterator[parallel.Batch]]  # batches from a step on
+    validate: Callable[[retriever.Variables, int], dict[str, float]]
+    manager: Any
+    journal: Journal
+    trace: tuple[Path, int, int] | None  # where to, the first step and the one behind the last
+
+
+def loop(job: Job, state: learner.TrainState) -> dict[str, float]:
+    """Trains from the step of a state to the last; returns the last validation.
+
+    Raises TooManySkipped, TrainError, or Stopped where the run was asked to stop, after the state was saved.
+    """
+    c, start = job.config, int(state.step)
+    every, devices = c.eval.every_steps, jax.local_device_count()
+    rate = optimizers.learning_rate(c, job.steps)
+    state = parallel.replicate(state)
+    progress = Progress(step=start, total_steps=job.steps, batch_size=c.data.batch_size)
+    validated: dict[str, float] = {}
+    before: tuple[int, learner.Logs] | None = None
+
+    def due(step: int) -> bool:
+        return step == job.steps or bool(every and step % every == 0)
+
+    with signals.deferred():
+        if start and due(start) and processes.on_first(lambda: not job.journal.has(start, "validation")):
+            validated = _validate(job, state, start)  # the run was stopped before it came to that
+            checkpoint.save(job.manager, start, items(parallel.fetch(state)), score=_score(validated), replace=True)
+        stream = parallel.prefetch(job.stream(start))
+        for step in range(start + 1, job.steps + 1):
+            processes.phase(f"step {step}, waiting for data")
+            waiting = time.monotonic()
+            batch = next(stream)
+            progress.waited(time.monotonic() - waiting)
+            processes.phase(f"step {step}")
+            _trace(job, step)
+            asked = np.full(devices, signals.asked() is not None, np.float32)
+            state, logs = job.run(state, job.data, batch | {"stop": asked})
+            parallel.wait_on_cpu(logs)
+            stop = before is not None and _look(
+                job, *before
+            )  # one step late, so that the device never waits for the host
+            before = step, logs
+            if step == start + 1:
+                progress.restart(step)  # the first step compiles
+
+            last, now = step == job.steps, due(step) and not stop
+            if last or step % c.train.log_every_steps == 0:
+                _log(job, step, logs, progress, rate)
+            if step % c.train.compare_every_steps == 0 or step == start + 1:
+                _compare(step, state)
+            if now:
+                _look(job, step, logs)
+                validated = _validate(job, state, step)
+                progress.restart(step)
+            if last or stop or step % c.checkpoint.every_steps == 0:
+                _look(job, step, logs)
+                processes.phase(f"step {step}, saving")
+                score = _score(validated) if now else None
+                checkpoint.save(job.manager, step, items(parallel.fetch(state)), score=score)
+                progress.restart(step)
+            if stop:
+                _stopped(step)
+    return validated
+
+
+def items(state: learner.TrainState) -> dict[str, Any]:
+    """The two parts of a checkpoint: what encoding needs, and what only going on needs."""
+    variables = {"params": state.params} | ({"batch_stats": state.batch_stats} if state.batch_stats else {})
+    training = {"step": state.step, "opt_state": state.opt_state}
+    return {"variables": variables, "training": training | ({"queue": state.queue} if len(state.queue) else {})}
+
+
+def from_items(parts: dict[str, Any]) -> learner.TrainState:
+    """Its inverse."""
+    variables, rest = parts["variables"], parts["training"]
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    return learner.TrainState(rest["step"], params, batch_stats, rest["opt_state"], rest.get("queue", {}))
+
+
+def _look(job: Job, step: int, logs: learner.Logs) -> bool:
+    """Whether one of the processes was asked to stop. Says what was skipped; raises TooManySkipped."""
+    in_a_row, stop = (float(parallel.fetch(logs[name])) for name in ("skipped_in_a_row", "stop"))
+    if in_a_row:
+        values = {k: float(v) for k, v in parallel.fetch(logs).items()}
+        name = next((k for k in ("loss", *values) if not np.isfinite(values[k])), "a gradient")
+        told = f"{name} is {values.get(name, 'not finite')} at step {step:,}"
+        most = job.config.train.max_skipped
+        if in_a_row >= most:
+            raise TooManySkipped(f"{told}, and so were the {most} steps up to it")
+        say(f"{told}: skipped, nothing was changed ({values['skipped']:.0f} in all, {in_a_row:.0f} in a row)")
+    return stop > 0
+
+
+def _log(job: Job, step: int, logs: learner.Logs, progress: Progress, rate: Any) -> None:
+    values = {k: float(v) for k, v in parallel.fetch(logs).items() if k != "stop"}
+    values["learning_rate"] = float(rate(step - 1 - values["skipped"]))
+    rates = progress.rates(step)
+    job.journal.write(step, {f"train/{k}": v for k, v in values.items()} | {f"speed/{k}": v for k, v in rates.items()})
+    speed = (
+        (
+            f"  {rates['images_per_second']:,.0f} images/s  waiting for data {rates['data_wait']:.0%}  "
+            f"left {duration(rates['eta_seconds'])}"
+        )
+        if rates
+        else ""
+    )
+    say(
+        f"step {step:,}/{job.steps:,}  loss {values['loss']:.4f}  accuracy {values['accuracy']:.3f}  "
+        f"usage {values['codeword_usage']:.1f}/{job.config.quantizer.num_codewords}{speed}"
+    )
+
+
+def _validate(job: Job, state: learner.TrainState, step: int) -> dict[str, float]:
+    processes.phase(f"step {step}, validation")
+    try:
+        validated = job.validate(parallel.fetch(items(state)["variables"]), step)
+    except signals.Stopped:
+        if step not in job.manager.all_steps():
+            checkpoint.save(job.manager, step, items(parallel.fetch(state)), score=None)
+        _stopped(step)
+    if validated:
+        job.journal.write(step, {f"validation/{k}": v for k, v in validated.items()})
+        listed = "  ".join(f"{k} {v:.4f}" for k, v in validated.items())
+        say(f"step {step:,}/{job.steps:,}  validation: {listed}")
+    return validated
+
+
+def _score(validated: dict[str, float]) -> float | None:
+    return validated.get("mAP", -validated["loss"]) if validated else None
+
+
+def _compare(step: int, state: learner.TrainState) -> None:
+    """Raises TrainError where the copies of the state on the devices are not the same bits."""
+    found = parallel.checksums(state)
+    usual = max(set(found.values()), key=list(found.values()).count)
+    others = [device for device, total in found.items() if total != usual]
+    if others:
+        raise TrainError(
+            f"at step {step:,} the state on {', '.join(others)} differs from that on the other {len(found) - len(others)} "
+            f"devices: its memory or arithmetic is not to be trusted. The last checkpoint is from before that was seen; "
+            f"leave that device out and start again"
+        )
+
+
+def _stopped(step: int) -> None:
+    name = signals.asked() or "SIGTERM"
+    raise signals.Stopped(
+        f"stopped by {name} after step {step:,}, which is saved; the same command goes on", signals.status(name)
+    )
+
+
+def _trace(job: Job, step: int) -> None:
+    if not job.trace:
+        return
+    folder, first, behind = job.trace
+    if step == first:
+        jax.profiler.start_trace(folder)
+    elif step == behind:
+        jax.profiler.stop_trace()
+        say(f"trace of the steps {first:,} to {behind - 1:,}: {folder}")
