@@ -37,6 +37,8 @@ def _one_of_several(arguments: argparse.Namespace, overrides: list[str]) -> int:
         processes.join(
             coordinator=arguments.coordinator, processes=arguments.processes, process_id=arguments.process_id
         )
+        if not processes.first():
+            sys.stdout = open(os.devnull, "w")  # the first one speaks for all
         status = _run(arguments, overrides)
     except processes.ProcessError as error:
         print(f"tcq {arguments.command}: {error}", file=sys.stderr)

@@ -79,27 +79,43 @@ def as_weights(workdir: str | Path) -> pretrained.Weights:
 
 
 def encode(encoder: Encoder, images: UInt8[np.ndarray, "N H W 3"]) -> Encoded:
-    """Features and codes of un-augmented images, in batches of `eval.batch_size`. Raises ValueError on another size."""
+    """Features and codes of un-augmented images, in batches of `eval.batch_size`. Raises ValueError on another size.
+
+    Several processes share the work, and all get all of it.
+    """
+    q = encoder.config.quantizer
+    empty = np.zeros((0, q.num_codebooks * q.codeword_dim), np.float32)
+    return Encoded(*(_in_batches(encoder, images, both=True) or (empty, _no_codes(encoder))))
+
+
+def codes(encoder: Encoder, images: UInt8[np.ndarray, "N H W 3"]) -> UInt[np.ndarray, "N M"]:
+    """The codes alone: of many images, and over several processes, features are much more."""
+    return (_in_batches(encoder, images, both=False) or (_no_codes(encoder),))[0]
+
+
+def _in_batches(encoder: Encoder, images: np.ndarray, *, both: bool) -> tuple[np.ndarray, ...] | None:
+    """Features and codes, or codes; None of nothing."""
     side = encoder.config.data.image_size
     if images.shape[1:] != (side, side, 3):
         raise ValueError(f"images {images.shape} do not fit the encoder: want (N, {side}, {side}, 3)")
     if not len(images):
-        q = encoder.config.quantizer
-        dtype = quantizer.code_dtype(q.num_codewords)
-        return Encoded(
-            np.zeros((0, q.num_codebooks * q.codeword_dim), np.float32), np.zeros((0, q.num_codebooks), dtype)
-        )
+        return None
     variables = parallel.replicate(encoder.variables)
-    return Encoded(*parallel.map_in_batches(_mapped(encoder.model), variables, images, encoder.config.eval.batch_size))
+    return parallel.map_in_batches(_mapped(encoder.model, both), variables, images, encoder.config.eval.batch_size)
+
+
+def _no_codes(encoder: Encoder) -> np.ndarray:
+    q = encoder.config.quantizer
+    return np.zeros((0, q.num_codebooks), quantizer.code_dtype(q.num_codewords))
 
 
 @lru_cache(maxsize=4)
-def _mapped(model: retriever.Retriever) -> Any:
-    def body(variables: retriever.Variables, images: Array) -> tuple[Array, Array]:
+def _mapped(model: retriever.Retriever, both: bool) -> Any:
+    def body(variables: retriever.Variables, images: Array) -> tuple[Array, ...]:
         outputs = model.apply(variables, images.astype(jnp.float32) / 255)
         assert isinstance(outputs, retriever.Outputs)
         codes = quantizer.hard_assign(outputs.features, outputs.codebooks, metric=model.metric)
-        return outputs.features, codes
+        return (outputs.features, codes) if both else (codes,)
 
     return parallel.pmap_rows(body)
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tcq import baselines, encode, metrics, pictures, ranking, validation
+from tcq import baselines, encode, metrics, pictures, processes, ranking, validation
 from tcq import config as configs
 from tcq.data import protocols, splits
 from tcq.data.sources import Source, open_source
@@ -52,7 +52,7 @@ class EvaluateError(ValueError):
 
 
 def evaluate(workdir: str | Path, *, which: str = "best", overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Scores the run of a workdir on its queries; returns what results.json holds.
+    """Scores the run of a workdir on its queries; returns what results.json holds. Several processes share the work.
 
     Leaves results.json, curves.png and gallery.png in the workdir. The model is rebuilt from the workdir alone; `overrides`
     such as "eval.ties=index" change the conventions of the scoring.
@@ -64,7 +64,8 @@ def evaluate(workdir: str | Path, *, which: str = "best", overrides: Sequence[st
     encoder = encoder._replace(config=config)
     source = open_source(config.data)
     split = splits.of_source(source, config.data)
-    splits.claim(workdir, source, split)
+    processes.same("images", {"names": splits.names_digest(source), "split": protocols.digest(split)})
+    processes.on_first(lambda: splits.claim(workdir, source, split))
     if source.labels is None or not len(split.query):
         raise EvaluateError(
             f"{config.data.source} has {'no labels' if source.labels is None else 'no queries (data.query is 0)'}, so "
@@ -139,12 +140,17 @@ def evaluate(workdir: str | Path, *, which: str = "best", overrides: Sequence[st
             "jax": f"jax {jax.__version__}",
         },
     }
-    half = workdir / "results.half"
-    half.write_text(json.dumps(results, indent=2) + "\n")
-    half.replace(workdir / "results.json")
-    title = f"{config.data.source}, {configs.bits(config)} bits, mAP@{k}"
-    pictures.curves(workdir / "curves.png", {NAMES[n]: results["curves"][n] for n in found}, ks=ks, title=title)
-    _gallery(workdir / "gallery.png", encoder, source, split, queries, database, found["asymmetric"].average_precision)
+
+    def write() -> None:
+        half = workdir / "results.half"
+        half.write_text(json.dumps(results, indent=2) + "\n")
+        half.replace(workdir / "results.json")
+        title = f"{config.data.source}, {configs.bits(config)} bits, mAP@{k}"
+        pictures.curves(workdir / "curves.png", {NAMES[n]: results["curves"][n] for n in found}, ks=ks, title=title)
+        precision = found["asymmetric"].average_precision
+        _gallery(workdir / "gallery.png", encoder, source, split, queries, database, precision)
+
+    processes.on_first(write)
     return results
 
 
@@ -219,7 +225,8 @@ def _scorers(
     scorers["pq_features"] = pq(lambda b: queries.features[b], lambda i: database.features[i])
     bits = configs.bits(encoder.config)
     project = baselines.pca(database.features[sample], bits)
-    scorers["pca_pq_features"] = pq(lambda b: project(queries.features[b]), lambda i: project(database.features[i]))
+    projected = project(queries.features)  # at once: a product of other blocks rounds otherwise
+    scorers["pca_pq_features"] = pq(lambda b: projected[b], lambda i: project(database.features[i]))
     signs = baselines.sign_bits(database.features[sample], bits)
     codes = signs(database.features)
     scorers["pca_sign_features"] = lambda block: signs(queries.features[block]) @ codes.T

@@ -20,7 +20,7 @@ from flax import traverse_util
 from jaxtyping import Float, Int, UInt, UInt8
 
 from tcq import config as configs
-from tcq import encode, ranking, validation
+from tcq import encode, processes, ranking, validation
 from tcq.data import sources
 from tcq.data.images import ImageError, decode, resize_of
 from tcq.models import retriever
@@ -55,15 +55,17 @@ def build(
     """Encodes every image below the folder `images` and writes the index `out`: how many, and what was skipped and why.
 
     The skipped files are also listed in skipped.jsonl of the index. Raises IndexFileError if `out` exists, and as
-    `encode.load` and `sources.folder`; then nothing is left behind.
+    `encode.load` and `sources.folder`; then nothing is left behind. Several processes share the work; the first one writes.
     """
     out = Path(out)
-    _refuse_existing(out)
+    processes.on_first(lambda: _refuse_existing(out))
     encoder = encode.load(workdir, which=which)
     source = _read_folder(encoder, images)
-    codes = encode.encode(encoder, source.images).codes
+    processes.same("images", source.names)
+    codes = encode.codes(encoder, source.images)
     root = Path(images).expanduser().resolve()
-    _write(out, encoder, codes, [str(root / name) for name in source.names], source.skipped)
+    names = [str(root / name) for name in source.names]
+    processes.on_first(lambda: _write(out, encoder, codes, names, source.skipped))
     return len(codes), source.skipped
 
 
@@ -146,7 +148,7 @@ def add(path: str | Path, images: str | Path) -> tuple[int, list[dict[str, str]]
     source = _read_folder(index.encoder, images)
     root, known = Path(images).expanduser().resolve(), set(index.paths)
     new = [i for i, name in enumerate(source.names) if str(root / name) not in known]
-    codes = encode.encode(index.encoder, source.images[np.array(new, np.int64)]).codes
+    codes = encode.codes(index.encoder, source.images[np.array(new, np.int64)])
     paths = index.paths + [str(root / source.names[i]) for i in new]
     _write(Path(path), index.encoder, np.concatenate([index.codes, codes]), paths, source.skipped)
     return len(new), source.skipped

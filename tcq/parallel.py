@@ -137,7 +137,8 @@ def gather(tree: Any) -> Any:
 
     def one(x: np.ndarray) -> np.ndarray:
         lengths = processes.exchange(len(x))
-        raw = np.frombuffer(np.ascontiguousarray(x).tobytes(), np.uint8).reshape(len(x), -1)
+        width = int(np.prod(x.shape[1:])) * x.dtype.itemsize
+        raw = np.frombuffer(np.ascontiguousarray(x).tobytes(), np.uint8).reshape(len(x), width)
         padded = np.pad(raw, [(0, max(lengths) - len(x)), (0, 0)])
         everyone = np.asarray(multihost_utils.process_allgather(padded))
         rows = np.concatenate([part[:n] for part, n in zip(everyone, lengths, strict=True)])

@@ -54,6 +54,24 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "tcq", *arguments]
 
 
+def several(
+    processes: int, *arguments: str, devices: int = 1, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command of tcq in so many processes with so many devices each, as a user does on one machine."""
+    return subprocess.run(
+        launcher(processes, *arguments, devices=devices),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def launcher(processes: int, *arguments: str, devices: int = 1) -> list[str]:
+    file = str(Path(__file__).resolve().parent.parent / "launch" / "local.py")
+    return [sys.executable, file, f"--processes={processes}", f"--cpu_devices={devices}", "--", *arguments]
+
+
 def environment(devices: int = 1) -> dict[str, str]:
     flags = f"--xla_force_host_platform_device_count={devices}"
     root = str(Path(__file__).resolve().parent.parent)

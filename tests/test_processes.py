@@ -1,0 +1,238 @@
+"""Real processes that form one run on this machine."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import small
+from tcq import encode, processes
+from tcq import index as indexes
+
+FLAGS = small.small_flags(
+    "data.image_size=8",
+    "data.batch_size=32",
+    "eval.k=0",
+    "optim.name=sgd",
+    "optim.learning_rate=0.3",
+    "loss.clip=0.2",
+    "train.total_steps=6",
+    "loss.queue=20",
+)
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one(images, tmp_path_factory):
+    """A run of one process with four devices, scored, and an index of it."""
+    home = tmp_path_factory.mktemp("one")
+    commands = (
+        ("train", f"--config=configs/folder.py:{images}", f"--workdir={home / 'run'}", *FLAGS),
+        ("evaluate", f"--workdir={home / 'run'}", "--checkpoint=latest"),
+        ("index", f"--workdir={home / 'run'}", f"--images={images}", f"--out={home / 'index'}"),
+    )
+    for command in commands:
+        done = small.tcq(*command, devices=4)
+        assert done.returncode == 0, done.stderr
+    return home
+
+
+@pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
+def test_many_processes_do_what_one_does(one, images, tmp_path, count, devices):
+    run = ("train", f"--config=configs/folder.py:{images}", f"--workdir={tmp_path / 'run'}", *FLAGS)
+    done = small.several(count, *run, devices=devices)
+    assert done.returncode == 0, done.stdout
+    assert f"batch: 32 global, {32 // count} per process, {32 // count // devices} per device (4 x cpu)" in done.stdout
+    assert done.stdout.count("6 steps; the first compiles") == done.stdout.count("trained: ") == 1
+    ours, theirs = (encode.load(home / "run", which="latest").variables for home in (tmp_path, one))
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
+    for here, there in zip(lines(tmp_path / "run"), lines(one / "run"), strict=True):
+        for key in there.keys() - {k for k in there if k.startswith("speed/")}:
+            assert here[key] == pytest.approx(there[key], rel=1e-3, abs=1e-4), key
+
+    before = json.loads((one / "run" / "results.json").read_text())
+    done = small.several(count, "evaluate", f"--workdir={one / 'run'}", "--checkpoint=latest", devices=devices)
+    assert done.returncode == 0, done.stdout
+    after = json.loads((one / "run" / "results.json").read_text())
+    assert after.pop("machine")["device"] == "4 x cpu" and before.pop("machine")
+    assert after == before
+    out = tmp_path / "index"
+    index = ("index", f"--workdir={one / 'run'}", f"--images={images}", f"--out={out}")
+    done = small.several(count, *index, devices=devices)
+    assert done.returncode == 0 and done.stdout.count("indexed 120 images") == 1, done.stdout
+    ours, theirs = indexes.open_index(out), indexes.open_index(one / "index")
+    assert ours.paths == theirs.paths
+    np.testing.assert_array_equal(ours.codes, theirs.codes)
+    again = small.several(count, *index, devices=devices)
+    assert again.returncode == 2 and "exists: choose another --out" in again.stdout, again.stdout
+
+
+class Running:
+    """A training run of several processes that does not end by itself; what they say is collected."""
+
+    def __init__(self, workdir, count, *more):
+        port = 20_000 + os.getpid() % 20_000
+        flags = [*FLAGS, "--config.train.total_steps=1000000", "--config.eval.every_steps=0", *more]
+        self.said = [[] for _ in range(count)]
+        self.processes, self.readers = [], []
+        for i in range(count):
+            command = small.command("train", "--config=configs/digits.py", f"--workdir={workdir}", *flags)
+            command += [f"--coordinator=localhost:{port}", f"--processes={count}", f"--process_id={i}"]
+            options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            self.processes.append(subprocess.Popen(command, env=small.environment(), **options))
+            self.readers.append(threading.Thread(target=lambda i=i: self.said[i].extend(self.processes[i].stdout)))
+            self.readers[-1].start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process, reader in zip(self.processes, self.readers, strict=True):
+            process.kill()
+            process.wait()
+            reader.join()
+            process.stdout.close()
+
+    def wait_for(self, text, i=0, seconds=120):
+        end = time.monotonic() + seconds
+        while not any(text in line for line in self.said[i]):
+            assert time.monotonic() < end, "".join(self.said[i])
+            time.sleep(0.05)
+
+    def end(self, i, seconds):
+        status = self.processes[i].wait(seconds)
+        self.readers[i].join()
+        return status, "".join(self.said[i])
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_killed_ends_the_others_with_its_name(tmp_path, victim):
+    with Running(tmp_path, 2) as run:
+        run.wait_for("step 20/")
+        run.processes[victim].kill()
+        status, said = run.end(1 - victim, processes.SILENT + 40)
+    assert status != 0
+    if victim:
+        assert f"process 1 (pid {run.processes[1].pid} on " in said and "no sign of life" in said, said
+    else:  # JAX may be faster than we are, and calls it so
+        assert "process 0, which the others report to, is gone" in said or "leader (usually slice 0 task 0)" in said, (
+            said
+        )
+
+
+def test_a_process_that_hangs_ends_the_others_with_its_name(tmp_path):
+    with Running(tmp_path, 2) as run:
+        run.wait_for("step 20/")
+        run.processes[1].send_signal(signal.SIGSTOP)
+        status, said = run.end(0, processes.SILENT + 40)
+        assert status == 1 and f"process 1 (pid {run.processes[1].pid} on " in said, said
+        assert re.search(r"it was last at: step \d+", said), said
+
+
+def test_a_process_with_an_error_tells_the_others(tmp_path):
+    """Here the second sees other images than the first."""
+    flags = [*FLAGS, "--config.train.total_steps=5"]
+    port = 20_000 + (os.getpid() + 7777) % 20_000
+    found = []
+    for i in range(2):
+        folder = tmp_path / f"images{i}"
+        from test_data import write_images
+
+        write_images(folder, [f"{c}/{n:02}.png" for c in "ab" for n in range(20 + i)])
+        command = small.command(
+            "train", f"--config=configs/folder.py:{folder}", f"--workdir={tmp_path / 'run'}", *flags
+        )
+        command += [f"--coordinator=localhost:{port}", "--processes=2", f"--process_id={i}"]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        found.append(subprocess.Popen(command, env=small.environment(), **options))
+    for process in found:
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 1, said
+        assert "the images of process 1 on " in said and "are not those of process 0" in said, said
+
+
+def test_a_coordinator_that_is_not_there(tmp_path):
+    command = small.command("train", "--config=configs/digits.py", f"--workdir={tmp_path}", *FLAGS)
+    done = subprocess.run(
+        [*command, "--coordinator=localhost:1", "--processes=2"],
+        env=small.environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 1
+        and "give --coordinator=HOST:PORT of process 0, --processes and --process_id" in done.stderr
+    )
+
+
+def test_being_asked_to_stop_all_stop_after_one_step_and_go_on(tmp_path):
+    flags = [
+        *FLAGS,
+        "--config.train.total_steps=300",
+        "--config.eval.every_steps=0",
+        "--config.checkpoint.every_steps=1000",
+    ]
+    command = small.launcher(2, "train", "--config=configs/digits.py", f"--workdir={tmp_path / 'parts'}", *flags)
+    process = subprocess.Popen(command, env=small.environment(), stdout=subprocess.PIPE, text=True)
+    said = ""
+    for line in process.stdout:
+        said += line
+        if "step 20/" in line:
+            process.send_signal(signal.SIGTERM)
+            asked = time.monotonic()
+    assert process.wait(60) == 128 + signal.SIGTERM, said
+    assert time.monotonic() - asked < 30
+    steps = re.findall(r"\[(\d)\] tcq train: stopped by SIGTERM after step (\d+), which is saved", said)
+    assert sorted(i for i, _ in steps) == ["0", "1"] and len({step for _, step in steps}) == 1, said
+    stopped = int(steps[0][1])
+    assert encode.load(tmp_path / "parts", which="latest").step == stopped < 300
+    process.stdout.close()
+    again = subprocess.run(command, env=small.environment(), capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and f"going on from step {stopped}" in again.stdout, again.stdout
+    whole = small.several(2, "train", "--config=configs/digits.py", f"--workdir={tmp_path / 'whole'}", *flags)
+    assert whole.returncode == 0, whole.stdout
+    a, b = (encode.load(tmp_path / run, which="latest").variables for run in ("parts", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    logged = [[(line["step"], line.get("train/loss")) for line in lines(tmp_path / run)] for run in ("parts", "whole")]
+    assert logged[0] == logged[1]
+
+
+def test_the_launcher(tmp_path):
+    shown = [*small.launcher(3)[:2], "--processes=3", "--dry_run", "--port=77", "--", "train", "--config=a b.py"]
+    done = subprocess.run(shown, capture_output=True, text=True)
+    commands = done.stdout.splitlines()
+    assert len(commands) == 3 and all("--coordinator=localhost:77 --processes=3" in c for c in commands)
+    for i, command in enumerate(commands):
+        assert (
+            f"JAX_LOCAL_DEVICE_IDS={i} " in command
+            and f"--process_id={i}" in command
+            and "'--config=a b.py'" in command
+        )
+    program = "import sys, time; i = int(sys.argv[-1].partition('=')[2]); time.sleep(0 if i else 60); sys.exit(7)"
+    file = tmp_path / "tcq" / "__main__.py"
+    file.parent.mkdir()
+    file.write_text(program)
+    start = time.monotonic()
+    launcher = [sys.executable, small.launcher(2)[1], "--processes=2", "--grace=1", "--", "train"]
+    done = subprocess.run(launcher, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True)
+    assert done.returncode == 7 and time.monotonic() - start < 30
+    assert done.stdout.decode() == "process 1 ended first, with status 7\n"
+
+
+def test_what_one_process_does_alone():
+    assert processes.exchange({"a": 1}) == [{"a": 1}] and processes.on_first(lambda: 5) == 5
+    assert processes.share(7) == (0, 7) and processes.first() and not processes.several()
+    processes.same("images", [1, 2])
+    processes.agree_to_stop()

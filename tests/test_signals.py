@@ -1,0 +1,179 @@
+"""SIGTERM and SIGINT at any phase: the state is saved, the process ends soon, and the same command goes on."""
+
+import json
+import random
+import signal
+import subprocess
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import small
+from tcq import checkpoint, encode, signals
+
+FLAGS = small.small_flags("train.total_steps=40", "eval.every_steps=10", "checkpoint.every_steps=15", "loss.queue=8")
+
+
+def start(workdir, *more, command="train"):
+    arguments = [command, "--config=configs/digits.py", f"--workdir={workdir}", *FLAGS, *more]
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(small.command(*arguments), env=small.environment(), **options)
+
+
+def stop_when(process, text, number, delay=0.0):
+    """Sends the signal that long after a line with this text; what was said, and the seconds that it then took."""
+    said, asked = [], []
+
+    def ask():
+        time.sleep(delay)
+        asked.append(time.monotonic())
+        process.send_signal(number)
+
+    for line in process.stderr:
+        said.append(line)
+        if text in line and not asked:
+            threading.Thread(target=ask).start()
+    process.wait(60)
+    process.stderr.close()
+    return "".join(said), time.monotonic() - asked[0] if asked else None
+
+
+def logged(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    said, _ = stop_when(start(workdir), "never", signal.SIGTERM)
+    assert encode.load(workdir, which="latest").step == 40, said
+    return workdir
+
+
+def assert_the_same_run(workdir, whole):
+    a, b = (encode.load(w, which="latest") for w in (workdir, whole))
+    assert a.step == b.step == 40
+    jax.tree.map(np.testing.assert_array_equal, a.variables, b.variables)
+    assert logged(workdir) == logged(whole)
+    assert encode.load(workdir).step == encode.load(whole).step  # the best
+
+
+@pytest.mark.parametrize(
+    ("phase", "text", "delay"),
+    [
+        ("start-up", "300 query", 0.0),
+        ("compile", "the first compiles", 0.3),
+        ("train", "step 23/40", 0.0),
+        ("validation", "step 20/40  loss", 0.0),
+        ("validation", "step 40/40  loss", 0.01),
+        ("saving", "step 15/40", 0.0),
+    ],
+)
+def test_any_phase(tmp_path, whole, phase, text, delay):
+    number = signal.SIGINT if phase == "train" else signal.SIGTERM
+    process = start(tmp_path)
+    said, seconds = stop_when(process, text, number, delay)
+    assert process.returncode in (128 + number, 0), said  # 0: it was done already
+    assert seconds < 30 and "Traceback" not in said, said
+    if process.returncode and "is saved" in said:
+        saved = int(said.rpartition(" after step ")[2].split(",")[0])
+        assert encode.load(tmp_path, which="latest").step == saved
+    elif process.returncode:
+        assert phase in ("start-up", "compile"), said
+    again, _ = stop_when(start(tmp_path), "never", number)
+    assert "Traceback" not in again
+    assert_the_same_run(tmp_path, whole)
+
+
+def test_validation_that_was_cut_off_is_made_up_for(tmp_path, whole):
+    """A validation that takes long: by images encoded one at a time."""
+    process = start(tmp_path, "--config.eval.batch_size=1")
+    said, seconds = stop_when(process, "step 10/40  loss", signal.SIGTERM, 0.05)
+    assert process.returncode == 128 + signal.SIGTERM and seconds < 30, said
+    assert "after step 10, which is saved" in said and "step 10/40  validation" not in said, said
+    again, _ = stop_when(start(tmp_path), "never", signal.SIGTERM)
+    assert again.index("step 10/40  validation") < again.index("step 11/40")
+    assert_the_same_run(tmp_path, whole)
+
+
+def test_twice_is_at_once(tmp_path):
+    process = start(tmp_path, "--config.train.total_steps=1000000", "--config.eval.every_steps=0")
+    for line in process.stderr:
+        if "step 5/" in line:
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGINT)
+            break
+    process.stderr.read()
+    process.stderr.close()
+    assert process.wait(20) == 130
+
+
+def test_other_commands_stop_and_leave_nothing_behind(run, images, tmp_path):
+    out = tmp_path / "index"
+    command = small.command("index", f"--workdir={run}", f"--images={images}", f"--out={out}")
+    process = subprocess.Popen(command, env=small.environment(), stderr=subprocess.PIPE, text=True)
+    time.sleep(1.5)  # it is importing, restoring or encoding
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode in (143, -15, 0), said
+    assert process.returncode == 0 or list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_come_to_a_point_is_ended(tmp_path):
+    code = (
+        "import time; from tcq import signals; signals.GRACE = 1.0; signals.install()\n"
+        "with signals.deferred():\n"
+        "    print('ready', flush=True)\n"
+        "    while True: time.sleep(0.1)"
+    )
+    process = subprocess.Popen(
+        [small.command()[0], "-c", code],
+        env=small.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 143 and "SIGTERM: not at a point to stop at within 1 s" in said
+
+
+def test_stopped_outside_of_what_looks_by_itself(monkeypatch):
+    monkeypatch.setattr(signals, "_asked", [])
+    with signals.deferred():
+        signals._handle(signal.SIGTERM, None)
+        assert signals.asked() == "SIGTERM"
+    with pytest.raises(signals.Stopped, match="stopped by SIGTERM") as caught:
+        signals.check()
+    assert caught.value.status == 143
+    with pytest.raises(KeyboardInterrupt):
+        signals._handle(signal.SIGINT, None)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_signals_and_kills_at_random_moments(tmp_path):
+    """Forty times, at any moment from the start of the process on."""
+    flags = ["--config.train.total_steps=4000", "--config.train.log_every_steps=100", "--config.eval.every_steps=400"]
+    flags += ["--config.checkpoint.every_steps=150"]
+    stop_when(start(tmp_path / "whole", *flags), "never", signal.SIGTERM)
+    chance, codes = random.Random(0), []
+    for _ in range(40):
+        process = start(tmp_path / "parts", *flags)
+        threading.Timer(chance.uniform(2, 15), process.send_signal, [chance.choice([9, 9, 15, 2])]).start()
+        said = process.stderr.read()
+        process.stderr.close()
+        codes.append(process.wait(60))
+        assert codes[-1] in (0, -9, 143, 130, -15, -2) and "Traceback" not in said, said
+    stop_when(start(tmp_path / "parts", *flags), "never", signal.SIGTERM)
+    assert len(set(codes)) > 2
+    a, b = (encode.load(tmp_path / w, which="latest") for w in ("whole", "parts"))
+    assert a.step == b.step == 4000
+    jax.tree.map(np.testing.assert_array_equal, a.variables, b.variables)
+    assert logged(tmp_path / "whole") == logged(tmp_path / "parts")
+    assert not list((tmp_path / "parts").glob(f"{checkpoint.FOLDER}_damaged"))
