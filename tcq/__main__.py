@@ -164,14 +164,17 @@ def _parser() -> argparse.ArgumentParser:
         "--unverified", action="store_true", help="take other files than the published ones, of the same layout"
     )
 
-    for joined in (train, evaluate, index):
+    doctor = command("doctor", "check versions, devices, and whether a config and its images fit them")
+    doctor.add_argument("--config", metavar="FILE[:ARG]")
+    doctor.add_argument("--workdir", type=os.path.expanduser, help="is it shared and writable, what does it hold")
+    doctor.add_argument("--expect_processes", type=_positive, metavar="N", help="a problem if there are more or fewer")
+    doctor.add_argument("--expect_devices", type=_positive, metavar="N", help="of all processes, likewise")
+
+    for joined in (train, evaluate, index, doctor):
         joined.add_argument("--distributed", action="store_true", help="one process of several, as JAX detects it")
         joined.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where JAX does not detect it")
         joined.add_argument("--processes", type=_positive, metavar="N", help="how many, then")
         joined.add_argument("--process_id", type=int, metavar="I", help="which of them this is, from 0")
-
-    doctor = command("doctor", "check versions, devices, and whether a config and its images fit them")
-    doctor.add_argument("--config", metavar="FILE[:ARG]")
     return parser
 
 
@@ -291,7 +294,8 @@ def _prepare(arguments: argparse.Namespace, _: list[str]) -> int:
 def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from tcq import doctor
 
-    lines, problems = doctor.report(arguments.config, overrides)
+    expected = doctor.Expected(arguments.expect_processes, arguments.expect_devices)
+    lines, problems = doctor.report(arguments.config, overrides, workdir=arguments.workdir, expected=expected)
     print("\n".join(lines))
     for problem in problems:
         print(f"tcq doctor: {problem}", file=sys.stderr)
