@@ -2,7 +2,7 @@
 
 A folder with codes.npy (N, M), paths.json, encoder.npz (its variables), config.json and meta.json (format, count and a
 SHA-256 of every other file). It needs nothing else: the workdir it came from may be gone. Writing happens in a new folder
-beside it, which takes its place at once.
+beside it, which takes its place at once; the one before the last change stays beside it, hidden, until the next.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from tcq import config as configs
 from tcq import encode, processes, ranking, validation
 from tcq.data import sources
 from tcq.data.images import ImageError, decode, resize_of
+from tcq.journal import say
 from tcq.models import retriever
 
 FORMAT = 2
@@ -31,6 +32,10 @@ FILES = ("codes.npy", "paths.json", "encoder.npz", "config.json", "skipped.jsonl
 
 class IndexFileError(ValueError):
     """The index cannot be built, opened or changed; the message says why."""
+
+
+class DamagedError(IndexFileError):
+    """Its files are not what was written."""
 
 
 class Index(NamedTuple):
@@ -70,15 +75,35 @@ def build(
 
 
 def open_index(path: str | Path) -> Index:
-    """Opens and verifies an index. Raises IndexFileError if it is missing, incomplete, damaged, or of another format."""
+    """Opens and verifies an index.
+
+    Where it is damaged the one before its last change is opened, if it is still there, and that is said loudly.
+    Raises IndexFileError if it is missing, incomplete, damaged, or of another format.
+    """
     path = Path(path)
+    try:
+        return _open(path)
+    except DamagedError as error:
+        try:
+            index = _open(_previous(path))
+        except IndexFileError:
+            raise error from None
+        say(f"DAMAGED: {error}")
+        say(f"GOING BACK to the index before its last change, with {len(index.paths):,} images")
+        return index
+
+
+def _previous(path: Path) -> Path:
+    """Where the index stays that a change replaced."""
+    return path.resolve().with_name(f".{path.resolve().name}.previous")
+
+
+def _open(path: Path) -> Index:
     meta = _meta(path)
     for name, digest in meta["sha256"].items():
         file = path / name
         if not file.is_file() or _sha256(file) != digest:
-            raise IndexFileError(
-                f"{str(file)!r} is {'damaged' if file.is_file() else 'missing'}: build the index again"
-            )
+            raise DamagedError(f"{str(file)!r} is {'damaged' if file.is_file() else 'missing'}: build the index again")
     config = configs.from_json((path / "config.json").read_text())
     codes = np.load(path / "codes.npy", allow_pickle=False)
     with np.load(path / "encoder.npz", allow_pickle=False) as saved:
@@ -197,14 +222,14 @@ def _write(
         }
         (half / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
         if out.exists():
-            old = half.with_name(half.name + ".old")
+            old = _previous(out)
+            shutil.rmtree(old, ignore_errors=True)
             out.rename(old)
             try:
                 half.rename(out)
             except OSError:
                 old.rename(out)
                 raise
-            shutil.rmtree(old)
         else:
             half.rename(out)
     finally:
@@ -213,13 +238,13 @@ def _write(
 
 def _meta(path: Path) -> dict[str, Any]:
     if not path.is_dir():
-        raise IndexFileError(f"index {str(path)!r} {'is not a folder' if path.exists() else 'does not exist'}")
+        raise DamagedError(f"index {str(path)!r} {'is not a folder' if path.exists() else 'does not exist'}")
     try:
         meta = json.loads((path / "meta.json").read_text())
         found = meta["format"]
         missing = set(FILES) - meta["sha256"].keys()
     except (OSError, ValueError, KeyError, TypeError):
-        raise IndexFileError(f"{str(path)!r} is not an index: it holds no readable meta.json") from None
+        raise DamagedError(f"{str(path)!r} is not an index: it holds no readable meta.json") from None
     if found != FORMAT or missing:
         raise IndexFileError(
             f"index {str(path)!r} has format {found}, this version of tcq reads {FORMAT}: build it again"
