@@ -234,7 +234,8 @@ def really_run(arguments: argparse.Namespace) -> None:
 
     def body(a: Any, b: Any) -> Any:
         def loss(a: Any, b: Any) -> Any:
-            options = {"temperature": TEMPERATURE, "clip": clip, "axis_name": "i", "gather": arguments.gather}
+            count = int(0.01 * (2 * DEVICES * len(a) - 2))
+            options = {"temperature": TEMPERATURE, "clip": count, "axis_name": "i", "gather": arguments.gather}
             return losses.nt_xent(a, b, **options)[0]
 
         return jax.value_and_grad(loss, (0, 1))(a, b)
