@@ -63,6 +63,10 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     try:
         signals.install()
+        if arguments.command in COMPILES:
+            from tcq import parallel
+
+            parallel.keep_compiled()
         return RUN[arguments.command](arguments, overrides)
     except signals.Stopped as stopped:
         print(f"tcq {arguments.command}: {stopped}", file=sys.stderr)
@@ -93,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", "train a model, or go on with one; --config.group.key=value overrides a key")
     train.add_argument("--config", required=True, metavar="FILE[:ARG]", help="for example configs/digits.py")
     train.add_argument("--workdir", type=os.path.expanduser, required=True, help="where everything of this run is kept")
+    train.add_argument("--allow_changes", action="store_true", help="go on with another config than the run began with")
     train.add_argument(
         "--profile", type=_steps, metavar="FIRST:BEHIND", help="write a trace of these steps to the workdir"
     )
@@ -197,7 +202,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from tcq import config, train
 
     found = config.load(arguments.config, overrides, workdir=arguments.workdir)
-    train.train(found, arguments.workdir, profile=arguments.profile)
+    train.train(found, arguments.workdir, profile=arguments.profile, allow_changes=arguments.allow_changes)
     print(f"trained: {arguments.workdir}")
     if arguments.evaluate:
         _score(arguments.workdir, arguments.evaluate)
@@ -292,16 +297,18 @@ def _prepare(arguments: argparse.Namespace, _: list[str]) -> int:
 
 
 def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from tcq import doctor
+    from tcq import doctor, processes
 
     expected = doctor.Expected(arguments.expect_processes, arguments.expect_devices)
     lines, problems = doctor.report(arguments.config, overrides, workdir=arguments.workdir, expected=expected)
     print("\n".join(lines))
-    for problem in problems:
-        print(f"tcq doctor: {problem}", file=sys.stderr)
+    if processes.first():
+        for problem in problems:
+            print(f"tcq doctor: {problem}", file=sys.stderr)
     return 2 if problems else 0
 
 
+COMPILES = ("train", "evaluate", "index", "search", "serve")
 RUN = {
     "train": _train,
     "sweep": _sweep,

@@ -55,10 +55,13 @@ def report(
         found, wrong = part()
         lines += found
         problems += wrong
-    everyone = processes.exchange(problems)
-    if processes.several():
-        return lines, list(dict.fromkeys(f"process {i}: {p}" for i, listed in enumerate(everyone) for p in listed))
-    return lines, problems
+    return lines, _of_all(processes.exchange(problems))
+
+
+def _of_all(listed: Sequence[Sequence[str]]) -> list[str]:
+    """The problems of all processes, each once, with whose it is unless it is everybody's."""
+    whose = {p: [str(i) for i, mine in enumerate(listed) if p in mine] for problems in listed for p in problems}
+    return [p if len(i) == len(listed) else f"process {', '.join(i)}: {p}" for p, i in whose.items()]
 
 
 def _machine(expected: Expected) -> tuple[list[str], list[str]]:
@@ -124,7 +127,10 @@ def _workdir(workdir: Path, config: str | None, overrides: Sequence[str]) -> tup
         except configs.ConfigError as error:
             return lines, [*problems, f"{stored}: {error}"]
         if changed:
-            problems.append(f"{str(workdir)!r} holds a run with another config: {'; '.join(changed)}")
+            problems.append(
+                f"{str(workdir)!r} holds a run with another config, which train refuses unless --allow_changes: "
+                f"{'; '.join(changed)}"
+            )
         else:
             lines.append("  it holds a run of this config, which will go on")
     if written and not existed and not any(workdir.iterdir()):

@@ -101,6 +101,8 @@ def sweep(
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(running):
                 process.terminate()
+            for process in list(running):
+                process.wait()  # each saves where it is
             raise
     rows = _report(workdir, keys, cells)
     failed = [cell for cell, done in zip(waiting, results, strict=True) if not done]

@@ -27,11 +27,14 @@ from tcq.parallel import AXIS
 ADVICE = "A lower optim.learning_rate or a higher loss.temperature may help"
 
 
-def train(config: ConfigDict, workdir: str | Path, *, profile: tuple[int, int] | None = None) -> dict[str, float]:
+def train(
+    config: ConfigDict, workdir: str | Path, *, profile: tuple[int, int] | None = None, allow_changes: bool = False
+) -> dict[str, float]:
     """Trains until the last step, going on from the newest checkpoint of the workdir; returns the last validation.
 
     Leaves config.json, metrics.jsonl, TensorBoard events, checkpoints and, where files were skipped, skipped.jsonl; with
     `profile`, a first step and the one behind the last, also a trace of these in profile/.
+    A workdir of another config is refused, or with `allow_changes` goes on with the new values, and changes.jsonl tells.
     In a run of several processes all of them call it, with one workdir that all of them see.
     Raises ConfigError, SourceError, CheckpointError, TrainError, or Stopped when asked to stop, with the state saved.
     """
@@ -47,7 +50,7 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: tuple[int, int] |
     )
     processes.same("images", {"names": splits.names_digest(source), "split": protocols.digest(split)})
     processes.same("config", configs.identity(config))
-    processes.on_first(lambda: _claim(workdir, config, source, split))
+    processes.on_first(lambda: _claim(workdir, config, source, split, allow_changes=allow_changes))
     processes.sees(workdir / "config.json")
 
     steps = configs.total_steps(config, len(split.train))
@@ -142,21 +145,27 @@ def _batches(
     )
 
 
-def _claim(workdir: Path, config: ConfigDict, source: Source, split: protocols.Split) -> None:
-    """Writes config.json into a new workdir, or refuses one that holds another run."""
-    path = workdir / "config.json"
+def _claim(workdir: Path, config: ConfigDict, source: Source, split: protocols.Split, *, allow_changes: bool) -> None:
+    """Writes config.json into a new workdir, or refuses one that holds another run, unless changes are allowed."""
+    path, changed = workdir / "config.json", []
     if path.is_file():
         changed = configs.differences(configs.from_json(path.read_text()), config)
-        if changed:
+        listed = "\n".join(f"  - {c}" for c in changed)
+        if changed and not allow_changes:
             raise configs.ConfigError(
-                f"{str(workdir)!r} holds a run with another config; use another --workdir, or the same values:\n"
-                + "\n".join(f"  - {c}" for c in changed)
+                f"{str(workdir)!r} holds a run with another config; use another --workdir, the same values, or "
+                f"--allow_changes:\n{listed}"
             )
+        if changed:
+            say(f"CHANGED config of {str(workdir)!r}:\n{listed}")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         half = path.with_suffix(".half")
         half.write_text(configs.to_json(config))
         half.replace(path)
+        if changed:
+            with open(workdir / "changes.jsonl", "a") as file:
+                file.write(json.dumps({"time": time.time(), "changes": changed}) + "\n")
         if source.skipped:
             (workdir / "skipped.jsonl").write_text("".join(json.dumps(s) + "\n" for s in source.skipped))
     except OSError as error:

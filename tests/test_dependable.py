@@ -15,13 +15,15 @@ from tcq import checkpoint, encode, loop, parallel, train
 from tcq import index as indexes
 
 
-def data_files(folder):
-    """What holds numbers: not the few files that Orbax does without."""
+def files(folder):
+    """All but the few that Orbax does without."""
     return [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size > 200 and "metrics" not in p.parts]
 
 
-def flip(path, chance):
-    """One random bit of a file."""
+def flip(folder, chance):
+    """One random bit of the files of a folder."""
+    found = sorted(files(folder))
+    path = chance.choices(found, [p.stat().st_size for p in found])[0]
     data = bytearray(path.read_bytes())
     place = chance.randrange(len(data))
     data[place] ^= 1 << chance.randrange(8)
@@ -36,15 +38,19 @@ def kept(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # Orbax, of reads beside the one that failed
 class TestBits:
-    def test_forty_flipped_bits_never_give_other_numbers(self, kept, tmp_path, capsys):
+    @pytest.mark.parametrize("flips", [15, pytest.param(300, marks=pytest.mark.slow)])
+    def test_flipped_bits_never_give_other_numbers(self, kept, tmp_path, capsys, flips):
         want = encode.load(kept, which="12").variables
-        chance, noticed = random.Random(0), 0
-        for i in range(40):
+        chance, noticed = random.Random(flips), 0
+        for i in range(flips):
             shutil.copytree(kept, tmp_path / "run")
-            flip(chance.choice(data_files(tmp_path / "run" / checkpoint.FOLDER / "12")), chance)
+            flip(tmp_path / "run" / checkpoint.FOLDER / "12" / "variables", chance)
             found = encode.load(tmp_path / "run", which="latest")
-            if found.step == 12:  # the bit is of something that encoding does not need
+            if found.step == 12:  # a bit that nothing depends on, such as a timestamp
                 jax.tree.map(np.testing.assert_array_equal, found.variables, want)
             else:
                 noticed += 1
@@ -55,13 +61,13 @@ class TestBits:
                 with pytest.raises(checkpoint.DamagedError, match="checkpoint 12 "):
                     encode.load(tmp_path / "run", which="12")
             shutil.rmtree(tmp_path / "run")
-        assert noticed > 5
+        assert noticed > flips / 3
 
     def test_training_goes_on_from_the_last_good_one(self, kept, tmp_path, capsys):
         shutil.copytree(kept, tmp_path / "run")
         for step in (12, 9):
-            largest = max(data_files(tmp_path / "run" / checkpoint.FOLDER / str(step)), key=lambda p: p.stat().st_size)
-            largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+            for file in files(tmp_path / "run" / checkpoint.FOLDER / str(step) / "training"):
+                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
         train.train(small.config("checkpoint.keep=3", "loss.queue=8"), tmp_path / "run")
         said = capsys.readouterr().err
         assert (
@@ -78,7 +84,7 @@ class TestBits:
 
     def test_nothing_good_is_refused(self, kept, tmp_path):
         shutil.copytree(kept, tmp_path / "run")
-        for file in data_files(tmp_path / "run" / checkpoint.FOLDER):
+        for file in files(tmp_path / "run" / checkpoint.FOLDER):
             file.write_bytes(b"")
         with pytest.raises(checkpoint.DamagedError, match=r"checkpoint 12(.|\n)*checkpoint 6"):
             encode.load(tmp_path / "run", which="latest")
@@ -128,7 +134,11 @@ class TestFinite:
         want = small.steps(body, start, [batches[0], batches[3]], 4)[-1][0]
         for a, b in zip(jax.tree.leaves(fourth.params), jax.tree.leaves(want.params), strict=True):
             assert a.shape == b.shape  # the views differ with the step, the counts of the optimizer do not
-        assert fourth.opt_state.inner_state[1][0].count == want.opt_state.inner_state[1][0].count == 2
+        counts = [
+            [int(x) for x in jax.tree.leaves(s.opt_state.inner_state) if np.asarray(x).dtype.kind == "i"]
+            for s in (fourth, want)
+        ]
+        assert counts[0] == counts[1] and set(counts[0]) == {2}
 
     def test_a_run_goes_back_once_and_then_stops_with_a_diagnosis(self, tmp_path, capsys):
         flags = (

@@ -57,7 +57,7 @@ def test_many_processes_do_what_one_does(one, images, tmp_path, count, devices):
     assert done.stdout.count("6 steps; the first compiles") == done.stdout.count("trained: ") == 1
     ours, theirs = (encode.load(home / "run", which="latest").variables for home in (tmp_path, one))
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)  # other sums, six steps on
     for here, there in zip(lines(tmp_path / "run"), lines(one / "run"), strict=True):
         for key in there.keys() - {k for k in there if k.startswith("speed/")}:
             assert here[key] == pytest.approx(there[key], rel=1e-3, abs=1e-4), key
@@ -180,7 +180,7 @@ def test_a_coordinator_that_is_not_there(tmp_path):
 def test_being_asked_to_stop_all_stop_after_one_step_and_go_on(tmp_path):
     flags = [
         *FLAGS,
-        "--config.train.total_steps=300",
+        "--config.train.total_steps=120",
         "--config.eval.every_steps=0",
         "--config.checkpoint.every_steps=1000",
     ]
@@ -197,7 +197,7 @@ def test_being_asked_to_stop_all_stop_after_one_step_and_go_on(tmp_path):
     steps = re.findall(r"\[(\d)\] tcq train: stopped by SIGTERM after step (\d+), which is saved", said)
     assert sorted(i for i, _ in steps) == ["0", "1"] and len({step for _, step in steps}) == 1, said
     stopped = int(steps[0][1])
-    assert encode.load(tmp_path / "parts", which="latest").step == stopped < 300
+    assert encode.load(tmp_path / "parts", which="latest").step == stopped < 120
     process.stdout.close()
     again = subprocess.run(command, env=small.environment(), capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and f"going on from step {stopped}" in again.stdout, again.stdout
