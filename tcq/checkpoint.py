@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from tcq import processes
+from tcq import buckets, processes
 from tcq.journal import say
 
 FOLDER = "checkpoints"
@@ -31,7 +32,8 @@ class DamagedError(CheckpointError):
 
 def open_manager(workdir: str | Path, *, keep: int = 1, writable: bool = False) -> ocp.CheckpointManager:
     """The checkpoints of a workdir; the `keep` newest and the best are preserved. Close it when done."""
-    folder = (Path(workdir) / FOLDER).resolve()
+    folder = epath.Path(buckets.join(workdir, FOLDER))
+    folder = folder if buckets.is_url(workdir) else folder.resolve()
     if not writable and not folder.is_dir():
         raise CheckpointError(f"{str(workdir)!r} holds no checkpoints: is it the --workdir of a training run?")
     best = policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
@@ -105,7 +107,7 @@ def restore_first_good(
         told.append(found[0])
         say(f"DAMAGED: {found[0]}")
         if move:
-            processes.on_first(partial(_move_away, Path(manager.directory), step))
+            processes.on_first(partial(_move_away, manager.directory, step))
             manager.reload()
     raise DamagedError("\n".join(told) or f"there is no checkpoint in {manager.directory}")
 
@@ -118,7 +120,7 @@ def restore(manager: ocp.CheckpointManager, step: int, like: Mapping[str, Any]) 
     """
     where = f"checkpoint {step} in {manager.directory}"
     target = {name: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree) for name, tree in like.items()}
-    absent = [n for n in (*target, DIGESTS) if not (Path(manager.directory) / str(step) / n).exists()]
+    absent = [n for n in (*target, DIGESTS) if not (manager.directory / str(step) / n).exists()]
     if absent:
         raise CheckpointError(f"{where} holds no {' and no '.join(absent)}: it is not whole, or an older tcq made it")
     try:
@@ -161,11 +163,11 @@ def _digests(tree: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _move_away(folder: Path, step: int) -> None:
+def _move_away(folder: epath.Path, step: int) -> None:
     place = folder.with_name(f"{folder.name}_damaged")
     place.mkdir(exist_ok=True)
-    count = len(list(place.iterdir()))
-    (folder / str(step)).rename(place / f"{step}-{count}")
+    (place / "README").write_text("Checkpoints whose files are not what was written. Nothing here is used again.\n")
+    (folder / str(step)).rename(place / f"{step}-{len(list(place.iterdir()))}")
 
 
 def _short(error: Exception) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from tcq import buckets
 from tcq.checks import ConfigError, bits, check, check_run, check_types, clip_count, flatten, nearest, total_steps
 from tcq.models import pretrained, retriever, vit
 
@@ -86,8 +87,8 @@ def load(path: str, overrides: Iterable[str] = (), *, workdir: str | Path | None
     else:
         check_types(config, _base())
         config.model.weights = os.path.abspath(os.path.expanduser(config.model.weights))
-        stored = Path(workdir, "config.json") if workdir else None
-        begun = from_json(stored.read_text()) if stored and stored.is_file() else None
+        stored = buckets.read(buckets.join(workdir, "config.json")) if workdir else None
+        begun = from_json(stored.decode()) if stored else None
         if begun and begun.model.weights == config.model.weights:
             _take_from_weights(config, arguments[1:], _of_run(begun))
             check(config, _base())
@@ -96,7 +97,9 @@ def load(path: str, overrides: Iterable[str] = (), *, workdir: str | Path | None
             check(config, _base())
             _check_weights(config)
     kind, _, folder = config.data.source.partition(":")
-    if kind == "folder" and folder:  # the workdir stores it, and may be used from elsewhere
+    if (
+        kind == "folder" and folder and not buckets.is_url(folder)
+    ):  # the workdir stores it, and may be used from elsewhere
         config.data.source = f"folder:{os.path.abspath(os.path.expanduser(folder))}"
     return config
 

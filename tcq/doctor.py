@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import jax
 
+from tcq import buckets, processes
 from tcq import config as configs
-from tcq import processes
 from tcq.data import protocols, sources, splits
 from tcq.models import retriever
 
@@ -49,7 +49,7 @@ def report(
     lines, problems = [], []
     for part in (
         lambda: _machine(expected),
-        lambda: _workdir(Path(workdir), config, overrides) if workdir else ([], []),
+        lambda: _workdir(workdir, config, overrides) if workdir else ([], []),
         lambda: _config(config, overrides) if config else ([], []),
     ):
         found, wrong = part()
@@ -92,8 +92,44 @@ def _machine(expected: Expected) -> tuple[list[str], list[str]]:
     return lines, problems
 
 
-def _workdir(workdir: Path, config: str | None, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Whether all processes can write to a workdir and see what the others write, what it holds, and how much room it has."""
+def _workdir(workdir: str | Path, config: str | None, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Whether all processes can write to a workdir, and what it holds."""
+    if buckets.is_url(workdir):
+        lines, problems = _bucket(str(workdir))
+    else:
+        lines, problems = _shared(Path(workdir))
+    try:
+        stored = buckets.read(buckets.join(workdir, "config.json"))
+        if config and stored is not None:
+            changed = configs.differences(
+                configs.from_json(stored.decode()), configs.load(config, overrides, workdir=workdir)
+            )
+            if changed:
+                problems.append(
+                    f"{str(workdir)!r} holds a run with another config, which train refuses unless --allow_changes: "
+                    f"{'; '.join(changed)}"
+                )
+            else:
+                lines.append("  it holds a run of this config, which will go on")
+    except (configs.ConfigError, buckets.BucketError) as error:
+        problems.append(f"{workdir}: {error}")
+    return lines, problems
+
+
+def _bucket(url: str) -> tuple[list[str], list[str]]:
+    """Whether a bucket can be written and read."""
+    name = str(buckets.join(url, f".doctor-{jax.process_index()}"))
+    try:
+        buckets.write(name, b"written")
+        written = buckets.read(name) == b"written"
+        buckets.remove(name)
+    except buckets.BucketError as error:
+        return [], [f"--workdir {url!r} cannot be written on {platform.node()}: {error}"]
+    return ([f"workdir {url}: written and read"], []) if written else ([], [f"{name!r} was written, and is not there"])
+
+
+def _shared(workdir: Path) -> tuple[list[str], list[str]]:
+    """Whether a folder can be written by all processes and seen by them, and how much room it has."""
     lines, problems = [], []
     folder, mine = workdir / ".doctor", f"{jax.process_index()}"
     existed = workdir.is_dir()
@@ -118,21 +154,6 @@ def _workdir(workdir: Path, config: str | None, overrides: Sequence[str]) -> tup
         lines.append(
             f"workdir {workdir}: {shutil.disk_usage(workdir).free / 2**30:,.0f} GiB free, seen by all processes"
         )
-    stored = workdir / "config.json"
-    if config and stored.is_file():
-        try:
-            changed = configs.differences(
-                configs.from_json(stored.read_text()), configs.load(config, overrides, workdir=workdir)
-            )
-        except configs.ConfigError as error:
-            return lines, [*problems, f"{stored}: {error}"]
-        if changed:
-            problems.append(
-                f"{str(workdir)!r} holds a run with another config, which train refuses unless --allow_changes: "
-                f"{'; '.join(changed)}"
-            )
-        else:
-            lines.append("  it holds a run of this config, which will go on")
     if written and not existed and not any(workdir.iterdir()):
         processes.on_first(lambda: workdir.rmdir())
     return lines, problems

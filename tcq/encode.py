@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, UInt, UInt8
 from ml_collections import ConfigDict
 
-from tcq import augment, checkpoint, parallel, quantizer
+from tcq import augment, buckets, checkpoint, parallel, quantizer
 from tcq import config as configs
 from tcq.journal import say
 from tcq.models import pretrained, retriever, vit
@@ -60,12 +60,12 @@ def load(workdir: str | Path, *, which: str = "best") -> Encoder:
 
 def read_config(workdir: str | Path) -> ConfigDict:
     """The config that a training run left in its workdir."""
-    path = Path(workdir) / "config.json"
-    if not path.is_file():
+    text = buckets.read(buckets.join(workdir, "config.json"))
+    if text is None:
         raise checkpoint.CheckpointError(
             f"{str(workdir)!r} holds no config.json: is it the --workdir of a training run?"
         )
-    return configs.from_json(path.read_text())
+    return configs.from_json(text.decode())
 
 
 def as_weights(workdir: str | Path) -> pretrained.Weights:

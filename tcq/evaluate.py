@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tcq import baselines, encode, metrics, pictures, processes, ranking, validation
+from tcq import baselines, buckets, encode, metrics, pictures, processes, ranking, validation
 from tcq import config as configs
 from tcq.data import protocols, splits
 from tcq.data.sources import Source, open_source
@@ -58,8 +58,12 @@ def evaluate(workdir: str | Path, *, which: str = "best", overrides: Sequence[st
     such as "eval.ties=index" change the conventions of the scoring.
     Raises EvaluateError without labels or queries, or as `encode.load`, `configs.with_eval` and `open_source`.
     """
-    workdir = Path(workdir)
     encoder = encode.load(workdir, which=which)
+    with buckets.at(workdir, writes=processes.first()) as at:
+        return _evaluate(at.folder, encoder, overrides)
+
+
+def _evaluate(workdir: Path, encoder: encode.Encoder, overrides: Sequence[str]) -> dict[str, Any]:
     config = configs.with_eval(encoder.config, overrides)
     encoder = encoder._replace(config=config)
     source = open_source(config.data)

@@ -7,7 +7,6 @@ beside it, which takes its place at once; the one before the last change stays b
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,8 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Float, Int, UInt, UInt8
 
+from tcq import buckets, encode, processes, ranking, validation
 from tcq import config as configs
-from tcq import encode, processes, ranking, validation
 from tcq.data import sources
 from tcq.data.images import ImageError, decode, resize_of
 from tcq.journal import say
@@ -62,14 +61,12 @@ def build(
     The skipped files are also listed in skipped.jsonl of the index. Raises IndexFileError if `out` exists, and as
     `encode.load` and `sources.folder`; then nothing is left behind. Several processes share the work; the first one writes.
     """
-    out = Path(out)
     processes.on_first(lambda: _refuse_existing(out))
     encoder = encode.load(workdir, which=which)
     source = _read_folder(encoder, images)
     processes.same("images", source.names)
     codes = encode.codes(encoder, source.images)
-    root = Path(images).expanduser().resolve()
-    names = [str(root / name) for name in source.names]
+    names = _paths(images, source.names)
     processes.on_first(lambda: _write(out, encoder, codes, names, source.skipped))
     return len(codes), source.skipped
 
@@ -80,6 +77,8 @@ def open_index(path: str | Path) -> Index:
     Where it is damaged the one before its last change is opened, if it is still there, and that is said loudly.
     Raises IndexFileError if it is missing, incomplete, damaged, or of another format.
     """
+    if buckets.is_url(path):
+        return _open(buckets.brought(str(path)))
     path = Path(path)
     try:
         return _open(path)
@@ -148,6 +147,11 @@ def read_queries(index: Index, paths: Sequence[str | Path]) -> UInt8[np.ndarray,
     return np.stack(pictures)
 
 
+def picture_of(hit: Hit) -> str | bytes:
+    """What `decode` takes for the image of an answer. Raises BucketError."""
+    return (buckets.read(hit.path) or b"") if buckets.is_url(hit.path) else hit.path
+
+
 def draw(
     index: Index, queries: UInt8[np.ndarray, "Q H W 3"], answers: Sequence[Sequence[Hit]], out: str | Path
 ) -> None:
@@ -156,8 +160,8 @@ def draw(
 
     def picture(hit: Hit) -> np.ndarray:
         try:
-            return decode(hit.path, size=max(index.encoder.config.data.image_size, 96))
-        except ImageError:
+            return decode(picture_of(hit), size=max(index.encoder.config.data.image_size, 96))
+        except (ImageError, buckets.BucketError):
             return np.full((96, 96, 3), 128, np.uint8)
 
     captions = [[f"{h.score:.3g} {Path(h.path).name[-14:]}" for h in hits] for hits in answers]
@@ -169,25 +173,43 @@ def draw(
 
 def add(path: str | Path, images: str | Path) -> tuple[int, list[dict[str, str]]]:
     """Adds every image below a folder that is not in the index yet; returns how many, and what was skipped and why."""
+    _refuse_bucket(path)
     index = open_index(path)
     source = _read_folder(index.encoder, images)
-    root, known = Path(images).expanduser().resolve(), set(index.paths)
-    new = [i for i, name in enumerate(source.names) if str(root / name) not in known]
+    named, known = _paths(images, source.names), set(index.paths)
+    new = [i for i, name in enumerate(named) if name not in known]
     codes = encode.codes(index.encoder, source.images[np.array(new, np.int64)])
-    paths = index.paths + [str(root / source.names[i]) for i in new]
+    paths = index.paths + [named[i] for i in new]
     _write(Path(path), index.encoder, np.concatenate([index.codes, codes]), paths, source.skipped)
     return len(new), source.skipped
 
 
 def remove(path: str | Path, names: list[str]) -> int:
     """Removes images by their path, or all below a folder; returns how many. Raises IndexFileError if none is found."""
+    _refuse_bucket(path)
     index = open_index(path)
-    gone = [str(Path(n).expanduser().resolve()) for n in names]
-    keep = [i for i, p in enumerate(index.paths) if not any(p == g or p.startswith(g + os.sep) for g in gone)]
+    gone = [n.rstrip("/") if buckets.is_url(n) else str(Path(n).expanduser().resolve()) for n in names]
+    keep = [i for i, p in enumerate(index.paths) if not any(p == g or p.startswith(g + "/") for g in gone)]
     if len(keep) == len(index.paths):
         raise IndexFileError(f"none of {', '.join(names)} is in {str(path)!r}")
     _write(Path(path), index.encoder, index.codes[keep], [index.paths[i] for i in keep], [])
     return len(index.paths) - len(keep)
+
+
+def _paths(images: str | Path, names: Sequence[str]) -> list[str]:
+    """The whole names of images below a folder."""
+    if buckets.is_url(images):
+        return [str(buckets.join(images, name)) for name in names]
+    root = Path(images).expanduser().resolve()
+    return [str(root / name) for name in names]
+
+
+def _refuse_bucket(path: str | Path) -> None:
+    if buckets.is_url(path):
+        raise IndexFileError(
+            f"an index in a bucket cannot be changed, because its files could not be replaced at once: build it again, or "
+            f"bring {path} here, change it, and send it to another place"
+        )
 
 
 def _read_folder(encoder: encode.Encoder, images: str | Path) -> sources.Source:
@@ -196,10 +218,15 @@ def _read_folder(encoder: encode.Encoder, images: str | Path) -> sources.Source:
 
 
 def _write(
-    out: Path, encoder: encode.Encoder, codes: np.ndarray, paths: list[str], skipped: list[dict[str, str]]
+    out: str | Path, encoder: encode.Encoder, codes: np.ndarray, paths: list[str], skipped: list[dict[str, str]]
 ) -> None:
-    """Writes a whole index beside `out` and then puts it in its place."""
-    out = out.resolve()
+    """Writes a whole index beside `out` and then puts it in its place; to a bucket, with meta.json as the last file."""
+    if buckets.is_url(out):
+        with tempfile.TemporaryDirectory(prefix="tcq-") as here:
+            _write(Path(here, "index"), encoder, codes, paths, skipped)
+            buckets.send(Path(here, "index"), str(out), last="meta.json")
+        return
+    out = Path(out).resolve()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         half = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -264,8 +291,8 @@ def _check_variables(want: Mapping[str, Any], got: Mapping[str, Any], path: Path
         )
 
 
-def _refuse_existing(out: Path) -> None:
-    if out.exists():
+def _refuse_existing(out: str | Path) -> None:
+    if buckets.read(buckets.join(out, "meta.json")) is not None if buckets.is_url(out) else Path(out).exists():
         raise IndexFileError(f"{str(out)!r} exists: choose another --out, or delete it first")
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,11 +12,14 @@ from typing import Any, TextIO
 class Journal:
     """Opens the records of a workdir for steps after `step`; lines of later steps, left by a killed run, are dropped.
 
-    With writes=False, in a process of several that is not the first, nothing is read or written.
+    With writes=False, in a process of several that is not the first, nothing is read or written. `send` takes what was
+    written to where it belongs.
     """
 
-    def __init__(self, workdir: Path, *, step: int, writes: bool = True) -> None:
-        self._writes, self._kept = writes, set()
+    def __init__(
+        self, workdir: Path, *, step: int, writes: bool = True, send: Callable[[], None] = lambda: None
+    ) -> None:
+        self._writes, self._kept, self._send = writes, set[tuple[int, str]](), send
         if not writes:
             return
         from tensorboardX import SummaryWriter
@@ -43,6 +46,12 @@ class Journal:
         self._lines.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+
+    def keep(self) -> None:
+        """Before a checkpoint, so that a run that goes on from it has all lines up to it."""
+        if self._writes:
+            self._events.flush()
+            self._send()
 
     def close(self) -> None:
         if not self._writes:

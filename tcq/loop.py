@@ -56,7 +56,7 @@ def loop(job: Job, state: learner.TrainState) -> dict[str, float]:
     with signals.deferred():
         if start and due(start) and processes.on_first(lambda: not job.journal.has(start, "validation")):
             validated = _validate(job, state, start)  # the run was stopped before it came to that
-            checkpoint.save(job.manager, start, items(parallel.fetch(state)), score=_score(validated), replace=True)
+            _save(job, start, items(parallel.fetch(state)), score=_score(validated), replace=True)
         stream = parallel.prefetch(job.stream(start))
         for step in range(start + 1, job.steps + 1):
             processes.phase(f"step {step}, waiting for data")
@@ -68,27 +68,31 @@ def loop(job: Job, state: learner.TrainState) -> dict[str, float]:
             asked = np.full(devices, signals.asked() is not None, np.float32)
             state, logs = job.run(state, job.data, batch | {"stop": asked})
             parallel.wait_on_cpu(logs)
-            stop = before is not None and _look(
-                job, *before
-            )  # one step late, so that the device never waits for the host
+            stop, skipped = (
+                _look(job, *before) if before else (False, False)
+            )  # late: the device never waits for the host
             before = step, logs
             if step == start + 1:
                 progress.restart(step)  # the first step compiles
 
-            last, now = step == job.steps, due(step) and not stop
+            last, save = step == job.steps, stop or step % c.checkpoint.every_steps == 0
+            if last or save or due(step):
+                asked_now, skipped = _look(job, step, logs)
+                stop, before = stop or asked_now, None
+                if skipped and last:
+                    raise TooManySkipped(f"step {step:,}, the last one, is not finite")
+            now = due(step) and not stop and not skipped  # a state that gives no numbers is not scored, nor kept
             if last or step % c.train.log_every_steps == 0:
                 _log(job, step, logs, progress, rate)
             if step % c.train.compare_every_steps == 0 or step == start + 1:
                 _compare(step, state)
             if now:
-                _look(job, step, logs)
                 validated = _validate(job, state, step)
                 progress.restart(step)
-            if last or stop or step % c.checkpoint.every_steps == 0:
-                _look(job, step, logs)
+            if last or stop or (save and not skipped):
                 processes.phase(f"step {step}, saving")
                 score = _score(validated) if now else None
-                checkpoint.save(job.manager, step, items(parallel.fetch(state)), score=score)
+                _save(job, step, items(parallel.fetch(state)), score=score)
                 progress.restart(step)
             if stop:
                 _stopped(step)
@@ -109,8 +113,10 @@ def from_items(parts: dict[str, Any]) -> learner.TrainState:
     return learner.TrainState(rest["step"], params, batch_stats, rest["opt_state"], rest.get("queue", {}))
 
 
-def _look(job: Job, step: int, logs: learner.Logs) -> bool:
-    """Whether one of the processes was asked to stop. Says what was skipped; raises TooManySkipped."""
+def _look(job: Job, step: int, logs: learner.Logs) -> tuple[bool, bool]:
+    """Whether one of the processes was asked to stop, and whether the step was skipped, which is said.
+
+    Raises TooManySkipped."""
     in_a_row, stop = (float(parallel.fetch(logs[name])) for name in ("skipped_in_a_row", "stop"))
     if in_a_row:
         values = {k: float(v) for k, v in parallel.fetch(logs).items()}
@@ -120,7 +126,7 @@ def _look(job: Job, step: int, logs: learner.Logs) -> bool:
         if in_a_row >= most:
             raise TooManySkipped(f"{told}, and so were the {most} steps up to it")
         say(f"{told}: skipped, nothing was changed ({values['skipped']:.0f} in all, {in_a_row:.0f} in a row)")
-    return stop > 0
+    return stop > 0, in_a_row > 0
 
 
 def _log(job: Job, step: int, logs: learner.Logs, progress: Progress, rate: Any) -> None:
@@ -148,13 +154,18 @@ def _validate(job: Job, state: learner.TrainState, step: int) -> dict[str, float
         validated = job.validate(parallel.fetch(items(state)["variables"]), step)
     except signals.Stopped:
         if step not in job.manager.all_steps():
-            checkpoint.save(job.manager, step, items(parallel.fetch(state)), score=None)
+            _save(job, step, items(parallel.fetch(state)), score=None)
         _stopped(step)
     if validated:
         job.journal.write(step, {f"validation/{k}": v for k, v in validated.items()})
         listed = "  ".join(f"{k} {v:.4f}" for k, v in validated.items())
         say(f"step {step:,}/{job.steps:,}  validation: {listed}")
     return validated
+
+
+def _save(job: Job, step: int, parts: dict[str, Any], *, score: float | None, replace: bool = False) -> None:
+    job.journal.keep()
+    checkpoint.save(job.manager, step, parts, score=score, replace=replace)
 
 
 def _score(validated: dict[str, float]) -> float | None:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from tcq import journal, signals
+from tcq import buckets, journal, signals
 
 BEAT = 1.0  # seconds between signs of life
 SILENT = 20.0  # without one for so long, a process is taken for dead
@@ -126,9 +126,9 @@ def same(what: str, value: Any) -> None:
         )
 
 
-def sees(path: Path) -> None:
+def sees(path: str | Path) -> None:
     """Raises ProcessError in all processes, naming those that do not see a file which process 0 wrote."""
-    found = exchange([path.is_file(), platform.node()])
+    found = exchange([buckets.read(path) is not None, platform.node()])
     blind = [f"process {i} on {host}" for i, (there, host) in enumerate(found) if not there]
     if blind:
         raise ProcessError(f"{path} is not there for {', '.join(blind)}: the folder has to be shared by all processes")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from tcq import buckets
 from tcq import index as indexes
 from tcq.data.images import MAX_BYTES, ImageError, decode, resize_of
 from tcq.journal import say
@@ -62,7 +63,7 @@ def make_server(path: str | Path, *, port: int, k: int = 10) -> ThreadingHTTPSer
             try:
                 query = decode(self.rfile.read(int(length)), size=data.image_size, resize=resize_of(data))
                 found = indexes.search(index, query[None], k=k)[0]
-                hits = [{"path": h.path, "score": h.score, "image": _thumbnail(h.path)} for h in found]
+                hits = [{"path": h.path, "score": h.score, "image": _thumbnail(h)} for h in found]
                 self._answer(200, "application/json", json.dumps({"hits": hits}).encode())
             except ImageError as error:
                 self._answer(400, "application/json", json.dumps({"error": f"the query {error}"}).encode())
@@ -88,11 +89,11 @@ def serve(path: str | Path, *, port: int, k: int = 10) -> None:
         server.serve_forever()
 
 
-def _thumbnail(path: str) -> str:
+def _thumbnail(hit: indexes.Hit) -> str:
     """A data URL; only images that the index names are ever read. An image that is gone shows as nothing."""
     try:
-        pixels = decode(path, size=160)
-    except ImageError:
+        pixels = decode(indexes.picture_of(hit), size=160)
+    except (ImageError, buckets.BucketError):
         return ""
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "JPEG", quality=85)

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from tcq import checkpoint, encode, learner, parallel, processes, validation
+from tcq import buckets, checkpoint, encode, learner, parallel, processes, validation
 from tcq import config as configs
 from tcq import optimizer as optimizers
 from tcq.data import protocols, splits
@@ -32,13 +32,24 @@ def train(
 ) -> dict[str, float]:
     """Trains until the last step, going on from the newest checkpoint of the workdir; returns the last validation.
 
-    Leaves config.json, metrics.jsonl, TensorBoard events, checkpoints and, where files were skipped, skipped.jsonl; with
-    `profile`, a first step and the one behind the last, also a trace of these in profile/.
+    Leaves in it, which may be in a bucket, config.json, metrics.jsonl, TensorBoard events, checkpoints and, where files were
+    skipped, skipped.jsonl; with `profile`, a first step and the one behind the last, also a trace of these in profile/.
     A workdir of another config is refused, or with `allow_changes` goes on with the new values, and changes.jsonl tells.
     In a run of several processes all of them call it, with one workdir that all of them see.
     Raises ConfigError, SourceError, CheckpointError, TrainError, or Stopped when asked to stop, with the state saved.
     """
-    workdir = Path(workdir)
+    with buckets.at(workdir, writes=processes.first()) as at:
+        return _train(config, workdir, at, profile=profile, allow_changes=allow_changes)
+
+
+def _train(
+    config: ConfigDict,
+    workdir: str | Path,
+    at: buckets.At,
+    *,
+    profile: tuple[int, int] | None,
+    allow_changes: bool,
+) -> dict[str, float]:
     processes.phase("reading the images")
     source = open_source(config.data)
     split = splits.of_source(source, config.data)
@@ -50,8 +61,8 @@ def train(
     )
     processes.same("images", {"names": splits.names_digest(source), "split": protocols.digest(split)})
     processes.same("config", configs.identity(config))
-    processes.on_first(lambda: _claim(workdir, config, source, split, allow_changes=allow_changes))
-    processes.sees(workdir / "config.json")
+    processes.on_first(lambda: _claim(workdir, at, config, source, split, allow_changes=allow_changes))
+    processes.sees(buckets.join(workdir, "config.json"))
 
     steps = configs.total_steps(config, len(split.train))
     model = retriever.from_config(config, axis_name=AXIS)
@@ -80,8 +91,8 @@ def train(
                 encode.Encoder(config, model, variables, step), source, split
             ),
             manager=manager,
-            journal=Journal(workdir, step=int(state.step), writes=processes.first()),
-            trace=(workdir / "profile", *profile) if profile else None,
+            journal=Journal(at.folder, step=int(state.step), writes=processes.first(), send=at.send),
+            trace=(at.folder / "profile", *profile) if profile else None,
         )
         with closing(job.journal):
             try:
@@ -93,7 +104,7 @@ def train(
         state = _newest(config, model, optimizer, manager)
         if state is None:
             raise TrainError(f"{told}; there is no checkpoint to go back to. {ADVICE}")
-        with closing(Journal(workdir, step=int(state.step), writes=processes.first())) as journal:
+        with closing(Journal(at.folder, step=int(state.step), writes=processes.first(), send=at.send)) as journal:
             try:
                 return loop(job._replace(journal=journal), state)
             except TooManySkipped as error:
@@ -145,9 +156,17 @@ def _batches(
     )
 
 
-def _claim(workdir: Path, config: ConfigDict, source: Source, split: protocols.Split, *, allow_changes: bool) -> None:
+def _claim(
+    workdir: str | Path,
+    at: buckets.At,
+    config: ConfigDict,
+    source: Source,
+    split: protocols.Split,
+    *,
+    allow_changes: bool,
+) -> None:
     """Writes config.json into a new workdir, or refuses one that holds another run, unless changes are allowed."""
-    path, changed = workdir / "config.json", []
+    path, changed = at.folder / "config.json", []
     if path.is_file():
         changed = configs.differences(configs.from_json(path.read_text()), config)
         listed = "\n".join(f"  - {c}" for c in changed)
@@ -159,18 +178,19 @@ def _claim(workdir: Path, config: ConfigDict, source: Source, split: protocols.S
         if changed:
             say(f"CHANGED config of {str(workdir)!r}:\n{listed}")
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        at.folder.mkdir(parents=True, exist_ok=True)
         half = path.with_suffix(".half")
         half.write_text(configs.to_json(config))
         half.replace(path)
         if changed:
-            with open(workdir / "changes.jsonl", "a") as file:
+            with open(at.folder / "changes.jsonl", "a") as file:
                 file.write(json.dumps({"time": time.time(), "changes": changed}) + "\n")
         if source.skipped:
-            (workdir / "skipped.jsonl").write_text("".join(json.dumps(s) + "\n" for s in source.skipped))
+            (at.folder / "skipped.jsonl").write_text("".join(json.dumps(s) + "\n" for s in source.skipped))
     except OSError as error:
         raise configs.ConfigError(f"--workdir {str(workdir)!r} cannot be written: {error.strerror}") from None
-    splits.claim(workdir, source, split)
+    splits.claim(at.folder, source, split)
+    at.send()
 
 
 def _some(names: list[str]) -> str:

@@ -90,7 +90,7 @@ def test_codeword_usage_counts_perplexity():
     np.testing.assert_allclose(share, [[0.25] * 4, [1, 0, 0, 0]])
     np.testing.assert_allclose(quantizer.codeword_usage(share), [4, 1], rtol=1e-6)
     expected = np.exp(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)))
-    np.testing.assert_allclose(quantizer.codeword_usage([[0.75, 0.25, 0, 0]]), [expected], rtol=1e-6)
+    np.testing.assert_allclose(quantizer.codeword_usage(np.array([[0.75, 0.25, 0, 0]])), [expected], rtol=1e-6)
 
 
 def test_errors_carry_the_numbers(x_and_codebooks, untyped):

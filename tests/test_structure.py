@@ -33,6 +33,7 @@ FLOORS = {
     "tcq.data.cifar10": 2,
     "tcq.data.mirflickr25k": 2,
     "tcq.data.nus_wide": 2,
+    "tcq.buckets": 2,
     "tcq.checkpoint": 2,
     "tcq.processes": 2,
     "tcq.signals": 2,
@@ -59,6 +60,7 @@ FLOORS = {
 PEERS_ALLOWED = {0, 1, 2}  # floors whose files may import one another
 OUTSIDE = {0: {"jax", "numpy", "jaxtyping", "math", "typing", "collections", "functools"}}
 ONLY_IN = {
+    "fsspec": {"tcq.buckets"},
     "orbax": {"tcq.checkpoint"},
     "grain": {"tcq.data.loader"},
     "faiss": {"tcq.baselines", "tcq.clusters", "tcq.export"},

@@ -298,7 +298,7 @@ class TestRun:
 
     def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(self, tmp_path):
         c = small.config("optim.learning_rate=1e30", "optim.name=sgd", "optim.clip_norm=0", "optim.warmup_steps=4")
-        with pytest.raises(train.TrainError, match=r"\w+ is (nan|inf) at step \d+: training stopped"):
+        with pytest.raises(train.TrainError, match=r"not finite|is (nan|inf) at step \d+"):
             train.train(c, tmp_path)
         try:
             saved = final_params(tmp_path)

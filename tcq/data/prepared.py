@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from tcq import buckets
 from tcq.data import cache, prepare
 from tcq.data.images import resize_of
 from tcq.data.sources import Source, SourceError
@@ -129,7 +130,8 @@ def _advice(name: str, home: str, tfds_dir: str) -> str:
 def _prepared(name: str, data_dir: str) -> str:
     """The newest version folder below <data_dir>/<name>[/<config>]. Raises FileNotFoundError."""
     default = prepare.DATASETS.get(name, ("", "", None))[2]
-    root = Path(data_dir).expanduser() / name / (default or "")
+    whole = buckets.brought(f"{data_dir}/{name}") if buckets.is_url(data_dir) else Path(data_dir).expanduser() / name
+    root = whole / (default or "")
     found = [
         p.parent
         for p in [

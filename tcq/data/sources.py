@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int64, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
+from tcq import buckets
 from tcq.data import cache, protocols
 from tcq.data.images import WHOLE, Resize, decode, resize_of
 
@@ -62,14 +63,14 @@ def _open(data: ConfigDict) -> Source:
 
 
 def folder(path: str | Path, *, size: int, resize: Resize = WHOLE, cache_dir: str = "") -> Source:
-    """Every image below a folder, in the order of their paths; what cannot be decoded is listed in `skipped`.
+    """Every image below a folder, here or in a bucket, in the order of their paths; what cannot be decoded is listed in `skipped`.
 
     Where every image lies in a sub-folder and there are at least two, the names of those sub-folders are the labels (below
     the first folder that holds more than one). Hidden files and folders are left out, linked folders are followed. The
     decoded images are cached under a key made of paths, sizes, times and the decoding rule.
     Raises SourceError if the path is no folder or holds no image.
     """
-    root = Path(path).expanduser()
+    root = buckets.brought(str(path)) if buckets.is_url(path) else Path(path).expanduser()
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
         raise SourceError(f"image folder {str(root)!r} {what}")
