@@ -78,7 +78,11 @@ class TestBits:
         again, want = (encode.load(w, which="12").variables for w in (tmp_path / "run", kept))
         jax.tree.map(np.testing.assert_array_equal, again, want)
         damaged = tmp_path / "run" / f"{checkpoint.FOLDER}_damaged"
-        assert sorted(p.name.partition("-")[0] for p in damaged.iterdir()) == ["12", "9", "README"]  # nothing is thrown away
+        assert sorted(p.name.partition("-")[0] for p in damaged.iterdir()) == [
+            "12",
+            "9",
+            "README",
+        ]  # nothing is thrown away
         logged = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
         assert [s for s in range(1, 13) if s not in logged] == []
 
