@@ -18,7 +18,7 @@ $(VENV)/installed-test: $(VENV)/installed requirements-test.txt
 
 demo: $(VENV)/installed
 	$(BIN)/python -m tcq train --config=configs/digits.py --workdir=runs/demo
-	$(BIN)/python -m tcq evaluate --workdir=runs/demo --checkpoint=latest --recorded=benchmarks/digits_without_clipping.json
+	$(BIN)/python -m tcq evaluate --workdir=runs/demo --checkpoint=latest --recorded=benchmarks/digits.json
 
 test: $(VENV)/installed-test check
 	$(BIN)/python -m pytest -n auto --dist worksteal
