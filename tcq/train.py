@@ -61,7 +61,7 @@ def _train(
     )
     processes.same("images", {"names": splits.names_digest(source), "split": protocols.digest(split)})
     processes.same("config", configs.identity(config))
-    processes.on_first(lambda: _claim(workdir, at, config, source, split, allow_changes=allow_changes))
+    changed = processes.on_first(lambda: _claim(workdir, at, config, source, split, allow_changes=allow_changes))
     processes.sees(buckets.join(workdir, "config.json"))
 
     steps = configs.total_steps(config, len(split.train))
@@ -70,6 +70,8 @@ def _train(
     processes.phase("opening checkpoints")
     with closing(checkpoint.open_manager(workdir, keep=config.checkpoint.keep, writable=True)) as manager:
         state = _newest(config, model, optimizer, manager)
+        if changed:
+            processes.on_first(lambda: _change(at, config, changed))
         if state is None:  # drawn, because folders are in the order of their classes
             processes.phase("initialising")
             drawn = np.random.RandomState(config.train.seed).permutation(split.train)[: config.quantizer.init_images]
@@ -164,33 +166,42 @@ def _claim(
     split: protocols.Split,
     *,
     allow_changes: bool,
-) -> None:
-    """Writes config.json into a new workdir, or refuses one that holds another run, unless changes are allowed."""
+) -> list[str]:
+    """Writes config.json into a new workdir, or refuses one that holds another run; the changes, where these are allowed."""
     path, changed = at.folder / "config.json", []
     if path.is_file():
         changed = configs.differences(configs.from_json(path.read_text()), config)
-        listed = "\n".join(f"  - {c}" for c in changed)
-        if changed and not allow_changes:
-            raise configs.ConfigError(
-                f"{str(workdir)!r} holds a run with another config; use another --workdir, the same values, or "
-                f"--allow_changes:\n{listed}"
-            )
-        if changed:
-            say(f"CHANGED config of {str(workdir)!r}:\n{listed}")
+    if changed and not allow_changes:
+        raise configs.ConfigError(
+            f"{str(workdir)!r} holds a run with another config; use another --workdir, the same values, or "
+            f"--allow_changes:\n" + "\n".join(f"  - {c}" for c in changed)
+        )
     try:
         at.folder.mkdir(parents=True, exist_ok=True)
-        half = path.with_suffix(".half")
-        half.write_text(configs.to_json(config))
-        half.replace(path)
-        if changed:
-            with open(at.folder / "changes.jsonl", "a") as file:
-                file.write(json.dumps({"time": time.time(), "changes": changed}) + "\n")
+        if not changed:
+            _write_config(at, config)
         if source.skipped:
             (at.folder / "skipped.jsonl").write_text("".join(json.dumps(s) + "\n" for s in source.skipped))
     except OSError as error:
         raise configs.ConfigError(f"--workdir {str(workdir)!r} cannot be written: {error.strerror}") from None
     splits.claim(at.folder, source, split)
     at.send()
+    return changed
+
+
+def _change(at: buckets.At, config: ConfigDict, changed: list[str]) -> None:
+    """The run goes on with another config, now that its checkpoint fits it."""
+    say("CHANGED config:\n" + "\n".join(f"  - {c}" for c in changed))
+    with open(at.folder / "changes.jsonl", "a") as file:
+        file.write(json.dumps({"time": time.time(), "changes": changed}) + "\n")
+    _write_config(at, config)
+    at.send()
+
+
+def _write_config(at: buckets.At, config: ConfigDict) -> None:
+    half = at.folder / "config.half"
+    half.write_text(configs.to_json(config))
+    half.replace(at.folder / "config.json")
 
 
 def _some(names: list[str]) -> str:

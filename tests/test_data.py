@@ -258,6 +258,14 @@ class TestTfds:
         assert found.classes == ["circle", "square", "star"]
         np.testing.assert_array_equal(found.images[7], fake_tfds.pixels(7))
 
+    def test_in_a_bucket(self, prepared):
+        import fsspec
+
+        fsspec.filesystem("memory").put(f"{prepared}/tiny_shapes/", "/data/tiny_shapes", recursive=True)
+        here, there = (sources.open_source(self.config(p, "tiny_shapes")) for p in (prepared, "memory://data"))
+        assert here.names == there.names
+        np.testing.assert_array_equal(here.images, there.images)
+
     def test_tensorflow_is_not_imported(self, prepared):
         import subprocess
         import sys

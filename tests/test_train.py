@@ -315,6 +315,22 @@ class TestRun:
         assert train.train(small.config(*flags, "data.validation=0"), tmp_path / "b") == {}
         assert encode.load(tmp_path / "b").step == 4
 
+    def test_changes_are_allowed_where_asked_for_and_told(self, tmp_path, capsys):
+        first = small.config("train.total_steps=4", "eval.every_steps=0")
+        train.train(first, tmp_path)
+        before = (tmp_path / "config.json").read_text()
+        with pytest.raises(checkpoint.CheckpointError, match="does not fit the model"):
+            train.train(small.config("model.width=24"), tmp_path, allow_changes=True)
+        assert (tmp_path / "config.json").read_text() == before and not (tmp_path / "changes.jsonl").exists()
+        later = small.config("train.total_steps=6", "eval.every_steps=0", "loss.temperature=0.5")
+        with pytest.raises(configs.ConfigError, match="or --allow_changes"):
+            train.train(later, tmp_path)
+        train.train(later, tmp_path, allow_changes=True)
+        assert "CHANGED config:" in capsys.readouterr().err and encode.load(tmp_path, which="latest").step == 6
+        assert encode.read_config(tmp_path).loss.temperature == 0.5
+        changes = [json.loads(line)["changes"] for line in (tmp_path / "changes.jsonl").read_text().splitlines()]
+        assert len(changes) == 1 and any("loss.temperature" in c for c in changes[0])
+
     def test_images_that_changed_are_refused(self, tmp_path):
         from test_data import write_images
 
