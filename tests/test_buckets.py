@@ -85,6 +85,7 @@ def test_a_run_in_a_bucket_is_the_run_here(run, bucket, images, tmp_path):
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # Orbax, of reads beside the one that failed
+@pytest.mark.slow
 def test_a_flipped_bit_in_a_bucket(run, bucket, capsys):
     bucket.copy("gs://bucket/run", "gs://bucket/damaged", recursive=True)
     for path in bucket.find("gs://bucket/damaged/checkpoints/12/variables"):
@@ -154,6 +155,7 @@ def test_names_that_lead_outside_are_refused(monkeypatch):
         buckets.brought("memory://evil")
 
 
+@pytest.mark.slow
 def test_several_processes_with_a_workdir_in_a_bucket(run, bucket):
     flags = [f for f in FLAGS if "workdir" not in f]
     command = ("train", "--config=configs/folder.py:gs://bucket/images", "--workdir=gs://bucket/two", *flags)

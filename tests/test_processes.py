@@ -48,7 +48,7 @@ def one(images, tmp_path_factory):
     return home
 
 
-@pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
+@pytest.mark.parametrize(("count", "devices"), [pytest.param(2, 2, marks=pytest.mark.slow), (4, 1)])
 def test_many_processes_do_what_one_does(one, images, tmp_path, count, devices):
     run = ("train", f"--config=configs/folder.py:{images}", f"--workdir={tmp_path / 'run'}", *FLAGS)
     done = small.several(count, *run, devices=devices)

@@ -72,8 +72,8 @@ def assert_the_same_run(workdir, whole):
         ("compile", "the first compiles", 0.3),
         ("train", "step 23/40", 0.0),
         ("validation", "step 20/40  loss", 0.0),
-        ("validation", "step 40/40  loss", 0.01),
-        ("saving", "step 15/40", 0.0),
+        pytest.param("validation", "step 40/40  loss", 0.01, marks=pytest.mark.slow),
+        pytest.param("saving", "step 15/40", 0.0, marks=pytest.mark.slow),
     ],
 )
 def test_any_phase(tmp_path, whole, phase, text, delay):
