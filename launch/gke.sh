@@ -40,7 +40,7 @@ case $action in
     [[ $# -gt 0 ]] || { echo "what to run is missing: $0 ... start train --config=... --workdir=..." >&2; exit 2; }
     run xpk workload create "${where[@]}" --workload="$name" --tpu-type="$type" --num-slices="$slices" --docker-image="$image" \
       --max-restarts=100 --termination-grace-period-seconds=40 \
-      --command="python -m tcq $1 --distributed $(printf '%q ' "${@:2}")"
+      --command="python -m tcq $1 --distributed ${2:+$(printf '%q ' "${@:2}")}"
     ;;
   status) run xpk workload list "${where[@]}" ;;
   delete) run xpk workload delete "${where[@]}" --workload="$name" ;;

@@ -28,7 +28,10 @@ shift || true
 
 manifest() {
   local words=''
-  for word in "$@"; do words+=", \"${word//\"/\\\"}\""; done
+  for word in "$@"; do
+    word=${word//\\/\\\\}
+    words+=", \"${word//\"/\\\"}\""
+  done
   cat <<YAML
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet

@@ -38,7 +38,13 @@ def commands(arguments: argparse.Namespace) -> list[tuple[dict[str, str], list[s
 def run(arguments: argparse.Namespace) -> int:
     """Starts all of them and waits; the exit status."""
     processes = [
-        subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        subprocess.Popen(
+            command,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # signals come from here only, once
+        )
         for environment, command in commands(arguments)
     ]
 

@@ -25,7 +25,7 @@ done
 [[ $# -gt 0 ]] || { echo "what to run is missing: $0 ... -- train --config=... --workdir=..." >&2; exit 2; }
 
 # srun passes the signal on to the processes; 143 is what they leave behind when they have saved.
-work="srun --kill-on-bad-exit=1 $python -m tcq $1 --distributed $(printf '%q ' "${@:2}")
+work="srun --kill-on-bad-exit=1 $python -m tcq $1 --distributed ${2:+$(printf '%q ' "${@:2}")}
 status=\$?
 [ \$status -ne 143 ] || scontrol requeue \$SLURM_JOB_ID
 exit \$status"

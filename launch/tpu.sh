@@ -59,9 +59,9 @@ python3 -m pip install --quiet --user uv
 ~/.local/bin/uv pip install --quiet --python venv -r tcq/requirements.txt -e './tcq[buckets]'
 ~/.local/bin/uv pip install --quiet --python venv \"jax[tpu]==\$(venv/bin/python -c 'import jax; print(jax.__version__)')\""
     ;;
-  doctor) everywhere "cd tcq && ../venv/bin/tcq doctor --distributed $(printf '%q ' "$@")" ;;
+  doctor) everywhere "cd tcq && ../venv/bin/tcq doctor --distributed ${*:+$(printf '%q ' "$@")}" ;;
   train | evaluate | index)
-    everywhere "cd tcq && { nohup ../venv/bin/tcq $action --distributed $(printf '%q ' "$@")> ../tcq.log 2>&1 & echo \$! > ../tcq.pid; }"
+    everywhere "cd tcq && { nohup ../venv/bin/tcq $action --distributed ${*:+$(printf '%q ' "$@")}> ../tcq.log 2>&1 & echo \$! > ../tcq.pid; }"
     ;;
   logs) vm ssh --worker=0 --command='tail -n 100 -F tcq.log' ;;
   stop) everywhere "kill -TERM \$(cat tcq.pid)" ;;

@@ -22,6 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may be any bytes
+    if "distributed" in arguments:
+        told = [f"--{name}" for name in ("processes", "process_id") if getattr(arguments, name) is not None]
+        if told and not arguments.coordinator:
+            parser.error(f"{' and '.join(told)} without --coordinator=HOST:PORT, where process 0 is")
+        if arguments.coordinator and len(told) < 2:
+            parser.error("--coordinator needs --processes=N and --process_id=I, different for each of them")
     if "distributed" in arguments and (arguments.distributed or arguments.coordinator):
         return _one_of_several(arguments, overrides)
     return _run(arguments, overrides)
@@ -43,6 +49,9 @@ def _one_of_several(arguments: argparse.Namespace, overrides: list[str]) -> int:
     except processes.ProcessError as error:
         print(f"tcq {arguments.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except jax.errors.JaxRuntimeError:
         traceback.print_exc()
         processes.wait_for_blame()
@@ -52,6 +61,8 @@ def _one_of_several(arguments: argparse.Namespace, overrides: list[str]) -> int:
         traceback.print_exc()
         processes.fail(f"{type(error).__name__}: {error}", 1)
         return 1
+    if status > 128:
+        processes.stopped(status)
     if status:
         processes.fail(f"status {status}, see its log", status)
     processes.leave()

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from tcq.journal import say
+from tcq.journal import moved, say
 
 EVERY = 60.0  # seconds
 AT_ONCE = 256  # files asked for together
@@ -73,7 +73,7 @@ def brought(url: str) -> Path:
         new = [n for n, mark in there.items() if had.get(n) != mark or not (folder / n).is_file()]
         _fetch(fs, inside, new, folder, url)
         folder.mkdir(parents=True, exist_ok=True)
-        half = listed.with_suffix(".half")
+        half = listed.with_suffix(f".half-{os.getpid()}")
         half.write_text(json.dumps(there))
         half.replace(listed)
     return folder
@@ -186,6 +186,7 @@ def _fetch(fs: Any, inside: str, names: list[str], folder: Path, url: str) -> No
         fs.get([f"{inside}/{name}" for name in some], halves)
         for half, name in zip(halves, some, strict=True):
             os.replace(half, folder / name)
+        moved()
         done = first + len(some)
         if time.monotonic() - said > 5 or (done == len(names) and said > start):
             said = time.monotonic()

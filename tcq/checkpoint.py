@@ -12,14 +12,21 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from tcq import buckets, processes
+from tcq import buckets, processes, signals
 from tcq.journal import say
 
 FOLDER = "checkpoints"
 _UNSCORED = -1e30  # ranks below every score; Orbax would call NaN the best, and keep every checkpoint without a score
 
-
 DIGESTS = "digests"
+MOVED, REPLACED = "damaged", "replaced"
+WORDS = {
+    MOVED: "Checkpoints whose files are not what was written. Nothing here is used again.\n",
+    REPLACED: "A checkpoint until the same one with its score is written.\n",
+}
+
+
+_NOT_DAMAGE = (MemoryError, PermissionError, TimeoutError, ConnectionError)
 
 
 class CheckpointError(ValueError):
@@ -43,7 +50,11 @@ def open_manager(workdir: str | Path, *, keep: int = 1, writable: bool = False) 
         create=writable,
         cleanup_tmp_directories=writable,
     )
-    return ocp.CheckpointManager(folder, options=options)
+    if writable:
+        processes.on_first(lambda: _put_back(folder))
+    manager = ocp.CheckpointManager(folder, options=options)
+    processes.same("checkpoints", sorted(manager.all_steps()))
+    return manager
 
 
 def save(
@@ -59,12 +70,17 @@ def save(
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
             if np.asarray(x).dtype.kind == "f" and not np.isfinite(x).all():
                 raise CheckpointError(f"{name}{jax.tree_util.keystr(path)} is not finite at step {step}: not saved")
-    if replace and step in manager.all_steps():
-        manager.delete(step)
+    aside = replace and step in manager.all_steps()
+    if aside:  # it stays until the new one is there
+        processes.on_first(lambda: _move_away(manager.directory, step, REPLACED))
+        manager.reload()
     rank = _UNSCORED if score is None or not np.isfinite(score) else float(score)
     items = {name: ocp.args.PyTreeSave(tree) for name, tree in state.items()}
     items[DIGESTS] = ocp.args.JsonSave(digests)
     manager.save(step, args=ocp.args.Composite(**items), metrics={"score": rank})
+    if aside:
+        manager.wait_until_finished()
+        processes.on_first(lambda: _beside(manager.directory, REPLACED).rmtree())
 
 
 def in_order(manager: ocp.CheckpointManager, which: str) -> list[int]:
@@ -96,18 +112,21 @@ def restore_first_good(
     told: list[str] = []
     for step in steps:
         try:
-            restored, damage = restore(manager, step, like), None
+            with signals.deferred():
+                restored, damage = restore(manager, step, like), None
         except DamagedError as error:
             restored, damage = {}, str(error)
+        processes.agree_to_stop()
         found = [d for d in processes.exchange(damage) if d]
         if not found:
             if told:
                 say(f"GOING BACK to checkpoint {step}, which is as it was written")
+            processes.same("checkpoint", step)
             return step, restored
         told.append(found[0])
         say(f"DAMAGED: {found[0]}")
         if move:
-            processes.on_first(partial(_move_away, manager.directory, step))
+            processes.on_first(partial(_move_away, manager.directory, step, MOVED))
             manager.reload()
     raise DamagedError("\n".join(told) or f"there is no checkpoint in {manager.directory}")
 
@@ -126,6 +145,8 @@ def restore(manager: ocp.CheckpointManager, step: int, like: Mapping[str, Any]) 
     try:
         digests = manager.restore(step, args=ocp.args.Composite(**{DIGESTS: ocp.args.JsonRestore()}))[DIGESTS]
         stored = {name: {key: tuple(leaf["shape"]) for key, leaf in digests[name].items()} for name in target}
+    except _NOT_DAMAGE as error:
+        raise CheckpointError(f"{where} cannot be read now: {_short(error)}") from None
     except Exception as error:  # Orbax, JSON and TensorStore raise many kinds
         raise DamagedError(f"{where} has no readable digests: {_short(error)}") from None
     for name, tree in target.items():
@@ -146,6 +167,8 @@ def restore(manager: ocp.CheckpointManager, step: int, like: Mapping[str, Any]) 
             for key, leaf in _digests(restored[name]).items()
             if leaf["sha256"] != digests[name][key]["sha256"]
         ]
+    except _NOT_DAMAGE as error:
+        raise CheckpointError(f"{where} cannot be read now: {_short(error)}") from None
     except Exception as error:
         raise DamagedError(f"{where} cannot be read: {_short(error)}") from None
     if bad:
@@ -163,11 +186,27 @@ def _digests(tree: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _move_away(folder: epath.Path, step: int) -> None:
-    place = folder.with_name(f"{folder.name}_damaged")
+def _beside(folder: epath.Path, what: str) -> epath.Path:
+    return folder.with_name(f"{folder.name}_{what}")
+
+
+def _move_away(folder: epath.Path, step: int, what: str) -> None:
+    place = _beside(folder, what)
     place.mkdir(exist_ok=True)
-    (place / "README").write_text("Checkpoints whose files are not what was written. Nothing here is used again.\n")
-    (folder / str(step)).rename(place / f"{step}-{len(list(place.iterdir()))}")
+    (place / "README").write_text(WORDS[what])  # in a bucket it makes the folder
+    name = f"{step}-{len(list(place.iterdir()))}" if what == MOVED else f"{step}"
+    (folder / str(step)).rename(place / name)
+
+
+def _put_back(folder: epath.Path) -> None:
+    """A checkpoint whose replacement was not written to its end."""
+    place = _beside(folder, REPLACED)
+    if not place.exists():
+        return
+    for kept in place.iterdir():
+        if kept.name.isdecimal() and not (folder / kept.name).exists():
+            kept.rename(folder / kept.name)
+    place.rmtree()
 
 
 def _short(error: Exception) -> str:

@@ -132,7 +132,7 @@ def _shared(workdir: Path) -> tuple[list[str], list[str]]:
     """Whether a folder can be written by all processes and seen by them, and how much room it has."""
     lines, problems = [], []
     folder, mine = workdir / ".doctor", f"{jax.process_index()}"
-    existed = workdir.is_dir()
+    existed = any(processes.exchange(workdir.is_dir()))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / mine).write_text(platform.node())
@@ -148,14 +148,14 @@ def _shared(workdir: Path) -> tuple[list[str], list[str]]:
             f"--workdir {str(workdir)!r} is not shared: on {platform.node()} what process {', '.join(map(str, missing))} wrote "
             f"is not seen"
         )
+    if written:
+        room = f"{shutil.disk_usage(workdir).free / 2**30:,.0f} GiB free"
+        lines.append(f"workdir {workdir}: {room}{'' if missing else ', seen by all processes'}")
     processes.exchange(seen)
     shutil.rmtree(folder, ignore_errors=True)
-    if written:
-        lines.append(
-            f"workdir {workdir}: {shutil.disk_usage(workdir).free / 2**30:,.0f} GiB free, seen by all processes"
-        )
-    if written and not existed and not any(workdir.iterdir()):
-        processes.on_first(lambda: workdir.rmdir())
+    processes.exchange(None)
+    if written and not existed and processes.first() and not any(workdir.iterdir()):
+        workdir.rmdir()
     return lines, problems
 
 

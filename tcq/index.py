@@ -180,7 +180,9 @@ def add(path: str | Path, images: str | Path) -> tuple[int, list[dict[str, str]]
     new = [i for i, name in enumerate(named) if name not in known]
     codes = encode.codes(index.encoder, source.images[np.array(new, np.int64)])
     paths = index.paths + [named[i] for i in new]
-    _write(Path(path), index.encoder, np.concatenate([index.codes, codes]), paths, source.skipped)
+    processes.same("images", paths)
+    both = np.concatenate([index.codes, codes])
+    processes.on_first(lambda: _write(path, index.encoder, both, paths, source.skipped))
     return len(new), source.skipped
 
 
@@ -192,7 +194,8 @@ def remove(path: str | Path, names: list[str]) -> int:
     keep = [i for i, p in enumerate(index.paths) if not any(p == g or p.startswith(g + "/") for g in gone)]
     if len(keep) == len(index.paths):
         raise IndexFileError(f"none of {', '.join(names)} is in {str(path)!r}")
-    _write(Path(path), index.encoder, index.codes[keep], [index.paths[i] for i in keep], [])
+    paths = [index.paths[i] for i in keep]
+    processes.on_first(lambda: _write(path, index.encoder, index.codes[keep], paths, []))
     return len(index.paths) - len(keep)
 
 
@@ -258,6 +261,7 @@ def _write(
                 old.rename(out)
                 raise
         else:
+            shutil.rmtree(_previous(out), ignore_errors=True)  # of another index that was here
             half.rename(out)
     finally:
         shutil.rmtree(half, ignore_errors=True)

@@ -93,6 +93,16 @@ class Progress:
 quiet = False  # another process speaks for this one
 
 
+class Moves:
+    """How often this process got further with something that may take long."""
+
+    count = 0
+
+
+def moved() -> None:
+    Moves.count += 1
+
+
 def say(message: str) -> None:
     """A line for the person who watches, on standard error."""
     if not quiet:

@@ -49,6 +49,7 @@ def loop(job: Job, state: learner.TrainState) -> dict[str, float]:
     progress = Progress(step=start, total_steps=job.steps, batch_size=c.data.batch_size)
     validated: dict[str, float] = {}
     before: tuple[int, learner.Logs] | None = None
+    tracing = False
 
     def due(step: int) -> bool:
         return step == job.steps or bool(every and step % every == 0)
@@ -56,6 +57,7 @@ def loop(job: Job, state: learner.TrainState) -> dict[str, float]:
     with signals.deferred():
         if start and due(start) and processes.on_first(lambda: not job.journal.has(start, "validation")):
             validated = _validate(job, state, start)  # the run was stopped before it came to that
+        if validated:
             _save(job, start, items(parallel.fetch(state)), score=_score(validated), replace=True)
         stream = parallel.prefetch(job.stream(start))
         for step in range(start + 1, job.steps + 1):
@@ -64,7 +66,7 @@ def loop(job: Job, state: learner.TrainState) -> dict[str, float]:
             batch = next(stream)
             progress.waited(time.monotonic() - waiting)
             processes.phase(f"step {step}")
-            _trace(job, step)
+            tracing = _trace(job, step, tracing)
             asked = np.full(devices, signals.asked() is not None, np.float32)
             state, logs = job.run(state, job.data, batch | {"stop": asked})
             parallel.wait_on_cpu(logs)
@@ -94,6 +96,9 @@ def loop(job: Job, state: learner.TrainState) -> dict[str, float]:
                 score = _score(validated) if now else None
                 _save(job, step, items(parallel.fetch(state)), score=score)
                 progress.restart(step)
+            if stop or last:
+                job.manager.wait_until_finished()
+                _trace(job, job.trace[2] if job.trace else step, tracing)
             if stop:
                 _stopped(step)
     return validated
@@ -192,12 +197,16 @@ def _stopped(step: int) -> None:
     )
 
 
-def _trace(job: Job, step: int) -> None:
+def _trace(job: Job, step: int, tracing: bool) -> bool:
+    """Begins or ends the trace where it is time to; whether one is going on."""
     if not job.trace:
-        return
+        return False
     folder, first, behind = job.trace
-    if step == first:
-        jax.profiler.start_trace(folder)
-    elif step == behind:
+    if tracing and step >= behind:
         jax.profiler.stop_trace()
-        say(f"trace of the steps {first:,} to {behind - 1:,}: {folder}")
+        say(f"trace of steps before {behind:,}: {folder}")
+        return False
+    if not tracing and first <= step < behind:
+        jax.profiler.start_trace(folder)
+        return True
+    return tracing

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tcq import processes, signals
+from tcq import journal, processes, signals
 
 AXIS = "batch"
 Batch = dict[str, Any]
@@ -136,6 +136,7 @@ def map_in_batches(function: Callable[[Any, Any], Any], params: Any, rows: Any, 
         if signals.asked():
             break
         result = function(params, jax.tree.map(partial(device_batch, start=start), rows))
+        journal.moved()
         count = min(max(min(end, length) - start, 0), share * devices)
         results.append(jax.tree.map(lambda x, n=count: np.asarray(x).reshape(-1, *x.shape[2:])[:n], result))
     processes.agree_to_stop()

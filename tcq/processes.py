@@ -19,6 +19,7 @@ import jax
 from tcq import buckets, journal, signals
 
 BEAT = 1.0  # seconds between signs of life
+TOGETHER = 8.0  # seconds within which all processes are done that a signal stops
 SILENT = 20.0  # without one for so long, a process is taken for dead
 STALLED = 1800.0  # no process has got further for so long
 JAX_HEARTBEAT = 60  # seconds; JAX's own check, which ends a process without our words
@@ -103,11 +104,17 @@ def on_first(function: Callable[[], T]) -> T:
         return function()
     if not first():
         outcome = exchange(None)[0]
+        if "stopped" in outcome:
+            signals.ask(outcome["stopped"])
+            signals.check()
         if "error" in outcome:
             raise ProcessError(f"process 0: {outcome['error']}")
         return outcome["value"]
     try:
         value = function()
+    except signals.Stopped:
+        exchange({"stopped": signals.asked()})
+        raise
     except Exception as error:
         exchange({"error": str(error)})
         raise
@@ -162,6 +169,22 @@ def fail(message: str, status: int) -> None:
     _exit(status)
 
 
+def stopped(status: int) -> None:
+    """Ends this process of several, which a signal stopped: when the others are done, too, or after a while."""
+    if not _Run.watching:
+        return
+    _Run.watching = False
+    try:
+        _client().key_value_set(f"tcq/stopped/{jax.process_index()}", str(status))
+        end = time.monotonic() + 2 * TOGETHER
+        while time.monotonic() < end and len(_client().key_value_dir_get("tcq/stopped/")) < jax.process_count():
+            time.sleep(BEAT / 4)
+        time.sleep(BEAT if first() else 0)  # process 0 is who the others ask
+    except Exception:  # the service is gone as well
+        pass
+    _exit(status)
+
+
 def wait_for_blame() -> None:
     """After a collective broke: another process is probably gone, and the watch will say which one and end this one."""
     if _Run.watching:
@@ -176,18 +199,21 @@ def _client() -> Any:
 
 def _beat(*, left: bool = False) -> None:
     told = {"time": time.time(), "host": platform.node(), "pid": os.getpid(), "phase": _Run.phase, "left": left}
+    told["moves"] = journal.Moves.count
     _client().key_value_set(f"tcq/alive/{jax.process_index()}", json.dumps(told), allow_overwrite=True)
 
 
 def _watch() -> None:
     """Tells the others that this process lives, and ends it when one of them does not, or asks to stop."""
     mine, moved = jax.process_index(), time.monotonic()
+    since: dict[int, float] = {}
     heard: dict[int, tuple[float, float]] = {}  # what each said last, and when that was new
-    phases: dict[int, str] = {}
+    phases: dict[int, tuple[str, int]] = {}
     while _Run.watching:
         try:
             _beat()
             failed = _numbered(_client().key_value_dir_get("tcq/failed/"))
+            halted = _numbered(_client().key_value_dir_get("tcq/stopped/"))
             alive = {i: json.loads(v) for i, v in _numbered(_client().key_value_dir_get("tcq/alive/")).items()}
             if signals.asked():
                 _client().key_value_set("tcq/stop", str(signals.asked()), allow_overwrite=True)
@@ -198,6 +224,11 @@ def _watch() -> None:
                 _end(f"process 0, which the others report to, is gone ({str(error).splitlines()[0][:200]})")
             return
         now = time.monotonic()
+        if not _Run.watching:
+            return
+        for i, status in halted.items():
+            if now - since.setdefault(i, now) > TOGETHER:  # it is not to be waited for
+                _end(f"process {i} was stopped by a signal", int(status))
         for i, message in failed.items():
             if i != mine:
                 _end(f"process {i} failed on {message}")
@@ -207,10 +238,10 @@ def _watch() -> None:
             if now - heard[i][1] > SILENT and not told["left"] and i != mine:
                 who = f"process {i} (pid {told['pid']} on {told['host']})"
                 _end(f"{who} has given no sign of life for {SILENT:.0f} s; it was last at: {told['phase']}")
-        if phases != (phases := {i: told["phase"] for i, told in alive.items()}):
+        if phases != (phases := {i: (told["phase"], told["moves"]) for i, told in alive.items()}):
             moved = now
         if now - moved > STALLED:
-            listed = "\n".join(f"  process {i} on {alive[i]['host']}: {p}" for i, p in sorted(phases.items()))
+            listed = "\n".join(f"  process {i} on {alive[i]['host']}: {p}" for i, (p, _) in sorted(phases.items()))
             _end(f"no process has got further for {STALLED / 60:.0f} minutes:\n{listed}")
         time.sleep(BEAT)
 
@@ -219,9 +250,9 @@ def _numbered(entries: list[tuple[str, str]]) -> dict[int, str]:
     return {int(key.rpartition("/")[2]): value for key, value in entries}
 
 
-def _end(message: str) -> None:
+def _end(message: str, status: int = 1) -> None:
     print(f"tcq: process {jax.process_index()} stops: {message}", file=sys.stderr)
-    _exit(1)
+    _exit(status)
 
 
 def _exit(status: int) -> None:

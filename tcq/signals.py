@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 GRACE = 25.0  # seconds; schedulers kill after 30
+INSIST = 1.0  # seconds after the first signal from which on another one ends the process at once
 
 
 class Stopped(RuntimeError):
@@ -22,6 +23,7 @@ class Stopped(RuntimeError):
 
 
 _asked: list[str] = []  # names of the signals, here or in another process
+_received: list[float] = []  # when they came here; schedulers and terminals may send one of them twice
 _deferred = 0
 
 
@@ -89,8 +91,9 @@ def deferred() -> Iterator[None]:
 
 
 def _handle(number: int, _: FrameType | None) -> None:
-    if _asked:  # the second time at once
+    _received.append(time.monotonic())
+    if _received[-1] - _received[0] > INSIST:
         raise KeyboardInterrupt
-    _asked.append(signal.Signals(number).name)
-    if not _deferred:
+    ask(signal.Signals(number).name)
+    if len(_received) == 1 and not _deferred:
         check()

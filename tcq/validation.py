@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from tcq import augment, encode, losses, metrics, parallel, processes, quantizer, ranking, signals
+from tcq import augment, encode, journal, losses, metrics, parallel, processes, quantizer, ranking, signals
 from tcq import config as configs
 from tcq.data import protocols
 from tcq.data.sources import Source
@@ -86,6 +86,7 @@ def retrieve(
     with ThreadPoolExecutor(threads + 1) as pool:
         coming = pool.submit(score, blocks[0])  # the device scores a block while the one before it is counted
         for i, block in enumerate(blocks):
+            journal.moved()
             values = np.asarray(coming.result())
             if signals.asked():
                 break

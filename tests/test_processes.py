@@ -163,18 +163,17 @@ def test_a_process_with_an_error_tells_the_others(tmp_path):
         assert "the images of process 1 on " in said and "are not those of process 0" in said, said
 
 
-def test_a_coordinator_that_is_not_there(tmp_path):
-    command = small.command("train", "--config=configs/digits.py", f"--workdir={tmp_path}", *FLAGS)
-    done = subprocess.run(
-        [*command, "--coordinator=localhost:1", "--processes=2"],
-        env=small.environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert (
-        done.returncode == 1
-        and "give --coordinator=HOST:PORT of process 0, --processes and --process_id" in done.stderr
-    )
+@pytest.mark.parametrize(
+    ("flags", "status", "words"),
+    [
+        (["--coordinator=localhost:1", "--processes=2"], 2, "--coordinator needs --processes=N and --process_id=I"),
+        (["--processes=2", "--process_id=1"], 2, "--processes and --process_id without --coordinator=HOST:PORT"),
+        (["--distributed"], 1, "give --coordinator=HOST:PORT of process 0, --processes and --process_id"),
+    ],
+)
+def test_who_the_others_are_has_to_be_told_whole(tmp_path, flags, status, words):
+    done = small.tcq("train", "--config=configs/digits.py", f"--workdir={tmp_path}", *FLAGS, *flags)
+    assert done.returncode == status and words in done.stderr, done.stderr
 
 
 def test_being_asked_to_stop_all_stop_after_one_step_and_go_on(tmp_path):

@@ -103,16 +103,17 @@ def test_validation_that_was_cut_off_is_made_up_for(tmp_path, whole):
     assert_the_same_run(tmp_path, whole)
 
 
-def test_twice_is_at_once(tmp_path):
-    process = start(tmp_path, "--config.train.total_steps=1000000", "--config.eval.every_steps=0")
-    for line in process.stderr:
-        if "step 5/" in line:
-            process.send_signal(signal.SIGINT)
-            process.send_signal(signal.SIGINT)
-            break
-    process.stderr.read()
-    process.stderr.close()
-    assert process.wait(20) == 130
+def test_insisting_is_at_once_and_a_signal_that_comes_twice_is_one(monkeypatch):
+    monkeypatch.setattr(signals, "_asked", [])
+    monkeypatch.setattr(signals, "_received", [])
+    monkeypatch.setattr(signals, "INSIST", 0.3)
+    with signals.deferred():
+        signals.ask("SIGTERM")  # of another process, which is no signal to this one
+        signals._handle(signal.SIGINT, None)
+        signals._handle(signal.SIGINT, None)
+        time.sleep(0.4)
+        with pytest.raises(KeyboardInterrupt):
+            signals._handle(signal.SIGINT, None)
 
 
 def test_other_commands_stop_and_leave_nothing_behind(run, images, tmp_path):
@@ -148,14 +149,13 @@ def test_what_does_not_come_to_a_point_is_ended(tmp_path):
 
 def test_stopped_outside_of_what_looks_by_itself(monkeypatch):
     monkeypatch.setattr(signals, "_asked", [])
+    monkeypatch.setattr(signals, "_received", [])
     with signals.deferred():
         signals._handle(signal.SIGTERM, None)
         assert signals.asked() == "SIGTERM"
     with pytest.raises(signals.Stopped, match="stopped by SIGTERM") as caught:
         signals.check()
     assert caught.value.status == 143
-    with pytest.raises(KeyboardInterrupt):
-        signals._handle(signal.SIGINT, None)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from tcq.data.images import ImageError, Resize, decode
+from tcq.journal import moved
 
 VERSION = 2  # of the layout of an entry; others are not found
 AHEAD = 256  # images on their way at a time: a dataset does not fit in memory
@@ -118,6 +119,7 @@ def _progress(results: Iterator[Any], total: int) -> Iterator[Any]:
     """Passes results on; every few seconds a line with count and rate on standard error."""
     start = last = time.monotonic()
     for done, result in enumerate(results, 1):
+        moved()
         yield result
         now = time.monotonic()
         if now - last > 5:
