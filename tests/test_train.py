@@ -165,7 +165,13 @@ class TestMicrobatches:
     )
 
     @pytest.mark.parametrize(
-        "overrides", [[], ["model.depth=2", "optim.frozen_blocks=1", "loss.queue=7", "data.views=3"]]
+        "overrides",
+        [
+            [],
+            pytest.param(
+                ["model.depth=2", "optim.frozen_blocks=1", "loss.queue=7", "data.views=3"], marks=pytest.mark.slow
+            ),
+        ],
     )
     def test_the_gradients_are_those_of_the_whole_batch(self, overrides):
         results = {}
@@ -386,7 +392,7 @@ def kills_change_nothing(tmp_path, devices, steps, kills):
     assert_same_bits(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_kill_9_and_going_on_ends_with_the_same_bits(tmp_path, devices):
     kills_change_nothing(tmp_path, devices, steps=400, kills=1)
 

@@ -304,7 +304,7 @@ class TestRefused:
             pretrained.read(folder)
 
 
-@pytest.mark.parametrize("name", [VIT, "ResNet-18, CIFAR stem"])
+@pytest.mark.parametrize("name", [VIT, pytest.param("ResNet-18, CIFAR stem", marks=pytest.mark.slow)])
 def test_a_run_starts_from_weights_and_another_from_that_run(tmp_path, name, images):
     folder = recorded.write(FAMILIES[name], tmp_path / "weights")
     side = 16 if name == VIT else 8
