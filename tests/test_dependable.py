@@ -237,7 +237,7 @@ def test_a_trace_of_some_steps(tmp_path):
     done = small.tcq(
         "train", "--config=configs/digits.py", f"--workdir={tmp_path}", *small.small_flags(), "--profile=3:6"
     )
-    assert done.returncode == 0 and "trace of the steps 3 to 5: " in done.stderr, done.stderr
+    assert done.returncode == 0 and "trace of steps before 6: " in done.stderr, done.stderr
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     refused = small.tcq("train", "--config=configs/digits.py", f"--workdir={tmp_path}", "--profile=6:3")
     assert refused.returncode == 2 and "is not of the form 10:20" in refused.stderr
