@@ -27,7 +27,7 @@ Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 def keep_compiled() -> None:
     """What is compiled from now on is kept for the next start, in ~/.cache/tcq/compiled if no other place is set.
 
-    Not on CPUs, where it saves seconds, and programs of another CPU's instructions may be taken for one's own.
+    Not on CPUs, where it saves seconds, and XLA refuses what it kept on some of them, with an error for each program.
     """
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None and jax.default_backend() != "cpu":
         folder = Path("~/.cache/tcq/compiled").expanduser() / f"jaxlib-{jaxlib.__version__}"

@@ -173,7 +173,7 @@ def _run(
     with open(cell.folder / "log.txt", "ab") as log:
         log.write((" ".join(command) + "\n").encode())
         log.flush()
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_environment(cell))
         running.add(process)
         code = process.wait()
         running.discard(process)
@@ -183,6 +183,12 @@ def _run(
     facts |= {"command": command[1:], "commit": _commit()}
     (cell.folder / "sweep.json").write_text(json.dumps(facts, indent=2) + "\n")
     return code == 0 and (cell.folder / "results.json").is_file(), seconds
+
+
+def _environment(cell: Cell) -> dict[str, str]:
+    """Cells share what was compiled."""
+    folder = {"JAX_COMPILATION_CACHE_DIR": str((cell.folder.parent.parent / "compiled").resolve())}
+    return {**folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5", **os.environ}
 
 
 def _facts(cell: Cell) -> dict[str, Any]:

@@ -1,15 +1,29 @@
 """Every test runs with jaxtyping checks on tcq, and 8 simulated devices."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # XLA crashed once in some thousand programs that it kept for a CPU
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # for this run and the processes it starts: what is compiled is kept
+    _cache = tempfile.TemporaryDirectory(prefix="tcq-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
+import jax
 import jaxtyping
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def _few_programs() -> Iterator[None]:
+    """Programs for 8 devices take many memory maps, of which Linux gives a process 65,530; XLA crashes where they end."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > 15_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
