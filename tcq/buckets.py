@@ -182,7 +182,7 @@ def _fetch(fs: Any, inside: str, names: list[str], folder: Path, url: str) -> No
         some = names[first : first + AT_ONCE]
         for parent in {(folder / name).parent for name in some}:
             parent.mkdir(parents=True, exist_ok=True)
-        halves = [str(folder / f"{name}.half-{os.getpid()}") for name in some]
+        halves = [str((folder / name).with_name(f".{Path(name).name}.half-{os.getpid()}")) for name in some]
         fs.get([f"{inside}/{name}" for name in some], halves)
         for half, name in zip(halves, some, strict=True):
             os.replace(half, folder / name)

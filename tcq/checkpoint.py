@@ -16,17 +16,14 @@ from tcq import buckets, processes, signals
 from tcq.journal import say
 
 FOLDER = "checkpoints"
-_UNSCORED = -1e30  # ranks below every score; Orbax would call NaN the best, and keep every checkpoint without a score
-
 DIGESTS = "digests"
+_UNSCORED = -1e30  # ranks below every score; Orbax would call NaN the best, and keep every checkpoint without a score
+_NOT_DAMAGE = (MemoryError, PermissionError, TimeoutError, ConnectionError)  # the files may be as they should
 MOVED, REPLACED = "damaged", "replaced"
 WORDS = {
     MOVED: "Checkpoints whose files are not what was written. Nothing here is used again.\n",
     REPLACED: "A checkpoint until the same one with its score is written.\n",
 }
-
-
-_NOT_DAMAGE = (MemoryError, PermissionError, TimeoutError, ConnectionError)
 
 
 class CheckpointError(ValueError):

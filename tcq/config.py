@@ -97,9 +97,8 @@ def load(path: str, overrides: Iterable[str] = (), *, workdir: str | Path | None
             check(config, _base())
             _check_weights(config)
     kind, _, folder = config.data.source.partition(":")
-    if (
-        kind == "folder" and folder and not buckets.is_url(folder)
-    ):  # the workdir stores it, and may be used from elsewhere
+    if kind == "folder" and folder and not buckets.is_url(folder):
+        # the workdir stores it, and may be used from elsewhere
         config.data.source = f"folder:{os.path.abspath(os.path.expanduser(folder))}"
     return config
 

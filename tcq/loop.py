@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,12 +50,11 @@ def loop(job: Job, state: learner.TrainState) -> dict[str, float]:
     progress = Progress(step=start, total_steps=job.steps, batch_size=c.data.batch_size)
     validated: dict[str, float] = {}
     before: tuple[int, learner.Logs] | None = None
-    tracing = False
 
     def due(step: int) -> bool:
         return step == job.steps or bool(every and step % every == 0)
 
-    with signals.deferred():
+    with signals.deferred(), _tracing(job.trace) as trace:
         if start and due(start) and processes.on_first(lambda: not job.journal.has(start, "validation")):
             validated = _validate(job, state, start)  # the run was stopped before it came to that
         if validated:
@@ -66,13 +66,12 @@ def loop(job: Job, state: learner.TrainState) -> dict[str, float]:
             batch = next(stream)
             progress.waited(time.monotonic() - waiting)
             processes.phase(f"step {step}")
-            tracing = _trace(job, step, tracing)
+            trace(step)
             asked = np.full(devices, signals.asked() is not None, np.float32)
             state, logs = job.run(state, job.data, batch | {"stop": asked})
             parallel.wait_on_cpu(logs)
-            stop, skipped = (
-                _look(job, *before) if before else (False, False)
-            )  # late: the device never waits for the host
+            # one step late, so that the device never waits for the host
+            stop, skipped = _look(job, *before) if before else (False, False)
             before = step, logs
             if step == start + 1:
                 progress.restart(step)  # the first step compiles
@@ -98,7 +97,6 @@ def loop(job: Job, state: learner.TrainState) -> dict[str, float]:
                 progress.restart(step)
             if stop or last:
                 job.manager.wait_until_finished()
-                _trace(job, job.trace[2] if job.trace else step, tracing)
             if stop:
                 _stopped(step)
     return validated
@@ -121,7 +119,8 @@ def from_items(parts: dict[str, Any]) -> learner.TrainState:
 def _look(job: Job, step: int, logs: learner.Logs) -> tuple[bool, bool]:
     """Whether one of the processes was asked to stop, and whether the step was skipped, which is said.
 
-    Raises TooManySkipped."""
+    Raises TooManySkipped.
+    """
     in_a_row, stop = (float(parallel.fetch(logs[name])) for name in ("skipped_in_a_row", "stop"))
     if in_a_row:
         values = {k: float(v) for k, v in parallel.fetch(logs).items()}
@@ -197,16 +196,27 @@ def _stopped(step: int) -> None:
     )
 
 
-def _trace(job: Job, step: int, tracing: bool) -> bool:
-    """Begins or ends the trace where it is time to; whether one is going on."""
-    if not job.trace:
-        return False
-    folder, first, behind = job.trace
-    if tracing and step >= behind:
+@contextmanager
+def _tracing(trace: tuple[Path, int, int] | None) -> Iterator[Callable[[int], None]]:
+    """To be called before every step: begins and ends the trace; it also ends with the loop."""
+    on = False
+
+    def end() -> None:
+        nonlocal on
+        on = False
         jax.profiler.stop_trace()
-        say(f"trace of steps before {behind:,}: {folder}")
-        return False
-    if not tracing and first <= step < behind:
-        jax.profiler.start_trace(folder)
-        return True
-    return tracing
+        say(f"trace: {trace and trace[0]}")
+
+    def at(step: int) -> None:
+        nonlocal on
+        if on and trace and step >= trace[2]:
+            end()
+        elif not on and trace and trace[1] <= step < trace[2]:
+            jax.profiler.start_trace(trace[0])
+            on = True
+
+    try:
+        yield at
+    finally:
+        if on:
+            end()

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import small
-from tcq import checkpoint, encode, loop, parallel, train
+from tcq import checkpoint, encode, loop, parallel, signals, train
 from tcq import index as indexes
 
 
@@ -85,6 +86,30 @@ class TestBits:
         ]  # nothing is thrown away
         logged = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
         assert [s for s in range(1, 13) if s not in logged] == []
+
+    def test_a_stop_while_it_is_read_leaves_it(self, kept, tmp_path, monkeypatch):
+        shutil.copytree(kept, tmp_path / "run")
+        real = checkpoint.restore
+
+        def asked(*rest):
+            signals._handle(signal.SIGTERM, None)
+            return real(*rest)
+
+        monkeypatch.setattr(signals, "_asked", [])
+        monkeypatch.setattr(signals, "_received", [])
+        monkeypatch.setattr(checkpoint, "restore", asked)
+        with pytest.raises(signals.Stopped):
+            train.train(small.config("checkpoint.keep=3", "loss.queue=8"), tmp_path / "run")
+        assert (tmp_path / "run" / checkpoint.FOLDER / "12").is_dir()
+        assert not (tmp_path / "run" / f"{checkpoint.FOLDER}_damaged").exists()
+
+    def test_what_was_to_be_replaced_is_put_back(self, kept, tmp_path):
+        shutil.copytree(kept, tmp_path / "run")
+        place = tmp_path / "run" / f"{checkpoint.FOLDER}_replaced"
+        place.mkdir()
+        (tmp_path / "run" / checkpoint.FOLDER / "12").rename(place / "12")
+        train.train(small.config("checkpoint.keep=3", "loss.queue=8"), tmp_path / "run")
+        assert encode.load(tmp_path / "run", which="latest").step == 12 and not place.exists()
 
     def test_nothing_good_is_refused(self, kept, tmp_path):
         shutil.copytree(kept, tmp_path / "run")
@@ -233,11 +258,19 @@ class TestResident:
         assert len(found[0]["index"].addressable_shards) == 8
 
 
+def test_a_trace_begins_and_ends_where_the_run_does(tmp_path, capsys):
+    train.train(small.config("train.total_steps=4", "eval.every_steps=0"), tmp_path, profile=(3, 20))
+    longer = small.config("train.total_steps=7", "eval.every_steps=0")
+    train.train(longer, tmp_path, profile=(2, 6), allow_changes=True)
+    assert capsys.readouterr().err.count("\ntrace: ") == 2
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 2
+
+
 def test_a_trace_of_some_steps(tmp_path):
     done = small.tcq(
         "train", "--config=configs/digits.py", f"--workdir={tmp_path}", *small.small_flags(), "--profile=3:6"
     )
-    assert done.returncode == 0 and "trace of steps before 6: " in done.stderr, done.stderr
+    assert done.returncode == 0 and "\ntrace: " in done.stderr, done.stderr
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     refused = small.tcq("train", "--config=configs/digits.py", f"--workdir={tmp_path}", "--profile=6:3")
     assert refused.returncode == 2 and "is not of the form 10:20" in refused.stderr

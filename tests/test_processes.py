@@ -79,6 +79,16 @@ def test_many_processes_do_what_one_does(one, images, tmp_path, count, devices):
     assert again.returncode == 2 and "exists: choose another --out" in again.stdout, again.stdout
 
 
+def test_doctor_leaves_nothing_behind(tmp_path):
+    workdir = tmp_path / "new" / "run"
+    command = ("doctor", "--config=configs/digits.py", f"--workdir={workdir}", "--expect_devices=4")
+    done = small.several(2, *command, devices=2)
+    assert done.returncode == 0 and "seen by all processes" in done.stdout, done.stdout
+    assert not workdir.exists()
+    done = small.several(2, *command[:-1], "--expect_processes=3", devices=2)
+    assert done.returncode == 2 and done.stdout.count("2 processes are here, 3 are expected") == 1, done.stdout
+
+
 class Running:
     """A training run of several processes that does not end by itself; what they say is collected."""
 
