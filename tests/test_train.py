@@ -224,6 +224,7 @@ class TestQueue:
         np.testing.assert_array_equal(after[16:], before[:24])
         assert np.abs(after[:16] - before[:16]).max() > 1e-3
 
+    @pytest.mark.slow
     def test_a_run_goes_on_with_it(self, tmp_path, monkeypatch):
         flags = ("loss.queue=40", "loss.pairing=quantized", "loss.debias=0.1", "loss.clip=0.1", "train.microbatches=2")
         c = small.config(*flags)
