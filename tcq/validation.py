@@ -187,7 +187,7 @@ def clip_quality(
         chosen = np.sort(order[start : start + size])
         rows = {"image": images[chosen], "index": chosen.astype(np.int32)}
         views = parallel.map_in_batches(_views(encoder.model, strengths), variables, rows, c.eval.batch_size)
-        loss, logs = losses.contrastive_loss(
+        loss, logs = _loss(
             *views,
             pairing=c.loss.pairing,
             temperature=c.loss.temperature,
@@ -198,6 +198,10 @@ def clip_quality(
         )
         results.append({"loss": float(loss), **{k: float(v) for k, v in logs.items()}})
     return {k: float(np.mean([r[k] for r in results])) for k in results[0]}
+
+
+# Compiled as a whole: a loop outside of one would be compiled again for every batch.
+_loss = jax.jit(losses.contrastive_loss, static_argnames=("pairing", "temperature", "clip", "debias", "block_size"))
 
 
 @lru_cache(maxsize=4)

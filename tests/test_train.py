@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import small
-from tcq import checkpoint, checks, encode, evaluate, learner, loop, optimizer, parallel, train
+from tcq import checkpoint, checks, encode, evaluate, learner, loop, optimizer, parallel, train, validation
 from tcq import config as configs
 from tcq.data import protocols
 
@@ -269,6 +269,28 @@ class TestRun:
         assert encode.load(tmp_path, which="latest").step == 12
         scores = {line["step"]: line["validation/mAP"] for line in lines if "validation/mAP" in line}
         assert encode.load(tmp_path).step == max(scores, key=scores.get)
+
+    def test_nothing_is_compiled_after_the_first_validation(self, tmp_path, monkeypatch):
+        compiled, after = [], []
+        real = validation.held_out
+
+        def held_out(*rest):
+            found = real(*rest)
+            after.append(len(compiled))
+            return found
+
+        monkeypatch.setattr(validation, "held_out", held_out)
+
+        def listen(event, seconds, **_):
+            if "backend_compile" in event:
+                compiled.append(event)
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            train.train(small.config("quantizer.num_codebooks=3"), tmp_path)  # a shape of its own
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+        assert len(after) == 2 and after[0] == after[1] > 0
 
     def test_going_on_gives_the_bits_of_an_uninterrupted_run(self, tmp_path, monkeypatch):
         c = small.config()
