@@ -31,6 +31,10 @@ class ProcessError(RuntimeError):
     """The processes of a run cannot come together, or another one failed; the message names it."""
 
 
+class RefusedError(ValueError):
+    """The first process refused a call, config or file; the message is its own."""
+
+
 class _Run:
     """What this process knows of the others."""
 
@@ -108,7 +112,7 @@ def on_first(function: Callable[[], T]) -> T:
             signals.ask(outcome["stopped"])
             signals.check()
         if "error" in outcome:
-            raise ProcessError(f"process 0: {outcome['error']}")
+            raise (RefusedError if outcome["refused"] else ProcessError)(f"process 0: {outcome['error']}")
         return outcome["value"]
     try:
         value = function()
@@ -116,7 +120,7 @@ def on_first(function: Callable[[], T]) -> T:
         exchange({"stopped": signals.asked()})
         raise
     except Exception as error:
-        exchange({"error": str(error)})
+        exchange({"error": str(error), "refused": isinstance(error, ValueError | OSError)})
         raise
     exchange({"value": value})
     return value
