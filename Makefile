@@ -23,7 +23,10 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test check
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
+# With XLA's optimisations, which `make test` does without: it is the compiling that takes its time.
+test-slow: export JAX_DISABLE_MOST_OPTIMIZATIONS = 0
 test-slow: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n auto --dist worksteal
 	$(BIN)/python -m pytest -m slow
 
 test-tensorflow: $(VENV)/installed-test

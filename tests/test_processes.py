@@ -48,7 +48,7 @@ def one(images, tmp_path_factory):
     return home
 
 
-@pytest.mark.parametrize(("count", "devices"), [pytest.param(2, 2, marks=pytest.mark.slow), (4, 1)])
+@pytest.mark.parametrize(("count", "devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_many_processes_do_what_one_does(one, images, tmp_path, count, devices):
     run = ("train", f"--config=configs/folder.py:{images}", f"--workdir={tmp_path / 'run'}", *FLAGS)
     done = small.several(count, *run, devices=devices)
@@ -127,7 +127,7 @@ class Running:
         return status, "".join(self.said[i])
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_process_that_is_killed_ends_the_others_with_its_name(tmp_path, victim):
     with Running(tmp_path, 2) as run:
         run.wait_for("step 20/")
