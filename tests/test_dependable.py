@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import small
-from tcq import checkpoint, encode, loop, parallel, signals, train
+from tcq import checkpoint, encode, loop, losses, parallel, signals, train
 from tcq import index as indexes
 
 
@@ -103,12 +103,13 @@ class TestBits:
         assert (tmp_path / "run" / checkpoint.FOLDER / "12").is_dir()
         assert not (tmp_path / "run" / f"{checkpoint.FOLDER}_damaged").exists()
 
-    def test_what_was_to_be_replaced_is_put_back(self, kept, tmp_path):
+    def test_what_was_to_be_replaced_is_put_back(self, kept, tmp_path, capsys):
         shutil.copytree(kept, tmp_path / "run")
         place = tmp_path / "run" / f"{checkpoint.FOLDER}_replaced"
         place.mkdir()
         (tmp_path / "run" / checkpoint.FOLDER / "12").rename(place / "12")
         train.train(small.config("checkpoint.keep=3", "loss.queue=8"), tmp_path / "run")
+        assert "going on from step 12 of 12" in capsys.readouterr().err
         assert encode.load(tmp_path / "run", which="latest").step == 12 and not place.exists()
 
     def test_nothing_good_is_refused(self, kept, tmp_path):
@@ -168,6 +169,19 @@ class TestFinite:
             for s in (fourth, want)
         ]
         assert counts[0] == counts[1] and set(counts[0]) == {2}
+
+    def test_a_loss_that_is_not_finite_is_enough(self, monkeypatch):
+        real = losses.contrastive_loss
+
+        def infinite(*views, **options):
+            loss, logs = real(*views, **options)
+            return loss + jnp.inf, logs
+
+        monkeypatch.setattr(losses, "contrastive_loss", infinite)
+        images, body, start = small.step(small.config("optim.warmup_steps=0"))
+        state, logs = small.steps(body, start, [small.batch(images[:16], 2)], 2)[0]
+        assert logs["skipped"] == 1 and np.isfinite(logs["gradient_norm"])
+        jax.tree.map(np.testing.assert_array_equal, state.params, jax.device_get(start.params))
 
     def test_a_run_goes_back_once_and_then_stops_with_a_diagnosis(self, tmp_path, capsys):
         flags = (

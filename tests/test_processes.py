@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import small
+from tcq import config as configs
 from tcq import encode, processes
 from tcq import index as indexes
 
@@ -151,26 +152,36 @@ def test_a_process_that_hangs_ends_the_others_with_its_name(tmp_path):
         assert re.search(r"it was last at: step \d+", said), said
 
 
-def test_a_process_with_an_error_tells_the_others(tmp_path):
-    """Here the second sees other images than the first."""
-    flags = [*FLAGS, "--config.train.total_steps=5"]
-    port = 20_000 + (os.getpid() + 7777) % 20_000
-    found = []
-    for i in range(2):
-        folder = tmp_path / f"images{i}"
-        from test_data import write_images
-
-        write_images(folder, [f"{c}/{n:02}.png" for c in "ab" for n in range(20 + i)])
-        command = small.command(
-            "train", f"--config=configs/folder.py:{folder}", f"--workdir={tmp_path / 'run'}", *flags
-        )
-        command += [f"--coordinator=localhost:{port}", "--processes=2", f"--process_id={i}"]
+def two(commands):
+    """Exit status and words of two processes of one run, each with its own command."""
+    port, found = 20_000 + (os.getpid() + 7777) % 20_000, []
+    for i, command in enumerate(commands):
+        command = small.command(*command, f"--coordinator=localhost:{port}", "--processes=2", f"--process_id={i}")
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         found.append(subprocess.Popen(command, env=small.environment(), **options))
-    for process in found:
-        said, _ = process.communicate(timeout=120)
-        assert process.returncode == 1, said
-        assert "the images of process 1 on " in said and "are not those of process 0" in said, said
+    said = [process.communicate(timeout=120)[0] for process in found]
+    return [(process.returncode, text) for process, text in zip(found, said, strict=True)]
+
+
+def test_a_process_with_an_error_tells_the_others(tmp_path):
+    """Here the second sees other images than the first."""
+    from test_data import write_images
+
+    commands = []
+    for i in range(2):
+        write_images(tmp_path / f"images{i}", [f"{c}/{n:02}.png" for c in "ab" for n in range(20 + i)])
+        commands.append(
+            ("train", f"--config=configs/folder.py:{tmp_path / f'images{i}'}", f"--workdir={tmp_path / 'run'}")
+        )
+    for status, said in two([(*command, *FLAGS, "--config.train.total_steps=5") for command in commands]):
+        assert status == 1 and "the images of process 1 on " in said and "are not those of process 0" in said, said
+
+
+def test_what_the_first_process_refuses_all_refuse(tmp_path):
+    (tmp_path / "config.json").write_text(configs.to_json(small.config("loss.temperature=0.3")))
+    command = ("train", "--config=configs/digits.py", f"--workdir={tmp_path}", *FLAGS)
+    for status, said in two([command, command]):
+        assert status == 2 and "holds a run with another config" in said, said
 
 
 @pytest.mark.parametrize(
