@@ -1,5 +1,6 @@
 """Being asked to stop: SIGTERM of a scheduler, SIGINT of a person."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -14,8 +15,11 @@ GRACE = 25.0  # seconds; schedulers kill after 30
 INSIST = 1.0  # seconds after the first signal from which on another one ends the process at once
 
 
-class Stopped(RuntimeError):
-    """The process was asked to stop, and did what it had to before; `status` is what it exits with."""
+class Stopped(BaseException):
+    """The process was asked to stop, and did what it had to before; `status` is what it exits with.
+
+    No Exception, as KeyboardInterrupt is none: what forgives errors, such as that of a damaged image, is not to forgive this.
+    """
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -103,9 +107,10 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def _swallows(frame: FrameType | None) -> bool:
-    """Whether Python would print and forget what is raised here: in finalizers, and in JAX's callback of the garbage collector."""
+    """Whether what is raised here would be printed and forgotten: in finalizers, in JAX's callback of the garbage collector, and
+    in callbacks of asyncio, by which Orbax reads and writes."""
     while frame:
-        if frame.f_code.co_name in ("__del__", "_xla_gc_callback"):
+        if frame.f_code.co_name in ("__del__", "_xla_gc_callback") or frame.f_code is asyncio.Handle._run.__code__:
             return True
         frame = frame.f_back
     return False

@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT at any phase: the state is saved, the process ends soon, and the same command goes on."""
 
+import asyncio
 import json
 import os
 import random
@@ -13,10 +14,12 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import small
 from tcq import checkpoint, encode, signals
 from tcq import index as indexes
+from tcq.data.images import decode
 
 FLAGS = small.small_flags("train.total_steps=40", "eval.every_steps=10", "checkpoint.every_steps=15", "loss.queue=8")
 
@@ -151,22 +154,50 @@ def test_what_does_not_come_to_a_point_is_ended(tmp_path):
     assert process.returncode == 143 and "SIGTERM: not at a point to stop at within 1 s" in said
 
 
-def test_where_python_would_forget_it_comes_again(monkeypatch):
+def in_a_finalizer(send):
+    class Forgets:
+        def __del__(self):
+            send()
+
+    [Forgets()].clear()
+    time.sleep(5)
+
+
+def in_a_callback(send):
+    async def wait():
+        asyncio.get_running_loop().call_soon(send)
+        await asyncio.sleep(5)
+
+    asyncio.run(wait())
+
+
+@pytest.mark.parametrize("forget", [in_a_finalizer, in_a_callback])
+def test_where_python_would_forget_it_comes_again(monkeypatch, forget):
     monkeypatch.setattr(signals, "_asked", [])
     monkeypatch.setattr(signals, "_received", [])
     before = signal.signal(signal.SIGUSR1, signals._handle)
-
-    class Forgets:
-        def __del__(self):
-            signal.raise_signal(signal.SIGUSR1)
-
-    def forget(things):
-        things.clear()
-        time.sleep(5)
-
+    start = time.monotonic()
     with pytest.raises(signals.Stopped):
-        forget([Forgets()])
+        forget(lambda: signal.raise_signal(signal.SIGUSR1))
+    assert time.monotonic() - start < 3
     signal.signal(signal.SIGUSR1, before)
+
+
+def test_what_forgives_errors_does_not_forgive_it(images, tmp_path, monkeypatch):
+    """An image that is being decoded is not a damaged one, nor is a checkpoint that is being read."""
+    monkeypatch.setattr(signals, "_asked", [])
+    monkeypatch.setattr(Image, "open", lambda *_, **__: signals._handle(signal.SIGTERM, None))
+    monkeypatch.setattr(signals, "_received", [])
+    with pytest.raises(signals.Stopped):
+        decode(images / "class 3" / "003.png", size=8)
+    monkeypatch.setattr(signals, "_received", [])
+    manager = checkpoint.open_manager(tmp_path, writable=True)
+    checkpoint.save(manager, 3, {"variables": {"a": np.ones(2)}}, score=None)
+    manager.wait_until_finished()
+    monkeypatch.setattr(manager, "restore", lambda *_, **__: signals._handle(signal.SIGTERM, None))
+    with pytest.raises(signals.Stopped):
+        checkpoint.restore(manager, 3, {"variables": {"a": np.ones(2)}})
+    manager.close()
 
 
 def test_stopped_outside_of_what_looks_by_itself(monkeypatch):
