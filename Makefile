@@ -23,7 +23,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test check
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-# With XLA's optimisations, which `make test` does without: it is the compiling that takes its time.
+# All tests once more with XLA's optimisations, which `make test` does without, and then the long ones.
 test-slow: export JAX_DISABLE_MOST_OPTIMIZATIONS = 0
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n auto --dist worksteal

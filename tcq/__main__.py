@@ -70,7 +70,7 @@ def _one_of_several(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from tcq import signals
+    from tcq import processes, signals
 
     try:
         signals.install()
@@ -95,7 +95,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         if not type(error).__module__.startswith("tcq."):
             raise  # a defect of ours: show where
         print(f"tcq {arguments.command}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return 2 if processes.refused(error) else 1
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -120,10 +120,16 @@ def on_first(function: Callable[[], T]) -> T:
         exchange({"stopped": signals.asked()})
         raise
     except Exception as error:
-        exchange({"error": str(error), "refused": isinstance(error, ValueError | OSError)})
+        exchange({"error": str(error), "refused": refused(error)})
         raise
     exchange({"value": value})
     return value
+
+
+def refused(error: Exception) -> bool:
+    """Whether an error says that a call, config, file or file system cannot work, which is exit status 2."""
+    ours = type(error).__module__.startswith("tcq.")
+    return isinstance(error, OSError) or (ours and isinstance(error, ValueError))
 
 
 def same(what: str, value: Any) -> None:

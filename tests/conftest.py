@@ -7,9 +7,8 @@ from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault(
-    "JAX_DISABLE_MOST_OPTIMIZATIONS", "1"
-)  # compiling takes most of the time; `make test-slow` has them
+# Compiling takes most of the time; `make test-slow` has XLA's optimisations.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # for this run and the processes it starts: what is compiled is kept
     _cache = tempfile.TemporaryDirectory(prefix="tcq-compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name

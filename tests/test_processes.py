@@ -252,5 +252,7 @@ def test_the_launcher(tmp_path):
 def test_what_one_process_does_alone():
     assert processes.exchange({"a": 1}) == [{"a": 1}] and processes.on_first(lambda: 5) == 5
     assert processes.share(7) == (0, 7) and processes.first() and not processes.several()
+    assert processes.refused(configs.ConfigError("a")) and processes.refused(OSError("a"))
+    assert not processes.refused(ValueError("a defect")) and not processes.refused(processes.ProcessError("a"))
     processes.same("images", [1, 2])
     processes.agree_to_stop()
