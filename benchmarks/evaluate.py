@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tcq import quantizer, ranking, validation
+from tcq import quantizer, ranking
+from tcq.evaluate import held_out as validation
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import peers

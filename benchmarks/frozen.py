@@ -13,8 +13,11 @@ import jax
 import numpy as np
 
 from tcq import config as configs
-from tcq import encode, learner, optimizer, parallel
+from tcq import encode
 from tcq.models import retriever
+from tcq.runtime import devices as parallel
+from tcq.train import optimizer
+from tcq.train import step as learner
 
 
 def main() -> None:

@@ -20,10 +20,12 @@ import jax
 import numpy as np
 
 from tcq import config as configs
-from tcq import learner, optimizer, parallel
 from tcq.data import sources
 from tcq.data.loader import batches
 from tcq.models import retriever
+from tcq.runtime import devices as parallel
+from tcq.train import optimizer
+from tcq.train import step as learner
 
 
 def random_images(folder: str, count: int, side: int) -> np.ndarray:

@@ -18,9 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from backbone import model_flops, peak, seconds
 
-from tcq import augment, learner, losses, optimizer, parallel
+from tcq import augment, losses
 from tcq import config as configs
 from tcq.models import retriever
+from tcq.runtime import devices as parallel
+from tcq.train import optimizer
+from tcq.train import step as learner
 
 CASES = "vit_s4:32:512,vit_b16:224:128"
 STEPS = 1000

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import jax
 
-from tcq import buckets, processes
 from tcq import config as configs
 from tcq.data import protocols, sources, splits
 from tcq.models import retriever
+from tcq.runtime import processes
+from tcq.runtime import storage as buckets
 
 PACKAGES = (
     "jax",

@@ -13,10 +13,14 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, UInt, UInt8
 from ml_collections import ConfigDict
 
-from tcq import augment, buckets, checkpoint, parallel, quantizer
+from tcq import augment, quantizer
 from tcq import config as configs
-from tcq.journal import say
-from tcq.models import pretrained, retriever, vit
+from tcq.models import retriever, vit
+from tcq.models import weights as pretrained
+from tcq.runtime import devices as parallel
+from tcq.runtime import storage as buckets
+from tcq.runtime.log import say
+from tcq.workdir import checkpoint
 
 
 class Encoder(NamedTuple):

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tcq import config as configs
-from tcq import pictures
-from tcq.journal import duration, say
+from tcq import plots as pictures
+from tcq.runtime.log import duration, say
 
 SEED = "train.seed"
 MEASURED = (

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from tcq import config as configs
-from tcq import learner
 from tcq.models import retriever
+from tcq.train import step as learner
 
 PATH = Path(__file__).with_name("activations.json")
 SIDES = (32, 48, 24)  # pixels; the weights are for the first

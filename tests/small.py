@@ -12,8 +12,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tcq import config as configs
-from tcq import learner, optimizer, parallel
 from tcq.models import retriever
+from tcq.runtime import devices as parallel
+from tcq.train import optimizer
+from tcq.train import step as learner
 
 SMALL = (
     "model.width=16",

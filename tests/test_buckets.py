@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import small
-from tcq import buckets, encode
+from tcq import encode
 from tcq import index as indexes
+from tcq.runtime import storage as buckets
 
 FLAGS = small.small_flags("data.image_size=8", "eval.k=0", "data.query=0.2")
 

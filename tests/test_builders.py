@@ -11,7 +11,9 @@ import pytest
 import small
 import upstream
 from tcq import config as configs
-from tcq.data import archives, cifar10, images, mirflickr25k, prepare, prepared, sources
+from tcq.data import images, sources
+from tcq.data.datasets import archives, cifar10, mirflickr25k, prepare
+from tcq.data.datasets import reader as prepared
 
 
 def source(dataset, home, protocol="folder", size=16):
@@ -38,7 +40,7 @@ class TestCifar10:
     def test_tensorflow_is_not_imported_and_the_command_says_where(self, tmp_path):
         upstream.write_cifar10(tmp_path / "tfds" / "downloads" / "manual")
         arguments = ["prepare", "--dataset=cifar10", f"--data_dir={tmp_path}/tfds", "--unverified"]
-        code = f"import sys; from tcq.__main__ import main; main({arguments}); print('tensorflow' in sys.modules)"
+        code = f"import sys; from tcq.cli import main; main({arguments}); print('tensorflow' in sys.modules)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=small.environment())
         assert done.stdout.splitlines()[-2:] == [f"prepared: {tmp_path}/tfds/cifar10/3.0.2", "False"], done.stderr
 
@@ -176,7 +178,7 @@ class TestNusWide:
             {"path": "actor/0004_1004.jpg", "reason": "the file is missing"},
             {"path": "zebra/0007_1007.jpg", "reason": "the file is empty"},
         ]
-        from tcq.data import nus_wide
+        from tcq.data.datasets import nus_wide
 
         monkeypatch.setattr(nus_wide, "NUM_IMAGES", 30)
         with pytest.raises(

@@ -13,7 +13,7 @@ pytest.importorskip("tensorflow", reason="an extra: make test-tensorflow")
 
 import tensorflow_datasets as tfds
 
-from tcq.data import cifar10, mirflickr25k, nus_wide
+from tcq.data.datasets import cifar10, mirflickr25k, nus_wide
 
 
 def unverified(builder):

@@ -10,9 +10,11 @@ from PIL import Image
 
 import small
 from tcq import config as configs
-from tcq import encode, evaluate, export, metrics, serve, train, validation
+from tcq import encode, evaluate, metrics, train
 from tcq import index as indexes
 from tcq.data import sources, splits
+from tcq.evaluate import held_out as validation
+from tcq.index import export, serve
 
 
 @pytest.fixture(scope="session")

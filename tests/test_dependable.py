@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 
 import small
-from tcq import checkpoint, encode, loop, losses, parallel, signals, train
+from tcq import encode, losses, train
 from tcq import index as indexes
+from tcq.runtime import devices as parallel
+from tcq.runtime import signals
+from tcq.train import loop
+from tcq.workdir import checkpoint
 
 
 def files(folder):

@@ -10,8 +10,12 @@ import pytest
 from sklearn.cluster import KMeans
 
 import small
-from tcq import checks, clusters, encode, optimizer, parallel, train
+from tcq import encode, train
+from tcq.config import checks
+from tcq.models import kmeans as clusters
 from tcq.models import retriever
+from tcq.runtime import devices as parallel
+from tcq.train import optimizer
 
 PLAIN = ("optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0", "optim.clip_norm=0", "optim.warmup_steps=0")
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 import peers
-from tcq import metrics, quantizer, ranking, validation
+from tcq import metrics, quantizer, ranking
+from tcq.evaluate import held_out as validation
 
 
 @pytest.fixture

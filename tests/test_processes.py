@@ -15,8 +15,9 @@ import pytest
 
 import small
 from tcq import config as configs
-from tcq import encode, processes
+from tcq import encode
 from tcq import index as indexes
+from tcq.runtime import processes
 
 FLAGS = small.small_flags(
     "data.image_size=8",

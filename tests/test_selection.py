@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcq import selection
+from tcq.losses import _threshold as selection
 
 NUMBERS = [-np.inf, -3e38, -2.0, -1e-30, -0.0, 0.0, 1e-30, 0.5, np.nextafter(np.float32(0.5), 1), 3e38, np.inf]
 

@@ -17,9 +17,11 @@ import pytest
 from PIL import Image
 
 import small
-from tcq import checkpoint, encode, signals
+from tcq import encode
 from tcq import index as indexes
 from tcq.data.images import decode
+from tcq.runtime import signals
+from tcq.workdir import checkpoint
 
 FLAGS = small.small_flags("train.total_steps=40", "eval.every_steps=10", "checkpoint.every_steps=15", "loss.queue=8")
 

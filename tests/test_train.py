@@ -10,9 +10,15 @@ import numpy as np
 import pytest
 
 import small
-from tcq import checkpoint, checks, encode, evaluate, learner, loop, optimizer, parallel, train, validation
 from tcq import config as configs
+from tcq import encode, evaluate, train
+from tcq.config import checks
 from tcq.data import protocols
+from tcq.evaluate import held_out as validation
+from tcq.runtime import devices as parallel
+from tcq.train import loop, optimizer
+from tcq.train import step as learner
+from tcq.workdir import checkpoint
 
 
 def final_params(workdir):

@@ -15,8 +15,11 @@ import google_vit
 import recorded
 import small
 from tcq import config as configs
-from tcq import encode, index, learner, train
-from tcq.models import positions, pretrained, retriever
+from tcq import encode, index, train
+from tcq.models import retriever
+from tcq.models import weights as pretrained
+from tcq.models.weights import positions
+from tcq.train import step as learner
 
 FAMILIES = recorded.families()
 VIT = "timm ViT with registers"
@@ -151,7 +154,7 @@ def test_any_length_of_header_is_safetensors(tmp_path):
 
 @pytest.mark.parametrize(("width", "heads"), [(192, 3), (384, 6), (768, 12), (1024, 16), (1280, 16)])
 def test_heads_of_published_widths_are_known_and_of_others_asked_for(tmp_path, width, heads):
-    from tcq.models import layouts
+    from tcq.models.weights import layouts
 
     assert layouts._heads(width, {}) == heads
     assert layouts._heads(width, {"num_attention_heads": 2}) == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tcq.data import cifar10, mirflickr25k
+from tcq.data.datasets import cifar10, mirflickr25k
 
 
 def jpeg(seed: int) -> bytes:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from tcq.data.images import ImageError, Resize, decode
-from tcq.journal import moved
+from tcq.runtime.log import moved
 
 VERSION = 2  # of the layout of an entry; others are not found
 AHEAD = 256  # images on their way at a time: a dataset does not fit in memory

@@ -12,9 +12,9 @@ from jaxtyping import Bool, Int64, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tcq import buckets
 from tcq.data import cache, protocols
 from tcq.data.images import WHOLE, Resize, decode, resize_of
+from tcq.runtime import storage as buckets
 
 
 class SourceError(ValueError):
@@ -56,9 +56,9 @@ def _open(data: ConfigDict) -> Source:
     if kind == "folder" and rest:
         return folder(rest, size=data.image_size, resize=resize_of(data), cache_dir=data.cache_dir)
     if kind == "tfds" and rest:
-        from tcq.data import prepared  # it needs the names above
+        from tcq.data.datasets import reader  # it needs the names above
 
-        return prepared.read(rest, data)
+        return reader.read(rest, data)
     raise SourceError(f"data.source {data.source!r} is unknown: use digits, tfds:<name> or folder:<path>")
 
 

@@ -11,7 +11,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, UInt8
 from ml_collections import ConfigDict
 
-from tcq import clusters, quantizer
+from tcq import quantizer
+from tcq.models import kmeans as clusters
 from tcq.models import resnet, vit
 
 Params = Mapping[str, Any]

@@ -7,8 +7,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tcq import anchors, losses, metrics, quantizer, ranking
+from tcq import losses, metrics, quantizer, ranking
 from tcq.data import images, protocols
+from tcq.losses import _blocked as anchors
 from tcq.models import resnet, vit
 
 OPTIMIZERS = ("adamw", "lars", "sgd")

@@ -5,13 +5,13 @@ import shutil
 from importlib import import_module
 from pathlib import Path
 
-from tcq.data import archives
+from tcq.data.datasets import archives
 
 # name of the dataset -> (module, builder, config unless named)
 DATASETS = {
-    "cifar10": ("tcq.data.cifar10", "Cifar10", None),
-    "mirflickr25k": ("tcq.data.mirflickr25k", "Mirflickr25k", None),
-    "nus_wide": ("tcq.data.nus_wide", "NusWide", "concepts21"),
+    "cifar10": ("tcq.data.datasets.cifar10", "Cifar10", None),
+    "mirflickr25k": ("tcq.data.datasets.mirflickr25k", "Mirflickr25k", None),
+    "nus_wide": ("tcq.data.datasets.nus_wide", "NusWide", "concepts21"),
 }
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tcq import journal, processes, signals
+from tcq.runtime import log as journal
+from tcq.runtime import processes, signals
 
 AXIS = "batch"
 Batch = dict[str, Any]

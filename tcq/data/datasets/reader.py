@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from tcq import buckets
-from tcq.data import cache, prepare
+from tcq.data import cache
+from tcq.data.datasets import prepare
 from tcq.data.images import resize_of
 from tcq.data.sources import Source, SourceError
+from tcq.runtime import storage as buckets
 
 LABEL_FEATURES = ("label", "labels", "strict_labels")
 

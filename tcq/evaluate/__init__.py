@@ -11,11 +11,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tcq import baselines, buckets, encode, metrics, pictures, processes, ranking, validation
 from tcq import config as configs
+from tcq import encode, metrics, ranking
+from tcq import plots as pictures
 from tcq.data import protocols, splits
 from tcq.data.sources import Source, open_source
-from tcq.journal import say
+from tcq.evaluate import baselines
+from tcq.evaluate import held_out as validation
+from tcq.runtime import processes
+from tcq.runtime import storage as buckets
+from tcq.runtime.log import say
 
 MEANINGS = {
     "ties": {

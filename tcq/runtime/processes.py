@@ -16,7 +16,9 @@ from typing import Any, TypeVar
 
 import jax
 
-from tcq import buckets, journal, signals
+from tcq.runtime import log as journal
+from tcq.runtime import signals
+from tcq.runtime import storage as buckets
 
 BEAT = 1.0  # seconds between signs of life
 TOGETHER = 8.0  # seconds within which all processes are done that a signal stops

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Num
 
-from tcq import selection
+from tcq.losses import _threshold as selection
 
 T = TypeVar("T")
 GATHERS = ("all", "ring")

@@ -18,12 +18,15 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Float, Int, UInt, UInt8
 
-from tcq import buckets, encode, processes, ranking, validation
 from tcq import config as configs
+from tcq import encode, ranking
 from tcq.data import sources
 from tcq.data.images import ImageError, decode, resize_of
-from tcq.journal import say
+from tcq.evaluate import held_out as validation
 from tcq.models import retriever
+from tcq.runtime import processes
+from tcq.runtime import storage as buckets
+from tcq.runtime.log import say
 
 FORMAT = 2
 FILES = ("codes.npy", "paths.json", "encoder.npz", "config.json", "skipped.jsonl")
@@ -156,7 +159,7 @@ def draw(
     index: Index, queries: UInt8[np.ndarray, "Q H W 3"], answers: Sequence[Sequence[Hit]], out: str | Path
 ) -> None:
     """A picture of queries and answers; an image that is gone since is drawn gray. Raises IndexFileError if unwritable."""
-    from tcq import pictures
+    from tcq import plots as pictures
 
     def picture(hit: Hit) -> np.ndarray:
         try:

@@ -10,10 +10,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tcq import checkpoint, learner, parallel, processes, signals
-from tcq import optimizer as optimizers
-from tcq.journal import Journal, Progress, duration, say
 from tcq.models import retriever
+from tcq.runtime import devices as parallel
+from tcq.runtime import processes, signals
+from tcq.runtime.log import Journal, Progress, duration, say
+from tcq.train import optimizer as optimizers
+from tcq.train import step as learner
+from tcq.workdir import checkpoint
 
 
 class TrainError(RuntimeError):

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from tcq.journal import moved, say
+from tcq.runtime.log import moved, say
 
 EVERY = 60.0  # seconds
 AT_ONCE = 256  # files asked for together

@@ -9,7 +9,7 @@ from zipfile import ZipFile
 import numpy as np
 import tensorflow_datasets as tfds
 
-from tcq.data import archives
+from tcq.data.datasets import archives
 from tcq.data.images import ImageError, decode
 
 IMAGES = "mirflickr25k.zip"

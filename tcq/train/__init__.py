@@ -13,16 +13,22 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from tcq import buckets, checkpoint, encode, learner, parallel, processes, validation
 from tcq import config as configs
-from tcq import optimizer as optimizers
+from tcq import encode
 from tcq.data import protocols, splits
 from tcq.data.loader import batches
 from tcq.data.sources import Source, open_source
-from tcq.journal import Journal, duration, say
-from tcq.loop import Job, TooManySkipped, TrainError, from_items, items, loop
+from tcq.evaluate import held_out as validation
 from tcq.models import retriever
-from tcq.parallel import AXIS
+from tcq.runtime import devices as parallel
+from tcq.runtime import processes
+from tcq.runtime import storage as buckets
+from tcq.runtime.devices import AXIS
+from tcq.runtime.log import Journal, duration, say
+from tcq.train import optimizer as optimizers
+from tcq.train import step as learner
+from tcq.train.loop import Job, TooManySkipped, TrainError, from_items, items, loop
+from tcq.workdir import checkpoint
 
 ADVICE = "A lower optim.learning_rate or a higher loss.temperature may help"
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from tcq.models.layouts import HALF, LAYOUTS, Family, Layout, OtherShape, WeightsError, number
-from tcq.models.positions import resample
+from tcq.models.weights.layouts import HALF, LAYOUTS, Family, Layout, OtherShape, WeightsError, number
+from tcq.models.weights.positions import resample
 
 OWN = Family("tcq workdir", *HALF, "crop", "bicubic", 1.0, "bicubic_antialias", "")  # its config tells the rest
 

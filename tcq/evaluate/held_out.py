@@ -12,10 +12,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from tcq import augment, encode, journal, losses, metrics, parallel, processes, quantizer, ranking, signals
+from tcq import augment, encode, losses, metrics, quantizer, ranking
 from tcq import config as configs
 from tcq.data import protocols
 from tcq.data.sources import Source
+from tcq.runtime import devices as parallel
+from tcq.runtime import log as journal
+from tcq.runtime import processes, signals
 
 Scorer = Callable[[slice], Float[np.ndarray, "Q N"]]
 

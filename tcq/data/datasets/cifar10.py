@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tcq.data import archives
+from tcq.data.datasets import archives
 
 TARBALL = "cifar-10-binary.tar.gz"
 SIZE = 170_052_171

@@ -12,8 +12,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from tcq import buckets, processes, signals
-from tcq.journal import say
+from tcq.runtime import processes, signals
+from tcq.runtime import storage as buckets
+from tcq.runtime.log import say
 
 FOLDER = "checkpoints"
 DIGESTS = "digests"

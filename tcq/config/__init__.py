@@ -13,9 +13,20 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from tcq import buckets
-from tcq.checks import ConfigError, bits, check, check_run, check_types, clip_count, flatten, nearest, total_steps
-from tcq.models import pretrained, retriever, vit
+from tcq.config.checks import (
+    ConfigError,
+    bits,
+    check,
+    check_run,
+    check_types,
+    clip_count,
+    flatten,
+    nearest,
+    total_steps,
+)
+from tcq.models import retriever, vit
+from tcq.models import weights as pretrained
+from tcq.runtime import storage as buckets
 
 __all__ = [
     "ConfigError",
@@ -262,7 +273,7 @@ def _as_flag(override: str) -> str:
 
 def _home() -> Path:
     """The folder `configs`: beside the package in a checkout, inside it where tcq is installed."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parent.parent
     return next((p for p in (here.parent / "configs", here / "configs") if (p / "base.py").is_file()), here / "configs")
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from tcq.data import archives
+from tcq.data.datasets import archives
 from tcq.data.images import ImageError, decode
 
 NUM_IMAGES = 269_648

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Num
 
-from tcq import anchors
+from tcq.losses import _blocked as anchors
 from tcq.quantizer import unit
 
 PAIRINGS = ("cross", "quantized", "float")

@@ -14,10 +14,11 @@ from ml_collections import ConfigDict
 
 from tcq import augment, encode, losses, quantizer
 from tcq import config as configs
-from tcq import optimizer as optimizers
-from tcq.journal import say
-from tcq.models import pretrained, retriever
-from tcq.parallel import AXIS
+from tcq.models import retriever
+from tcq.models import weights as pretrained
+from tcq.runtime.devices import AXIS
+from tcq.runtime.log import say
+from tcq.train import optimizer as optimizers
 
 Batch = dict[str, Array]
 Logs = dict[str, Array]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from tcq import buckets
 from tcq import index as indexes
 from tcq.data.images import MAX_BYTES, ImageError, decode, resize_of
-from tcq.journal import say
+from tcq.runtime import storage as buckets
+from tcq.runtime.log import say
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>tcq search</title>
 <style>body{{font:16px system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}}
