@@ -1,10 +1,11 @@
-"""Several processes as one run: joining it, agreeing on small things, and noticing when one of them is gone.
+"""Several processes as one run: joining it, agreeing on small values, and noticing when one of them is gone.
 
-All of it goes through JAX's coordination service, which process 0 hosts. Where there is one process nothing happens.
+Everything goes through JAX's coordination service, which process 0 hosts. With one process nothing happens.
 """
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import sys
@@ -16,29 +17,29 @@ from typing import Any, TypeVar
 
 import jax
 
-from tcq.runtime import log as journal
-from tcq.runtime import signals
-from tcq.runtime import storage as buckets
+from tcq.runtime import signals, storage
 
-BEAT = 1.0  # seconds between signs of life
-TOGETHER = 8.0  # seconds within which all processes are done that a signal stops
-SILENT = 20.0  # without one for so long, a process is taken for dead
-STALLED = 1800.0  # no process has got further for so long
-JAX_HEARTBEAT = 60  # seconds; JAX's own check, which ends a process without our words
-_DAY = 86_400_000  # milliseconds: who is gone is noticed by other means
+HEARTBEAT = 1.0  # seconds between two heartbeats of a process
+SILENT = float(os.environ.get("TCQ_SILENT_SECONDS", "20"))  # a process without a heartbeat for so long counts as dead
+STALLED = float(os.environ.get("TCQ_STALLED_SECONDS", "1800"))  # a run in which no process advances for so long ends
+STOP_TOGETHER = 8.0  # seconds within which all processes of a stopped run are done
+JAX_HEARTBEAT = 60  # seconds; JAX's own check, which does not say which process is gone
+_DAY = 86_400_000  # milliseconds; a process that is gone is noticed by its heartbeat instead
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 class ProcessError(RuntimeError):
-    """The processes of a run cannot come together, or another one failed; the message names it."""
+    """The processes of a run cannot come together, or one of them failed; the message names it."""
 
 
 class RefusedError(ValueError):
-    """The first process refused a call, config or file; the message is its own."""
+    """Process 0 refused a call, config or file; the message is its own."""
 
 
 class _Run:
-    """What this process knows of the others."""
+    """What this process knows of its run."""
 
     exchanges = 0
     phase = "starting"
@@ -46,9 +47,10 @@ class _Run:
 
 
 def join(*, coordinator: str | None = None, processes: int | None = None, process_id: int | None = None) -> None:
-    """Joins the run; with no arguments as JAX detects it (TPU, SLURM, Kubernetes, Open MPI).
+    """Joins the run; without arguments as JAX detects it (TPU, SLURM, Kubernetes, Open MPI).
 
-    Before anything touches a device. Raises ProcessError where that fails.
+    To be called before anything uses a device. Only process 0 logs below the level of errors from then on.
+    Raises ProcessError if the processes cannot come together.
     """
     try:
         jax.distributed.initialize(
@@ -59,59 +61,60 @@ def join(*, coordinator: str | None = None, processes: int | None = None, proces
             shutdown_timeout_seconds=30,
         )
     except (RuntimeError, ValueError) as error:
-        told = (
-            f"coordinator {coordinator}, {processes} processes, this is {process_id}"
-            if coordinator
-            else "detection by JAX"
-        )
+        how = f"coordinator {coordinator}, {processes} processes, this is {process_id}"
         raise ProcessError(
-            f"the processes cannot come together ({told}): {error}\n"
-            f"give --coordinator=HOST:PORT of process 0, --processes and --process_id to each of them"
+            f"the processes cannot come together ({how if coordinator else 'detected by JAX'}): {error}\n"
+            f"give each of them --coordinator=HOST:PORT of process 0, --processes and --process_id"
         ) from None
-    journal.quiet = not first()
+    if not is_first():
+        logging.getLogger("tcq").setLevel(logging.ERROR)
     _Run.watching = True
     threading.Thread(target=_watch, name="processes", daemon=True).start()
 
 
 def several() -> bool:
+    """Whether the run has more than one process."""
     return jax.process_count() > 1
 
 
-def first() -> bool:
-    """Whether this process is the one that writes."""
+def is_first() -> bool:
+    """Whether this is process 0, the one that writes and logs."""
     return jax.process_index() == 0
 
 
 def share(count: int) -> tuple[int, int]:
-    """From where to where this process does its part of so many pieces of work."""
+    """Start and stop of this process's part of `count` pieces of work."""
     n, i = jax.process_count(), jax.process_index()
     return i * count // n, (i + 1) * count // n
 
 
-def phase(text: str) -> None:
-    """What this process does now, for the others to tell when it does not come back."""
+def set_phase(text: str) -> None:
+    """Sets what this process is doing, which the other processes report if it stops responding."""
     _Run.phase = text
 
 
 def exchange(value: Any) -> list[Any]:
-    """The values of all processes, in their order; small, and of what JSON can hold. All of them have to call it."""
+    """The values of all processes, in their order. All of them have to call it; values are small and fit JSON."""
     if not several():
         return [value]
     _Run.exchanges += 1
     client, prefix = _client(), f"tcq/exchange/{_Run.exchanges}"
     client.key_value_set(f"{prefix}/{jax.process_index()}", json.dumps(value))
-    found = [client.blocking_key_value_get(f"{prefix}/{i}", _DAY) for i in range(jax.process_count())]
-    return [json.loads(text) for text in found]
+    texts = [client.blocking_key_value_get(f"{prefix}/{i}", _DAY) for i in range(jax.process_count())]
+    return [json.loads(text) for text in texts]
 
 
 def on_first(function: Callable[[], T]) -> T:
-    """What the first process makes of a function, of what JSON can hold; the others wait. Its error ends all of them."""
+    """The result, which fits JSON, of a function that only process 0 calls while the others wait.
+
+    If it raises, all processes raise: RefusedError or ProcessError, or Stopped if process 0 was stopped.
+    """
     if not several():
         return function()
-    if not first():
+    if not is_first():
         outcome = exchange(None)[0]
         if "stopped" in outcome:
-            signals.ask(outcome["stopped"])
+            signals.request(outcome["stopped"])
             signals.check()
         if "error" in outcome:
             raise (RefusedError if outcome["refused"] else ProcessError)(f"process 0: {outcome['error']}")
@@ -119,156 +122,184 @@ def on_first(function: Callable[[], T]) -> T:
     try:
         value = function()
     except signals.Stopped:
-        exchange({"stopped": signals.asked()})
+        exchange({"stopped": signals.requested()})
         raise
     except Exception as error:
-        exchange({"error": str(error), "refused": refused(error)})
+        exchange({"error": str(error), "refused": is_refusal(error)})
         raise
     exchange({"value": value})
     return value
 
 
-def refused(error: Exception) -> bool:
+def is_refusal(error: Exception) -> bool:
     """Whether an error says that a call, config, file or file system cannot work, which is exit status 2."""
     ours = type(error).__module__.startswith("tcq.")
     return isinstance(error, OSError) or (ours and isinstance(error, ValueError))
 
 
-def same(what: str, value: Any) -> None:
-    """Raises ProcessError in all processes, naming those where a value is another one than in process 0."""
+def require_same(what: str, value: Any) -> None:
+    """Raises ProcessError in all processes, naming those whose value differs from that of process 0."""
     text = json.dumps(value, sort_keys=True)
-    found = exchange([hashlib.sha256(text.encode()).hexdigest(), platform.node()])
-    odd = [f"process {i} on {host}" for i, (digest, host) in enumerate(found) if digest != found[0][0]]
-    if odd:
+    seen = exchange([hashlib.sha256(text.encode()).hexdigest(), platform.node()])
+    different = [f"process {i} on {host}" for i, (digest, host) in enumerate(seen) if digest != seen[0][0]]
+    if different:
         raise ProcessError(
-            f"the {what} of {', '.join(odd)} are not those of process 0 on {found[0][1]}: all need the same"
+            f"the {what} of {', '.join(different)} differ from those of process 0 on {seen[0][1]}: "
+            f"all processes need the same"
         )
 
 
-def sees(path: str | Path) -> None:
-    """Raises ProcessError in all processes, naming those that do not see a file which process 0 wrote."""
-    found = exchange([buckets.read(path) is not None, platform.node()])
-    blind = [f"process {i} on {host}" for i, (there, host) in enumerate(found) if not there]
+def require_visible(path: str | Path) -> None:
+    """Raises ProcessError in all processes, naming those that do not see a file that process 0 has written."""
+    seen = exchange([storage.read(path) is not None, platform.node()])
+    blind = [f"process {i} on {host}" for i, (visible, host) in enumerate(seen) if not visible]
     if blind:
-        raise ProcessError(f"{path} is not there for {', '.join(blind)}: the folder has to be shared by all processes")
+        raise ProcessError(f"{path} is not found by {', '.join(blind)}: all processes have to share the folder")
 
 
 def agree_to_stop() -> None:
-    """Raises Stopped in all processes if one of them was asked to stop. All of them have to call it."""
-    found = [name for name in exchange(signals.asked()) if name]
-    if found:
-        signals.ask(found[0])
+    """Raises Stopped in all processes if any of them was asked to stop. All of them have to call it."""
+    names = [name for name in exchange(signals.requested()) if name]
+    if names:
+        signals.request(names[0])
         signals.check()
 
 
 def leave() -> None:
-    """This process is done, without an error."""
+    """Leaves the run without an error."""
     if _Run.watching:
         _Run.watching = False
-        _beat(left=True)
+        _send_heartbeat(left=True)
 
 
 def fail(message: str, status: int) -> None:
-    """Ends this process of several, so that the others learn why instead of waiting for it."""
+    """Tells the other processes why this one ends, so that they do not wait for it, and exits."""
     if not _Run.watching:
         return
     _Run.watching = False
     try:
         _client().key_value_set(f"tcq/failed/{jax.process_index()}", f"{platform.node()}: {message.splitlines()[0]}")
-        time.sleep(3 * BEAT)
-    except Exception:  # the service is gone as well
+        time.sleep(3 * HEARTBEAT)
+    except Exception:  # process 0, which hosts the service, is gone as well
         pass
     _exit(status)
 
 
-def stopped(status: int) -> None:
-    """Ends this process of several, which a signal stopped: when the others are done, too, or after a while."""
+def exit_stopped(status: int) -> None:
+    """Exits after a signal, when the other processes are done as well or `STOP_TOGETHER` has passed twice."""
     if not _Run.watching:
         return
     _Run.watching = False
     try:
         _client().key_value_set(f"tcq/stopped/{jax.process_index()}", str(status))
-        end = time.monotonic() + 2 * TOGETHER
+        end = time.monotonic() + 2 * STOP_TOGETHER
         while time.monotonic() < end and len(_client().key_value_dir_get("tcq/stopped/")) < jax.process_count():
-            time.sleep(BEAT / 4)
-        time.sleep(BEAT if first() else 0)  # process 0 is who the others ask
-    except Exception:  # the service is gone as well
+            time.sleep(HEARTBEAT / 4)
+        time.sleep(HEARTBEAT if is_first() else 0)  # process 0 hosts the service that the others read
+    except Exception:  # process 0, which hosts the service, is gone as well
         pass
     _exit(status)
 
 
-def wait_for_blame() -> None:
-    """After a collective broke: another process is probably gone, and the watch will say which one and end this one."""
+def wait_for_diagnosis() -> None:
+    """After a collective failed: gives the watchdog time to find out which process is gone, and to say so and exit."""
     if _Run.watching:
-        time.sleep(SILENT + 5 * BEAT)
+        time.sleep(SILENT + 5 * HEARTBEAT)
 
 
 def _client() -> Any:
-    from jax._src import distributed  # JAX offers its key-value store nowhere else; Orbax takes it from here, too
+    from jax._src import distributed  # the only way to JAX's key-value store; Orbax takes it, too
 
     return distributed.global_state.client
 
 
-def _beat(*, left: bool = False) -> None:
-    told = {"time": time.time(), "host": platform.node(), "pid": os.getpid(), "phase": _Run.phase, "left": left}
-    told["moves"] = journal.Moves.count
-    _client().key_value_set(f"tcq/alive/{jax.process_index()}", json.dumps(told), allow_overwrite=True)
+def _read(folder: str) -> dict[int, str]:
+    """The entries of a folder of the key-value store, by the number of the process that wrote them."""
+    return {int(key.rpartition("/")[2]): value for key, value in _client().key_value_dir_get(f"tcq/{folder}/")}
+
+
+def _send_heartbeat(*, left: bool = False) -> None:
+    beat = {"time": time.time(), "host": platform.node(), "pid": os.getpid(), "phase": _Run.phase, "left": left}
+    beat["polls"] = signals.polls()
+    _client().key_value_set(f"tcq/alive/{jax.process_index()}", json.dumps(beat), allow_overwrite=True)
 
 
 def _watch() -> None:
-    """Tells the others that this process lives, and ends it when one of them does not, or asks to stop."""
-    mine, moved = jax.process_index(), time.monotonic()
-    since: dict[int, float] = {}
-    heard: dict[int, tuple[float, float]] = {}  # what each said last, and when that was new
-    phases: dict[int, tuple[str, int]] = {}
+    """Sends heartbeats, and ends this process when another one fails, is silent, stalls, or stops by a signal."""
+    seen = _Seen()
     while _Run.watching:
         try:
-            _beat()
-            failed = _numbered(_client().key_value_dir_get("tcq/failed/"))
-            halted = _numbered(_client().key_value_dir_get("tcq/stopped/"))
-            alive = {i: json.loads(v) for i, v in _numbered(_client().key_value_dir_get("tcq/alive/")).items()}
-            if signals.asked():
-                _client().key_value_set("tcq/stop", str(signals.asked()), allow_overwrite=True)
+            _send_heartbeat()
+            failed, stopped = _read("failed"), _read("stopped")
+            alive = {i: json.loads(text) for i, text in _read("alive").items()}
+            if signals.requested():
+                _client().key_value_set("tcq/stop", str(signals.requested()), allow_overwrite=True)
             for _, name in _client().key_value_dir_get("tcq/stop"):
-                signals.ask(name)
+                signals.request(name)
         except Exception as error:
             if _Run.watching:
-                _end(f"process 0, which the others report to, is gone ({str(error).splitlines()[0][:200]})")
+                _end(f"process 0, which hosts the coordination service, is gone ({str(error).splitlines()[0][:200]})")
             return
-        now = time.monotonic()
         if not _Run.watching:
             return
-        for i, status in halted.items():
-            if now - since.setdefault(i, now) > TOGETHER:  # it is not to be waited for
-                _end(f"process {i} was stopped by a signal", int(status))
-        for i, message in failed.items():
-            if i != mine:
-                _end(f"process {i} failed on {message}")
-        for i, told in alive.items():
-            if heard.get(i, (0.0, 0.0))[0] != told["time"]:
-                heard[i] = told["time"], now
-            if now - heard[i][1] > SILENT and not told["left"] and i != mine:
-                who = f"process {i} (pid {told['pid']} on {told['host']})"
-                _end(f"{who} has given no sign of life for {SILENT:.0f} s; it was last at: {told['phase']}")
-        if phases != (phases := {i: (told["phase"], told["moves"]) for i, told in alive.items()}):
-            moved = now
-        if now - moved > STALLED:
-            listed = "\n".join(f"  process {i} on {alive[i]['host']}: {p}" for i, (p, _) in sorted(phases.items()))
-            _end(f"no process has got further for {STALLED / 60:.0f} minutes:\n{listed}")
-        time.sleep(BEAT)
+        reason = seen.stop_reason(stopped) or seen.failure(failed) or seen.silence(alive) or seen.stall(alive)
+        if reason:
+            _end(*reason)
+        time.sleep(HEARTBEAT)
 
 
-def _numbered(entries: list[tuple[str, str]]) -> dict[int, str]:
-    return {int(key.rpartition("/")[2]): value for key, value in entries}
+class _Seen:
+    """What the watchdog has seen of the other processes so far, and when."""
+
+    def __init__(self) -> None:
+        self.stopped_since: dict[int, float] = {}
+        self.heartbeats: dict[int, tuple[float, float]] = {}  # of each process the last one, and when it was new
+        self.phases: dict[int, tuple[str, int]] = {}
+        self.advanced = time.monotonic()
+
+    def stop_reason(self, stopped: dict[int, str]) -> tuple[str, int] | None:
+        """Another process was stopped and has waited long enough for this one."""
+        now = time.monotonic()
+        for i, status in stopped.items():
+            if now - self.stopped_since.setdefault(i, now) > STOP_TOGETHER:
+                return f"process {i} was stopped by a signal", int(status)
+        return None
+
+    def failure(self, failed: dict[int, str]) -> tuple[str, int] | None:
+        """Another process has said why it ends."""
+        others = {i: message for i, message in failed.items() if i != jax.process_index()}
+        return next(((f"process {i} failed on {message}", 1) for i, message in others.items()), None)
+
+    def silence(self, alive: dict[int, dict[str, Any]]) -> tuple[str, int] | None:
+        """Another process has sent no heartbeat for too long."""
+        now = time.monotonic()
+        for i, beat in alive.items():
+            if self.heartbeats.get(i, (0.0, 0.0))[0] != beat["time"]:
+                self.heartbeats[i] = beat["time"], now
+            if now - self.heartbeats[i][1] > SILENT and not beat["left"] and i != jax.process_index():
+                who = f"process {i} (pid {beat['pid']} on {beat['host']})"
+                return f"{who} has sent no heartbeat for {SILENT:.0f} s; its last phase: {beat['phase']}", 1
+        return None
+
+    def stall(self, alive: dict[int, dict[str, Any]]) -> tuple[str, int] | None:
+        """All processes are alive, and none advances."""
+        now = time.monotonic()
+        phases = {i: (beat["phase"], beat["polls"]) for i, beat in alive.items()}
+        if phases != self.phases:
+            self.phases, self.advanced = phases, now
+        if now - self.advanced <= STALLED:
+            return None
+        listed = "\n".join(f"  process {i} on {alive[i]['host']}: {p}" for i, (p, _) in sorted(phases.items()))
+        return f"no process has advanced for {STALLED / 60:.0f} minutes:\n{listed}", 1
 
 
 def _end(message: str, status: int = 1) -> None:
-    print(f"tcq: process {jax.process_index()} stops: {message}", file=sys.stderr)
+    logger.error(f"process {jax.process_index()} exits: {message}")
     _exit(status)
 
 
 def _exit(status: int) -> None:
-    """Without waiting for the others, as JAX would at a usual exit."""
+    """Exits without waiting for the other processes, as JAX would at a normal exit."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

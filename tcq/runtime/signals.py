@@ -1,24 +1,26 @@
-"""Being asked to stop: SIGTERM of a scheduler, SIGINT of a person."""
+"""Stopping on SIGTERM (schedulers) and SIGINT (people): a handler sets a flag, and long loops poll it.
 
-import asyncio
+Only the command line installs the handler. In Python code that uses tcq as a library signals do what they always do.
+"""
+
+import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 
-GRACE = 25.0  # seconds; schedulers kill after 30
-INSIST = 1.0  # seconds after the first signal from which on another one ends the process at once
+GRACE = 25.0  # seconds to reach a safe point; schedulers send SIGKILL after 30
+INSIST = 1.0  # a second signal ends the process at once if it comes later than this many seconds after the first
+
+logger = logging.getLogger(__name__)
 
 
 class Stopped(BaseException):
-    """The process was asked to stop, and did what it had to before; `status` is what it exits with.
+    """A signal asked the process to stop, and it has reached a safe point; `status` is its exit status.
 
-    No Exception, as KeyboardInterrupt is none: what forgives errors, such as that of a damaged image, is not to forgive this.
+    Derives from BaseException, as KeyboardInterrupt does, so that `except Exception` does not swallow it.
     """
 
     def __init__(self, message: str, status: int) -> None:
@@ -26,91 +28,88 @@ class Stopped(BaseException):
         self.status = status
 
 
-_asked: list[str] = []  # names of the signals, here or in another process
-_received: list[float] = []  # when they came here; schedulers and terminals may send one of them twice
-_deferred = 0
+class _State:
+    """What this process knows; there is one process, so there is one state."""
+
+    requested: str | None = None  # name of the signal, received here or by another process of the run
+    received: float | None = None  # time of the first signal here; schedulers and terminals may send one twice
+    polls = 0
+    wakeup: socket.socket | None = None  # kept open for Python to write to
 
 
 def install() -> None:
-    """From now on the two signals end what is going on with `Stopped`, in `deferred` code when it asks.
+    """Handles SIGTERM and SIGINT from now on; call it once, from the main thread.
 
-    Python runs a handler between two of its own instructions, so never during a long compilation: after GRACE seconds a
-    thread ends the process, whose last checkpoint then is an earlier one.
+    Python runs handlers between two of its own instructions, so never during a long compilation or another call into C.
+    Therefore a thread, woken through a socket, ends the process where no safe point is reached within `GRACE` seconds.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    _State.wakeup = writer
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _handle)
+        signal.signal(number, handle)
+    threading.Thread(target=_end_after_grace, args=(reader,), name="signals", daemon=True).start()
 
-    def watch() -> None:
-        number = 0
-        while number not in (signal.SIGTERM, signal.SIGINT):
-            number = reader.recv(1)[0]
-        time.sleep(GRACE)
-        name = signal.Signals(number).name
-        print(f"{name}: not at a point to stop at within {GRACE:.0f} s; the last checkpoint stands", file=sys.stderr)
-        sys.stderr.flush()
+
+def handle(number: int, frame: FrameType | None) -> None:
+    """The handler: notes the signal; another one more than `INSIST` seconds later ends the process at once."""
+    now = time.monotonic()
+    if _State.received is None:
+        _State.received = now
+    elif now - _State.received > INSIST:
         os._exit(128 + number)
-
-    writer_kept.append(writer)
-    threading.Thread(target=watch, name="signals", daemon=True).start()
+    request(signal.Signals(number).name)
 
 
-writer_kept: list[socket.socket] = []
+def requested() -> str | None:
+    """The name of the signal that asked this process or another one of its run to stop; None if there is none."""
+    return _State.requested
 
 
-def asked() -> str | None:
-    """The signal that asks to stop, or None."""
-    return _asked[0] if _asked else None
-
-
-def ask(name: str) -> None:
-    """Another process was asked to stop, by the signal of this name."""
-    if not _asked:
-        _asked.append(name)
-
-
-def status(name: str) -> int:
-    """What a process exits with that a signal stopped."""
-    return 128 + signal.Signals[name]
+def request(name: str) -> None:
+    """Asks this process to stop, by the name of the signal that another process of the run received."""
+    _State.requested = _State.requested or name
 
 
 def check() -> None:
-    """Raises Stopped where the process was asked to stop."""
-    name = asked()
+    """Raises Stopped if a stop was requested."""
+    name = requested()
     if name:
         raise Stopped(f"stopped by {name}", status(name))
 
 
-@contextmanager
-def deferred() -> Iterator[None]:
-    """Code that looks at `asked` by itself, often enough."""
-    global _deferred
-    _deferred += 1
-    try:
-        yield
-    finally:
-        _deferred -= 1
+def poll() -> None:
+    """To be called in every round of a loop that may take long: counts as progress, and raises Stopped as `check`."""
+    advance()
+    check()
 
 
-def _handle(number: int, frame: FrameType | None) -> None:
-    if _swallows(frame):  # again in a moment
-        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
-        return
-    _received.append(time.monotonic())
-    if _received[-1] - _received[0] > INSIST:
-        raise KeyboardInterrupt
-    ask(signal.Signals(number).name)
-    if len(_received) == 1 and not _deferred:
-        check()
+def advance() -> None:
+    """Counts a round of a long loop that checks for signals itself; see `polls`."""
+    _State.polls += 1
 
 
-def _swallows(frame: FrameType | None) -> bool:
-    """Whether what is raised here would be printed and forgotten: in finalizers, in JAX's callback of the garbage collector, and
-    in callbacks of asyncio, by which Orbax reads and writes."""
-    while frame:
-        if frame.f_code.co_name in ("__del__", "_xla_gc_callback") or frame.f_code is asyncio.Handle._run.__code__:
-            return True
-        frame = frame.f_back
-    return False
+def polls() -> int:
+    """How often this process has called `poll` or `advance`: while it grows, the process is not stuck."""
+    return _State.polls
+
+
+def status(name: str) -> int:
+    """The exit status of a process that was stopped by the signal of this name: 128 plus its number."""
+    return 128 + signal.Signals[name]
+
+
+def reset() -> None:
+    """Forgets any request to stop. For programs that go on after `Stopped`, such as tests."""
+    _State.requested = _State.received = None
+
+
+def _end_after_grace(reader: socket.socket) -> None:
+    number = 0
+    while number not in (signal.SIGTERM, signal.SIGINT):
+        number = reader.recv(1)[0]
+    time.sleep(GRACE)
+    name = signal.Signals(number).name
+    logger.error(f"{name}: no safe point reached within {GRACE:.0f} s; exiting. The last checkpoint is intact.")
+    os._exit(128 + number)

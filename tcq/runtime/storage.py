@@ -1,44 +1,87 @@
-"""Workdirs, indexes and images in buckets (gs://bucket/folder): what fsspec is asked for, always whole files.
+"""Files: whole or not at all on this machine, in buckets (gs://bucket/folder) through fsspec, and the cache folder.
 
-Orbax writes checkpoints to a bucket by itself. All else of a workdir is small: it is written to a folder of this machine, and
-what changed is sent before a checkpoint is, at the end, and once a minute.
+Orbax writes checkpoints to a bucket itself. All other files of a workdir are small: they are written to a local mirror, and
+changed ones are uploaded before each checkpoint, at the end, and once a minute.
 """
 
 import hashlib
 import json
+import logging
 import os
+import shutil
 import tempfile
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from tcq.runtime.log import moved, say
+from tcq.runtime import log, signals
 
-EVERY = 60.0  # seconds
-AT_ONCE = 256  # files asked for together
+UPLOAD_EVERY = 60.0  # seconds
+DOWNLOAD_BATCH = 256  # files requested together
+TEMPORARY = ".tmp-"  # in the names of files and folders that are being written
+
+logger = logging.getLogger(__name__)
 
 
 class BucketError(ValueError):
-    """A bucket cannot be read or written; the message says which and why."""
+    """A bucket cannot be read or written; the message says which one and why."""
+
+
+def cache_home() -> Path:
+    """The folder of everything that can be computed again: $XDG_CACHE_HOME/tcq, or ~/.cache/tcq."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tcq").expanduser()
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """A temporary file beside `path`; it replaces `path`, flushed to disk, if the block ends without an error."""
+    path = Path(path)
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replaces a local file, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextmanager
+def temporary_folder(path: str | Path) -> Iterator[Path]:
+    """A new folder beside `path`, for the block to fill and to rename; what is still there afterwards is deleted."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}-", dir=path.parent))
+    try:
+        folder.chmod(0o755)  # as other folders, where mkdtemp allows only the owner
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_url(place: str | Path) -> bool:
+    """Whether a place is in a bucket, such as gs://bucket/folder."""
     return isinstance(place, str) and "://" in place
 
 
-def join(place: str | Path, name: str) -> str | Path:
-    """The name of something in a folder, in a bucket or not."""
-    return f"{str(place).rstrip('/')}/{name}" if is_url(place) else Path(place, name)
+def join(folder: str | Path, name: str) -> str | Path:
+    """The path or URL of a file in a folder or bucket."""
+    return f"{str(folder).rstrip('/')}/{name}" if is_url(folder) else Path(folder, name)
 
 
 def read(path: str | Path) -> bytes | None:
-    """A file in a bucket or not; None where there is none."""
+    """The contents of a local file or URL; None if there is no such file. Raises BucketError."""
     if not is_url(path):
         return Path(path).read_bytes() if Path(path).is_file() else None
-    with _files(path) as (fs, inside):
+    with _filesystem(path) as (fs, inside):
         try:
             return bytes(fs.cat_file(inside))
         except FileNotFoundError:
@@ -46,158 +89,152 @@ def read(path: str | Path) -> bytes | None:
 
 
 def write(url: str, data: bytes) -> None:
-    with _files(url) as (fs, inside):
+    """Writes one file of a bucket. Raises BucketError."""
+    with _filesystem(url) as (fs, inside):
         fs.pipe_file(inside, data)
 
 
 def remove(url: str) -> None:
-    with _files(url) as (fs, inside):
+    """Deletes one file of a bucket. Raises BucketError."""
+    with _filesystem(url) as (fs, inside):
         fs.rm_file(inside)
 
 
-def brought(url: str) -> Path:
-    """A folder of this machine, below $XDG_CACHE_HOME/tcq or ~/.cache/tcq, that holds all files below a URL.
+def download(url: str) -> Path:
+    """A local folder, below `cache_home()`, with all files below a URL; only files that changed are fetched.
 
-    Only what changed since the last time is fetched. Raises BucketError where there is no file, or no access.
+    Raises BucketError if there is no file or no access.
     """
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tcq", "buckets").expanduser()
-    folder = home / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:32]
-    with _files(url) as (fs, inside):
-        there = {n: _mark(info) for n, info in _below(fs, inside).items()}
-        if not there:
-            raise BucketError(f"there is no file below {url!r}")
-        listed = folder.with_suffix(".json")
-        had = json.loads(listed.read_text()) if listed.is_file() else {}
-        for name in had.keys() - there.keys():
+    folder = cache_home() / "buckets" / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:32]
+    with _filesystem(url) as (fs, inside):
+        marks = {name: _mark(info) for name, info in _files_below(fs, inside).items()}
+        if not marks:
+            raise BucketError(f"no file found below {url!r}")
+        listing = folder.with_suffix(".json")
+        known = json.loads(listing.read_text()) if listing.is_file() else {}
+        for name in known.keys() - marks.keys():
             (folder / name).unlink(missing_ok=True)
-        new = [n for n, mark in there.items() if had.get(n) != mark or not (folder / n).is_file()]
+        new = [n for n, mark in marks.items() if known.get(n) != mark or not (folder / n).is_file()]
         _fetch(fs, inside, new, folder, url)
         folder.mkdir(parents=True, exist_ok=True)
-        half = listed.with_suffix(f".half-{os.getpid()}")
-        half.write_text(json.dumps(there))
-        half.replace(listed)
+        write_text(listing, json.dumps(marks))
     return folder
 
 
-def send(folder: Path, url: str, *, last: str) -> None:
-    """Writes all files of a folder to a URL, one of them after all others."""
-    with _files(url) as (fs, inside):
+def upload(folder: Path, url: str, *, last: str) -> None:
+    """Writes all files of a local folder to a URL, the one named `last` after all others. Raises BucketError."""
+    with _filesystem(url) as (fs, inside):
         for path in sorted(folder.iterdir(), key=lambda p: p.name == last):
             fs.put_file(str(path), f"{inside}/{path.name}")
 
 
-class At(NamedTuple):
-    """A workdir: where its small files are, and how they get to where they belong."""
+class Mirror(NamedTuple):
+    """The local folder with the small files of a workdir, and a function that uploads changed ones to its bucket."""
 
     folder: Path
-    send: Any  # () -> None
+    upload: Callable[[], None]
 
 
 @contextmanager
-def at(workdir: str | Path, *, writes: bool = True) -> Iterator[At]:
-    """The folder to read and write the files of a workdir in, all but its checkpoints. Only in a bucket it is another one.
+def mirror(workdir: str | Path, *, writes: bool = True) -> Iterator[Mirror]:
+    """The files of a workdir except its checkpoints: in a bucket a temporary copy, else the workdir itself.
 
-    With writes=False, in a process of several that is not the first, nothing is sent.
+    With writes=False, for all processes of a run but the first, nothing is uploaded.
     """
     if not is_url(workdir):
-        yield At(Path(workdir), lambda: None)
+        yield Mirror(Path(workdir), lambda: None)
         return
     url = str(workdir).rstrip("/")
-    with tempfile.TemporaryDirectory(prefix="tcq-") as here:
-        folder, lock = Path(here), threading.Lock()
-        with _files(url) as (fs, inside):
-            _fetch(fs, inside, list(_below(fs, inside, deep=False)), folder, url)
-        sent = _changes(folder, {})
+    with tempfile.TemporaryDirectory(prefix="tcq-") as temporary:
+        folder, lock = Path(temporary), threading.Lock()
+        with _filesystem(url) as (fs, inside):
+            _fetch(fs, inside, list(_files_below(fs, inside, deep=False)), folder, url)
+        uploaded = _changes(folder, {})
 
-        def send_changed() -> None:
-            with lock, _files(url) as (fs, inside):
-                for name, mark in _changes(folder, sent).items():
+        def upload_changed() -> None:
+            with lock, _filesystem(url) as (fs, inside):
+                for name, mark in _changes(folder, uploaded).items():
                     fs.put_file(str(folder / name), f"{inside}/{name}")
-                    sent[name] = mark
-
-        ended = threading.Event()
-
-        def now_and_then() -> None:
-            while not ended.wait(EVERY):
-                try:
-                    send_changed()
-                except BucketError as error:  # the next one may get through; the last one is not in here
-                    say(f"not sent, to be tried again: {error}")
+                    uploaded[name] = mark
 
         if not writes:
-            yield At(folder, lambda: None)
+            yield Mirror(folder, lambda: None)
             return
-        threading.Thread(target=now_and_then, name="bucket", daemon=True).start()
+        ended = threading.Event()
+        threading.Thread(target=_repeat, args=(upload_changed, ended), name="bucket", daemon=True).start()
         try:
-            yield At(folder, send_changed)
+            yield Mirror(folder, upload_changed)
         finally:
             ended.set()
-            send_changed()
+            upload_changed()
+
+
+def _repeat(upload: Callable[[], None], ended: threading.Event) -> None:
+    while not ended.wait(UPLOAD_EVERY):
+        try:
+            upload()
+        except BucketError as error:
+            logger.warning(f"upload failed, trying again in {UPLOAD_EVERY:.0f} s: {error}")
 
 
 @contextmanager
-def _files(url: str | Path) -> Iterator[tuple[Any, str]]:
-    """The file system of a URL and the path inside it. Its errors, of many kinds, become BucketError."""
+def _filesystem(url: str | Path) -> Iterator[tuple[Any, str]]:
+    """The fsspec file system of a URL, and the path inside it. Turns its many kinds of errors into BucketError."""
     import fsspec
 
     try:
         fs, inside = fsspec.core.url_to_fs(str(url).rstrip("/"))
     except (ImportError, ValueError) as error:
-        raise BucketError(f"{url}: {error}; pip install 'tcq[buckets]' brings what gs:// needs") from None
+        raise BucketError(f"{url}: {error}; for gs:// run pip install 'tcq[buckets]'") from None
     fs.invalidate_cache()
     try:
         yield fs, inside
     except Exception as error:
         if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in ("gcsfs", "aiohttp", "google"):
-            raise BucketError(f"{url}: {_why(error)}") from None
+            reason = str(error).splitlines()[0][:300] if str(error) else "no reason given"
+            raise BucketError(f"{url}: {type(error).__name__}: {reason}") from None
         raise
 
 
-def _why(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else 'no reason given'}"
-
-
-def _below(fs: Any, inside: str, *, deep: bool = True) -> dict[str, dict[str, Any]]:
-    """Names of files, relative to a folder, and what is known of each."""
+def _files_below(fs: Any, inside: str, *, deep: bool = True) -> dict[str, dict[str, Any]]:
+    """What the file system knows of each file of a folder (and, if deep, below it), by its relative name, sorted."""
     try:
-        found = fs.find(inside, detail=True) if deep else {i["name"]: i for i in fs.ls(inside, detail=True)}
+        listed = fs.find(inside, detail=True) if deep else {i["name"]: i for i in fs.ls(inside, detail=True)}
     except FileNotFoundError:
         return {}
     start = len(inside.rstrip("/")) + 1
-    names = {path[start:]: info for path, info in found.items() if info["type"] == "file" and path[start:]}
+    names = {path[start:]: info for path, info in listed.items() if info["type"] == "file" and path[start:]}
     for name in names:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise BucketError(f"{inside} holds {name!r}, which names a place outside of it")
+            raise BucketError(f"{inside} holds {name!r}, a name that leads outside of it")
     return {n: names[n] for n in sorted(names) if not n.endswith("/")}
 
 
 def _mark(info: dict[str, Any]) -> list[str]:
-    """Another one for other contents."""
+    """A value that changes whenever the contents of a file do."""
     return [str(info.get(key)) for key in ("size", "etag", "ETag", "md5Hash", "generation", "mtime") if key in info]
 
 
 def _fetch(fs: Any, inside: str, names: list[str], folder: Path, url: str) -> None:
-    start = said = time.monotonic()
-    for first in range(0, len(names), AT_ONCE):
-        some = names[first : first + AT_ONCE]
+    progress = log.Progress(logger, f"downloading {url}", len(names), unit="files")
+    for first in range(0, len(names), DOWNLOAD_BATCH):
+        some = names[first : first + DOWNLOAD_BATCH]
         for parent in {(folder / name).parent for name in some}:
             parent.mkdir(parents=True, exist_ok=True)
-        halves = [str((folder / name).with_name(f".{Path(name).name}.half-{os.getpid()}")) for name in some]
-        fs.get([f"{inside}/{name}" for name in some], halves)
-        for half, name in zip(halves, some, strict=True):
-            os.replace(half, folder / name)
-        moved()
-        done = first + len(some)
-        if time.monotonic() - said > 5 or (done == len(names) and said > start):
-            said = time.monotonic()
-            say(f"{url}: {done:,} of {len(names):,} files fetched, {done / (said - start):,.0f}/s")
+        temporary = [str((folder / n).with_name(f"{TEMPORARY}{Path(n).name}-{os.getpid()}")) for n in some]
+        fs.get([f"{inside}/{name}" for name in some], temporary)
+        for file, name in zip(temporary, some, strict=True):
+            os.replace(file, folder / name)
+        signals.poll()
+        progress.update(first + len(some))
 
 
-def _changes(folder: Path, sent: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """Sizes and times of the files that are not what was sent."""
-    found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".half"):
+def _changes(folder: Path, uploaded: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Size and time of modification of each file that differs from what was uploaded."""
+    changes = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(TEMPORARY)):
         name, stat = path.relative_to(folder).as_posix(), path.stat()
-        if sent.get(name) != (mark := (stat.st_size, stat.st_mtime_ns)):
-            found[name] = mark
-    return found
+        mark = stat.st_size, stat.st_mtime_ns
+        if uploaded.get(name) != mark:
+            changes[name] = mark
+    return changes
