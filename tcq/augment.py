@@ -1,14 +1,14 @@
-"""Random views of one image given a key; `vmap` makes them views of a batch. Runs on the device, inside the step.
+"""Random views of one image from a key; `vmap` them over a batch. They run on the device, inside the training step.
 
-Images are float32 (H, W, 3) in [0, 1], and so are views. Every strength is an argument; at strength 0 a piece returns its
-input unchanged and costs nothing. The recipe follows SimCLR (Chen et al. 2020), with rotation and shift added.
+Images and views are float32 (H, W, 3) in [0, 1]. Every strength is an argument; at strength 0 a function returns its
+input and costs nothing. The recipe follows SimCLR (Chen et al. 2020), with rotation and shift added.
 """
 
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 Image = Float[Array, "H W 3"]
 
@@ -17,13 +17,13 @@ def random_view(key: Key[Array, ""], image: Image, strengths: Mapping[str, float
     """One random view, float32 (H, W, 3) in [0, 1].
 
     Args:
-      key: everything random in the view is drawn from it.
+      key: the only source of randomness.
       image: float32 (H, W, 3) in [0, 1].
-      strengths: `crop`: the largest share of the area cut away, 0 to below 1; `stretch`: log of the largest aspect-ratio
-        change; `rotate`: degrees; `shift`: share of the side; `flip`: probability; `brightness`, `contrast`,
-        `saturation`: factors drawn from 1 +- strength; `hue`: largest turn, 0 to 0.5 of the circle; `jitter`:
-        probability that the colour changes happen; `grayscale`: probability; `blur`: probability of a Gaussian blur
-        with sigma from 0.1 to 2 pixels (scaled by side / 224 above 224).
+      strengths: `crop`: largest share of the area that is cut away, in [0, 1); `stretch`: log of the largest change of the
+        aspect ratio; `rotate`: degrees; `shift`: share of the side; `flip`: probability; `brightness`, `contrast`,
+        `saturation`: factors are drawn from 1 +- strength; `hue`: largest rotation, 0 to 0.5 of the circle; `jitter`:
+        probability of the four colour changes; `grayscale`: probability; `blur`: probability of a Gaussian blur with
+        sigma from 0.1 to 2 pixels (times side / 224 above 224 pixels).
     """
     warp_key, flip_key, jitter_key, gray_key, blur_key = jax.random.split(key, 5)
     s = strengths
@@ -45,29 +45,29 @@ def random_view(key: Key[Array, ""], image: Image, strengths: Mapping[str, float
 def random_warp(
     key: Key[Array, ""], image: Image, *, crop: float, stretch: float, degrees: float, shift: float
 ) -> Image:
-    """A random rectangle, perhaps turned, resized to the whole: resampled once, because every resampling blurs.
+    """A random rectangle of the image, rotated and shifted, resized to the whole in one resampling (each one blurs).
 
-    The rectangle has an area of 1 - crop to 1 of the image and its aspect ratio times exp(+-stretch); it is turned by up
-    to +-degrees about its centre and moved by up to +-shift of each side. What lies outside the image repeats its edge.
-    Without turn and shift the resizing is antialiased.
+    Its area is 1 - crop to 1 of the image, its aspect ratio that of the image times exp(+-stretch); it is rotated by up
+    to +-degrees about its centre and shifted by up to +-shift of each side. Outside the image the edge is repeated.
+    Without rotation and shift the resizing is antialiased.
     """
     if crop == stretch == degrees == shift == 0:
         return image
     area_key, ratio_key, place_key, angle_key, shift_key = jax.random.split(key, 5)
-    area = jax.random.uniform(area_key, minval=1 - crop, maxval=1.0)
-    ratio = jnp.exp(jax.random.uniform(ratio_key, minval=-stretch, maxval=stretch))
+    area = _uniform(area_key, 1 - crop, 1.0)
+    ratio = jnp.exp(_uniform(ratio_key, -stretch, stretch))
     extent = jnp.minimum(jnp.sqrt(jnp.stack([area / ratio, area * ratio])), 1.0)  # height and width as shares
-    corner = jax.random.uniform(place_key, (2,)) * (1 - extent)
+    corner = _uniform(place_key, 0.0, 1.0, (2,)) * (1 - extent)
     size = jnp.array(image.shape[:2], jnp.float32)
     if degrees == shift == 0:
         scale, offset = 1 / extent, -corner * size / extent
         return jnp.clip(jax.image.scale_and_translate(image, image.shape, (0, 1), scale, offset, method="linear"), 0, 1)
 
-    angle = jnp.deg2rad(jax.random.uniform(angle_key, minval=-degrees, maxval=degrees))
-    moved = jax.random.uniform(shift_key, (2,), minval=-shift, maxval=shift)
-    centre = (corner + extent / 2 + moved) * size
-    y, x = jnp.meshgrid(*((jnp.arange(n) + 0.5) / n - 0.5 for n in image.shape[:2]), indexing="ij")
-    y, x = y * extent[0] * size[0], x * extent[1] * size[1]  # pixels of the source, from the centre of the rectangle
+    angle = jnp.deg2rad(_uniform(angle_key, -degrees, degrees))
+    move = _uniform(shift_key, -shift, shift, (2,))
+    centre = (corner + extent / 2 + move) * size
+    y, x = jnp.meshgrid(*((jnp.arange(n, dtype=jnp.float32) + 0.5) / n - 0.5 for n in image.shape[:2]), indexing="ij")
+    y, x = y * extent[0] * size[0], x * extent[1] * size[1]  # in pixels of the image, from the centre of the rectangle
     source_y = jnp.cos(angle) * y + jnp.sin(angle) * x + centre[0] - 0.5
     source_x = -jnp.sin(angle) * y + jnp.cos(angle) * x + centre[1] - 0.5
 
@@ -78,10 +78,10 @@ def random_warp(
 
 
 def random_flip(key: Key[Array, ""], image: Image, *, probability: float) -> Image:
-    """Left and right exchanged with the given probability."""
+    """The image or, with the given probability, its mirror image."""
     if probability == 0:
         return image
-    return jnp.where(jax.random.bernoulli(key, probability), image[:, ::-1], image)
+    return jnp.where(_bernoulli(key, probability), image[:, ::-1], image)
 
 
 def color_jitter(
@@ -94,14 +94,14 @@ def color_jitter(
     hue: float,
     probability: float = 1.0,
 ) -> Image:
-    """Brightness, contrast, saturation and hue changed in this order, all or none with the given probability."""
+    """Changes brightness, contrast, saturation and hue, in this order, all with the given probability or none."""
     if probability == 0 or brightness == contrast == saturation == hue == 0:
         return image
-    happen_key, *keys = jax.random.split(key, 5)
+    apply_key, *keys = jax.random.split(key, 5)
     changed = image
 
     def factor(key: Key[Array, ""], strength: float) -> Float[Array, ""]:
-        return jax.random.uniform(key, minval=max(0.0, 1 - strength), maxval=1 + strength)
+        return _uniform(key, max(0.0, 1 - strength), 1 + strength)
 
     if brightness:
         changed = jnp.clip(changed * factor(keys[0], brightness), 0, 1)
@@ -112,30 +112,30 @@ def color_jitter(
         gray = luminance(changed)[..., None]
         changed = jnp.clip(gray + (changed - gray) * factor(keys[2], saturation), 0, 1)
     if hue:
-        changed = turn_hue(changed, jax.random.uniform(keys[3], minval=-hue, maxval=hue))
-    return jnp.where(jax.random.bernoulli(happen_key, probability), changed, image)
+        changed = rotate_hue(changed, _uniform(keys[3], -hue, hue))
+    return jnp.where(_bernoulli(apply_key, probability), changed, image)
 
 
 def random_grayscale(key: Key[Array, ""], image: Image, *, probability: float) -> Image:
-    """Colour replaced by luminance with the given probability."""
+    """The image or, with the given probability, its luminance as gray."""
     if probability == 0:
         return image
     gray = jnp.broadcast_to(luminance(image)[..., None], image.shape)
-    return jnp.where(jax.random.bernoulli(key, probability), gray, image)
+    return jnp.where(_bernoulli(key, probability), gray, image)
 
 
 def random_blur(key: Key[Array, ""], image: Image, *, probability: float) -> Image:
-    """Gaussian blur with the given probability; kernel about a tenth of the side and odd, edges repeated."""
+    """Gaussian blur with the given probability; the kernel is about a tenth of the side wide, edges are repeated."""
     if probability == 0:
         return image
-    happen_key, sigma_key = jax.random.split(key)
+    apply_key, sigma_key = jax.random.split(key)
     side = min(image.shape[:2])
     radius = max(1, side // 20)
-    sigma = jax.random.uniform(sigma_key, minval=0.1, maxval=2.0) * max(1.0, side / 224)
-    taps = jnp.exp(-0.5 * (jnp.arange(-radius, radius + 1) / sigma) ** 2)
+    sigma = _uniform(sigma_key, 0.1, 2.0) * max(1.0, side / 224)
+    taps = jnp.exp(-0.5 * (jnp.arange(-radius, radius + 1, dtype=jnp.float32) / sigma) ** 2)
     taps = taps / jnp.sum(taps)
     blurred = image
-    for axis in (0, 1):  # a Gaussian is separable: shifted copies, weighted and added
+    for axis in (0, 1):  # a Gaussian is separable: one axis after the other, as a weighted sum of shifted copies
         padding = [(radius, radius) if a == axis else (0, 0) for a in range(3)]
         padded = jnp.pad(blurred, padding, mode="edge")
         n = image.shape[axis]
@@ -143,16 +143,16 @@ def random_blur(key: Key[Array, ""], image: Image, *, probability: float) -> Ima
             (taps[i] * jax.lax.slice_in_dim(padded, i, i + n, axis=axis) for i in range(2 * radius + 1)),
             start=jnp.zeros_like(image),
         )
-    return jnp.where(jax.random.bernoulli(happen_key, probability), jnp.clip(blurred, 0, 1), image)
+    return jnp.where(_bernoulli(apply_key, probability), jnp.clip(blurred, 0, 1), image)
 
 
 def luminance(image: Image) -> Float[Array, "H W"]:
-    """ITU-R BT.601 luma."""
-    return image @ jnp.array([0.299, 0.587, 0.114])
+    """ITU-R BT.601 luma of an image."""
+    return image @ jnp.array([0.299, 0.587, 0.114], jnp.float32)
 
 
-def turn_hue(image: Image, turn: Float[Array, ""]) -> Image:
-    """Hue moved by `turn` of the circle (HSV), saturation and value kept."""
+def rotate_hue(image: Image, turn: Float[Array, ""]) -> Image:
+    """The image with its hue rotated by `turn` of the circle (HSV); saturation and value stay."""
     value, low = jnp.max(image, -1), jnp.min(image, -1)
     spread = value - low
     safe = jnp.where(spread == 0, 1.0, spread)
@@ -161,6 +161,16 @@ def turn_hue(image: Image, turn: Float[Array, ""]) -> Image:
         value == r, (g - b) / safe, jnp.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
     )  # in sixths of the circle
     hue = hue[..., None] + 6 * turn
-    channel = jnp.array([5.0, 3.0, 1.0])  # formula with k = (n + hue) mod 6, n = 5, 3, 1 for red, green, blue
-    k = jnp.mod(channel + hue, 6.0)
+    n = jnp.array([5.0, 3.0, 1.0], jnp.float32)[None, None]  # for red, green, blue
+    k = jnp.mod(n + hue, 6.0)
     return value[..., None] - spread[..., None] * jnp.clip(jnp.minimum(k, 4 - k), 0.0, 1.0)
+
+
+def _bernoulli(key: Key[Array, ""], probability: float) -> Bool[Array, ""]:
+    """True with the given probability; the same draws also where JAX's default is float64."""
+    return jax.random.bernoulli(key, jnp.float32(probability))
+
+
+def _uniform(key: Key[Array, ""], low: float, high: float, shape: tuple[int, ...] = ()) -> Float[Array, "*shape"]:
+    """Uniform in [low, high), float32 also where JAX's default is float64."""
+    return jax.random.uniform(key, shape, jnp.float32, low, high)

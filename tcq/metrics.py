@@ -1,15 +1,15 @@
-"""Retrieval metrics under every convention that was ever published; each is an argument. NumPy, float64.
+"""Retrieval metrics under the conventions of the published code; each convention is an argument. NumPy, float64.
 
-AP@k of a query: rank the database, look at the first k; sum over relevant ranks r of (hits up to r) / r, over a denominator.
+AP@k of a query: rank the database and sum (hits up to r) / r over the relevant ranks r <= k, then divide by a denominator.
 
 * ``denominator="hits"`` divides by the relevant items among the first k: the formula of the released SPQ, MeCoQ and
   DeepHash code, and our default. ``"min"`` divides by min(relevant items, k), ``"all"`` by all relevant items, as trec_eval.
-* ``empty="zero"``: a query without a hit scores 0 and counts in the mean (all three). ``"skip"``: queries to which nothing in
-  the database is relevant are left out of the mean.
+* ``empty="zero"``: a query without a hit scores 0 and counts in the mean (all three). ``"skip"``: queries with no relevant
+  item in the database are left out of the mean.
 * Codes are few, so scores tie. ``ties="expected"`` is the exact expectation over all orders of the tied items, also where a
-  group of equals straddles the cut-off; ``"index"`` takes equals in database order, as a stable sort would; ``"best"`` puts
-  the relevant ones of a group of equals first, ``"worst"`` last. (With "min" and "all" no order of the equals can score
-  higher, or lower; with "hits" a relevant item late in the list can lower the score.)
+  group of ties straddles the cut-off; ``"index"`` ranks ties in database order, as a stable sort does; ``"best"`` ranks the
+  relevant items of a group of ties first, ``"worst"`` last. (With "min" and "all" no order of the ties scores higher, or
+  lower; with "hits" a relevant item late in the list can lower the score.)
 """
 
 from functools import lru_cache
@@ -25,11 +25,11 @@ EMPTY = ("zero", "skip")
 INTERVALS = 4096
 
 
-class Found(NamedTuple):
-    """What each query found."""
+class Scores(NamedTuple):
+    """AP, hits and relevant items of Q queries."""
 
     average_precision: Float[np.ndarray, " Q"]
-    hits: Float[np.ndarray, "Q C"]  # relevant items among the first c, for each cut-off c asked for
+    hits: Float[np.ndarray, "Q C"]  # relevant items among the first c, for each of C cut-offs c
     relevant: Int[np.ndarray, " Q"]  # in the whole database
 
 
@@ -80,9 +80,9 @@ def hits(
     ks: Int[ArrayLike, " C"] | list[int],
     ties: str = "expected",
 ) -> Float[np.ndarray, "Q C"]:
-    """How many relevant items each query finds among its first k, for each k of `ks`.
+    """The number of relevant items among the first k of each query, for each k of `ks`; float64, an expectation over ties.
 
-    Divided by k it is precision@k, divided by the relevant items of the query it is recall@k.
+    Divided by k it is precision@k, divided by all relevant items of the query recall@k.
     Raises ValueError as `average_precision`, and for a k above N.
     """
     return search(scores, relevance, k=1, cuts=ks, ties=ties).hits
@@ -96,8 +96,8 @@ def search(
     cuts: Int[ArrayLike, " C"] | list[int],
     ties: str = "expected",
     denominator: str = "hits",
-) -> Found:
-    """`average_precision` at k and `hits` at `cuts`, both from one look at each row. Arguments and errors as there."""
+) -> Scores:
+    """`average_precision` at k and `hits` at `cuts`, both from one pass over each row. Arguments and errors as there."""
     scores, relevance, k = _checked(scores, relevance, k)
     cut = np.asarray(cuts, np.int64)
     for name, value, known in (("ties", ties, TIES), ("denominator", denominator, DENOMINATORS)):
@@ -105,36 +105,36 @@ def search(
             raise ValueError(f"{name} {value!r} is unknown: use one of {', '.join(known)}")
     if cut.size and not 1 <= cut.min() <= cut.max() <= scores.shape[1]:
         raise ValueError(
-            f"cut-off {cut.max() if cut.min() > 0 else cut.min()} is not within the {scores.shape[1]} items"
+            f"cut-off {cut.max() if cut.min() > 0 else cut.min()} must be from 1 to the number of items, {scores.shape[1]}"
         )
-    precision, found = np.empty(len(scores)), np.empty((len(scores), cut.size))
+    precision, hits_at = np.empty(len(scores)), np.empty((len(scores), cut.size))
     relevant = relevance.sum(axis=1)
     for q, (row, right) in enumerate(zip(scores, relevance, strict=True)):
         if ties == "index":
             hit = right[_stable_order(row, max(k, int(cut.max(initial=0))))]
-            found[q] = np.cumsum(hit)[cut - 1]
+            hits_at[q] = np.cumsum(hit)[cut - 1]
             precision[q] = _of_ranks(np.flatnonzero(hit[:k]), int(relevant[q]), k, denominator)
             continue
-        found[q], groups = _look(row, right, k, cut, ties)
+        hits_at[q], groups = _tie_groups(row, right, k, cut, ties)
         if ties == "expected":
             precision[q] = _expected(groups, int(relevant[q]), k, denominator)
         else:
             precision[q] = _of_ranks(_extreme_ranks(groups, k, ties), int(relevant[q]), k, denominator)
-    return Found(precision, found, relevant)
+    return Scores(precision, hits_at, relevant)
 
 
 def mean(average_precision: Float[np.ndarray, " Q"], relevant: Int[np.ndarray, " Q"], *, empty: str = "zero") -> float:
-    """Mean AP; with empty="skip" over the queries that have any relevant item. Raises ValueError if that is none."""
+    """Mean AP; with empty="skip" over the queries that have a relevant item. Raises ValueError if there is none."""
     if empty not in EMPTY:
         raise ValueError(f"empty {empty!r} is unknown: use one of {', '.join(EMPTY)}")
     counted = np.ones(len(relevant), bool) if empty == "zero" else relevant > 0
     if not counted.any():
-        raise ValueError(f"nothing in the database is relevant to any of the {len(relevant)} queries")
+        raise ValueError(f"no item of the database is relevant to any of the {len(relevant)} queries")
     return float(average_precision[counted].mean())
 
 
 def best_possible(relevant: Int[ArrayLike, " Q"], *, k: int, denominator: str = "hits") -> Float[np.ndarray, " Q"]:
-    """AP@k of the best ranking there is, all relevant items first: 1 or 0, but less where "all" exceeds k."""
+    """AP@k of the best possible ranking, all relevant items first: 1, or 0 without any; less where "all" exceeds k."""
     relevant = np.asarray(relevant, np.int64)
     seen = np.minimum(relevant, k)
     under = {"hits": seen, "min": seen, "all": relevant}[denominator]
@@ -143,8 +143,8 @@ def best_possible(relevant: Int[ArrayLike, " Q"], *, k: int, denominator: str = 
 
 def random_order(
     relevant: Int[ArrayLike, " Q"], num_items: int, *, k: int, cuts: Int[ArrayLike, " C"] | list[int], denominator: str
-) -> Found:
-    """The exact expectation over all orders of the database, for queries with so many relevant items among `num_items`."""
+) -> Scores:
+    """The exact expectation over all orders of `num_items` items, for queries with `relevant` relevant ones among them."""
     relevant, cut = np.asarray(relevant, np.int64), np.asarray(cuts, np.int64)
     counts, which = np.unique(relevant, return_inverse=True)
     row = np.zeros((1, num_items), np.float32)
@@ -152,17 +152,17 @@ def random_order(
         search(row, np.arange(num_items)[None] < count, k=k, cuts=[], denominator=denominator).average_precision[0]
         for count in counts
     ]
-    return Found(np.array(each)[which], relevant[:, None] * cut / num_items, relevant)
+    return Scores(np.array(each)[which], relevant[:, None] * cut / num_items, relevant)
 
 
 def _checked(scores: ArrayLike, relevance: ArrayLike, k: int) -> tuple[np.ndarray, np.ndarray, int]:
     scores, relevance = np.asarray(scores), np.asarray(relevance, bool)
     if scores.dtype not in (np.float32, np.float64):
-        # Negated below, which unsigned numbers do not survive; cut in intervals, for which float16 is too coarse.
+        # Scores are negated, which unsigned numbers do not allow, and binned, for which float16 is too coarse.
         scores = scores.astype(np.float32 if scores.dtype.kind == "f" and scores.dtype.itemsize < 4 else np.float64)
     if scores.shape != relevance.shape or scores.ndim != 2 or scores.size == 0:
         raise ValueError(
-            f"scores {scores.shape} and relevance {relevance.shape} must be one shape (Q, N), none of them 0"
+            f"scores {scores.shape} and relevance {relevance.shape} must have one shape (Q, N), with Q and N at least 1"
         )
     if k < 1:
         raise ValueError(f"k {k} must be at least 1")
@@ -172,18 +172,20 @@ def _checked(scores: ArrayLike, relevance: ArrayLike, k: int) -> tuple[np.ndarra
 
 
 class _Groups(NamedTuple):
-    """The groups of equal scores that begin within the first k, best first."""
+    """The groups of tied scores that begin within the first k, best first."""
 
     start: np.ndarray
     size: np.ndarray
     relevant: np.ndarray
 
 
-def _look(scores: np.ndarray, right: np.ndarray, k: int, cuts: np.ndarray, ties: str) -> tuple[np.ndarray, _Groups]:
-    """Hits at the cut-offs, and the groups among the first k, without sorting all scores.
+def _tie_groups(
+    scores: np.ndarray, right: np.ndarray, k: int, cuts: np.ndarray, ties: str
+) -> tuple[np.ndarray, _Groups]:
+    """Hits at the cut-offs, and the groups of ties among the first k, without sorting all scores.
 
-    A histogram over `INTERVALS` intervals of scores tells in which of them each cut-off falls. Only the items of these
-    intervals, and those above the k-th, are sorted by their scores. A row of few items is one interval.
+    A histogram of the scores over `INTERVALS` intervals gives the interval of each cut-off. Only the items of these
+    intervals, and those above the k-th score, are sorted. A row of few items is one interval.
     """
     keys = _intervals(scores)
     up_to = np.cumsum(np.bincount(keys, minlength=INTERVALS))
@@ -198,7 +200,7 @@ def _look(scores: np.ndarray, right: np.ndarray, k: int, cuts: np.ndarray, ties:
     ordered_keys, hit = keys.take(places), right.take(places)
     relevant, relevant_keys = ordered[hit], ordered_keys[hit]
 
-    # Of an interval all items are in `ordered`, of those before it perhaps not: how many are left out.
+    # `ordered` holds all items of these intervals, but not of all intervals before them: count those left out.
     before_keys = cut_keys - 1
     skipped = np.append(up_to, 0)[before_keys] - np.searchsorted(ordered_keys, cut_keys)
     skipped_relevant = np.append(up_to_relevant, 0)[before_keys] - np.searchsorted(relevant_keys, cut_keys)
@@ -207,17 +209,17 @@ def _look(scores: np.ndarray, right: np.ndarray, k: int, cuts: np.ndarray, ties:
     size = np.searchsorted(ordered, value, "right") + skipped - start
     first = np.searchsorted(relevant, value, "left")
     inside = np.searchsorted(relevant, value, "right") - first
-    before, seen = first + skipped_relevant, cuts - start
+    before, within = first + skipped_relevant, cuts - start
     hits = {
-        "best": before + np.minimum(seen, inside),
-        "worst": before + np.maximum(seen - (size - inside), 0),
-        "expected": before + inside * (seen / size),  # grow linearly within a group of equals
+        "best": before + np.minimum(within, inside),
+        "worst": before + np.maximum(within - (size - inside), 0),
+        "expected": before + inside * (within / size),  # linear within a group of ties
     }[ties]
     return hits, _groups(ordered, relevant, k)
 
 
 def _intervals(scores: np.ndarray) -> np.ndarray:
-    """In which interval of equal length each score falls, uint16, 0 for the highest: never grows where scores grow."""
+    """The interval of each score, uint16, from 0 for the highest scores; a lower score never has a lower interval."""
     low, high = scores.min(), scores.max()
     if not (np.isfinite(low) and np.isfinite(high)):
         finite = scores[np.isfinite(scores)]
@@ -231,7 +233,7 @@ def _intervals(scores: np.ndarray) -> np.ndarray:
 
 
 def _groups(ordered: np.ndarray, relevant: np.ndarray, k: int) -> _Groups:
-    """`ordered` and `relevant`: negated scores of the first items, and of the relevant ones of them, ascending."""
+    """From the negated scores of the first items, and of the relevant ones among them, both ascending."""
     last = ordered[k - 1]
     reached = ordered[: np.searchsorted(ordered, last, "right")]
     start = np.concatenate([[0], np.flatnonzero(reached[1:] != reached[:-1]) + 1])
@@ -241,14 +243,14 @@ def _groups(ordered: np.ndarray, relevant: np.ndarray, k: int) -> _Groups:
 
 
 def _stable_order(scores: np.ndarray, k: int) -> np.ndarray:
-    """The first k places of a stable sort, best first. Only what reaches the k-th score is sorted."""
+    """The first k places of a stable sort, best first; only scores that reach the k-th are sorted."""
     kth = np.partition(scores, len(scores) - k)[len(scores) - k]
     reached = np.flatnonzero(scores >= kth)
     return reached[np.argsort(-scores[reached], kind="stable")[:k]]
 
 
 def _extreme_ranks(groups: _Groups, k: int, ties: str) -> np.ndarray:
-    """The ranks below k, from 0, of relevant items that come first or last in their groups."""
+    """The ranks below k, from 0, of relevant items that are ranked first or last in their groups."""
     first = groups.start if ties == "best" else groups.start + groups.size - groups.relevant
     within = np.arange(groups.relevant.sum()) - np.repeat(np.cumsum(groups.relevant) - groups.relevant, groups.relevant)
     ranks = np.repeat(first, groups.relevant) + within
@@ -264,12 +266,12 @@ def _of_ranks(ranks: np.ndarray, relevant: int, k: int, denominator: str) -> flo
 
 
 def _expected(groups: _Groups, all_relevant: int, k: int, denominator: str) -> float:
-    """Expectation of AP@k over the orders of equal scores.
+    """Expectation of AP@k over the orders of tied scores.
 
-    Inside a group of n equals of which r are relevant, after `before` items with `hits` relevant ones, position j holds
-    a relevant item with probability r/n, and then (j-1)(r-1)/(n-1) of the items in front of it within the group are
-    relevant. Of the last group only t <= n items may be seen: how many of them are relevant is hypergeometric, and given
-    that number the same formula holds with (t, h) in place of (n, r).
+    In a group of n ties of which r are relevant, after `before` items with `hits` relevant ones, position j holds a
+    relevant item with probability r/n; then (j-1)(r-1)/(n-1) of the items before it in the group are relevant. Only
+    t <= n items of the last group may be within the cut-off: the number h of relevant ones among them is
+    hypergeometric, and given h the same formula holds with (t, h) in place of (n, r).
     """
     start, size, relevant = groups
     before_hits = np.cumsum(relevant) - relevant
@@ -290,11 +292,11 @@ def _expected(groups: _Groups, all_relevant: int, k: int, denominator: str) -> f
 def _group_sum(
     before: int | np.ndarray, n: int | np.ndarray, hits: int | np.ndarray, r: np.ndarray, k: int
 ) -> np.ndarray:
-    """Sum over the positions of a group of P(relevant) * E[hits up to it] / rank."""
+    """Sum over the positions of a group of P(relevant) * E[hits up to the position] / rank."""
     harmonic = _harmonic(k)
     inverse_ranks = harmonic[before + n] - harmonic[before]  # sum of 1 / rank
-    places = n - (before + 1) * inverse_ranks  # sum of (j - 1) / rank
-    return r / n * ((hits + 1) * inverse_ranks + (r - 1) / np.maximum(n - 1, 1) * places)
+    earlier = n - (before + 1) * inverse_ranks  # sum of (j - 1) / rank
+    return r / n * ((hits + 1) * inverse_ranks + (r - 1) / np.maximum(n - 1, 1) * earlier)
 
 
 @lru_cache(maxsize=8)

@@ -1,7 +1,7 @@
-"""Ranking stored codes: lookup tables, asymmetric and symmetric scores, chunked top-k. Higher is closer, always.
+"""Ranking stored codes: lookup tables, asymmetric and symmetric scores, blocked top-k. Higher scores are always closer.
 
-A float query is compared with every codeword once, a table of M * K numbers; the score of a stored item is the sum of
-the M numbers that its code names. Asymmetric: the query is a float feature. Symmetric: it is itself decoded from a code.
+A query is compared with each codeword once, which gives a table of M * K numbers; the score of a stored item is the sum
+of the M entries that its code selects. Asymmetric: the query is a float feature. Symmetric: it is decoded from a code.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from tcq.quantizer import unit
 
 METRICS = ("l2", "ip", "cosine")
 NORMALIZE = ("none", "whole", "subvectors")
-ROWS = 32  # queries whose scores are computed at a time; slices that begin at a multiple of it give the same bits
+ROWS = 32  # queries per matrix product; blocks of queries that start at a multiple of it give the same bits
 
 
 def lookup_table(
@@ -28,15 +28,19 @@ def lookup_table(
     squared: bool = True,
     normalize: str = "none",
 ) -> Float[Array, "Q M K"]:
-    """One table per query: "l2" holds -||q_m - c_mk||^2; "ip" and "cosine" hold <q_m, c_mk>, "cosine" of q / ||q||.
+    """One table per query, float32, whose entries a code sums up to a score.
 
-    With squared=False "l2" holds -||q_m - c_mk||, as SPQ's released code sums them: another ranking.
-    `normalize` scales queries first: "none" (as MeCoQ's released code ranks), "whole" vectors or "subvectors" to unit length
-    (as MeCoQ's training sees them).
+    Args:
+      queries: features, (Q, D) with D = M * d.
+      codebooks: (M, K, d); unit codewords for "ip" if the quantizer has metric "ip".
+      metric: "l2": -||q_m - c_mk||^2; "ip": <q_m, c_mk>; "cosine": <q_m, c_mk> of q / ||q||, whose sums are cosine
+        similarities when divided by the norms of the decoded items (`scores(..., norms=...)`).
+      squared: with False "l2" is -||q_m - c_mk||, which SPQ's released code sums up; another ranking.
+      normalize: what is scaled to unit length first: "none" (MeCoQ's released code), "whole" vectors or "subvectors"
+        (MeCoQ's training loss).
 
-    Scores summed from a "cosine" table are cosine similarities once divided by the norms of the decoded items
-    (`scores(..., norms=...)`), which is what the training loss compares. For "ip" codebooks hand unit codewords.
-    Raises ValueError for an unknown metric or normalization, or D other than M * d.
+    Raises:
+      ValueError: the metric or normalization is unknown, or D is not M * d.
     """
     queries, codebooks = jnp.asarray(queries, jnp.float32), jnp.asarray(codebooks, jnp.float32)
     num_codebooks, _, d = codebooks.shape
@@ -44,29 +48,29 @@ def lookup_table(
         raise ValueError(f"normalize {normalize!r} is unknown: use one of {', '.join(NORMALIZE)}")
     if queries.ndim != 2 or queries.shape[1] != num_codebooks * d:
         raise ValueError(
-            f"queries {queries.shape} do not fit codebooks {codebooks.shape}: want (Q, {num_codebooks * d})"
+            f"queries {queries.shape} do not fit codebooks {codebooks.shape}: must be (Q, {num_codebooks * d})"
         )
     _check_metric(metric)
     return _tables(queries, codebooks, metric=metric, squared=squared, normalize=normalize)
 
 
 def code_norms(codes: UInt[ArrayLike, "N M"], codebooks: Float[ArrayLike, "M K d"]) -> Float[Array, " N"]:
-    """Length of each decoded item, for "cosine"."""
+    """The Euclidean norm of each decoded item, float32; for "cosine"."""
     squares = jnp.sum(jnp.asarray(codebooks, jnp.float32) ** 2, axis=-1)  # (M, K)
-    return jnp.sqrt(_pick(squares[None], jnp.asarray(codes))[0])
+    return jnp.sqrt(_sum_entries(squares[None], jnp.asarray(codes))[0])
 
 
 def scores(
     tables: Float[ArrayLike, "Q M K"], codes: UInt[ArrayLike, "N M"], *, norms: Float[ArrayLike, " N"] | None = None
 ) -> Float[Array, "Q N"]:
-    """Scores of all items for all queries, float32; divided by `norms` where given (see `lookup_table`)."""
+    """Scores of all items for all queries, float32; divided by `norms` if given (see `lookup_table`)."""
     return _scores(jnp.asarray(tables), jnp.asarray(codes), None if norms is None else jnp.asarray(norms))
 
 
 def dense_scores(
     queries: Float[ArrayLike, "Q D"], items: Float[ArrayLike, "N D"], *, metric: str
 ) -> Float[np.ndarray, "Q N"]:
-    """The same similarities between float vectors. Raises ValueError for an unknown metric."""
+    """The similarities of `lookup_table` between float vectors. Raises ValueError for an unknown metric."""
     _check_metric(metric)
     return np.asarray(_dense(jnp.asarray(queries, jnp.float32), jnp.asarray(items, jnp.float32), metric=metric))
 
@@ -79,10 +83,10 @@ def top_k(
     norms: Float[ArrayLike, " N"] | None = None,
     block_size: int = 65_536,
 ) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
-    """The k best items of each query, best first, the lowest index first among equals.
+    """Scores and indices of the k best items of each query, best first; the lowest index first among ties.
 
-    Items are scored in blocks, so that memory stays at Q * (block_size + k) scores. The result does not depend on
-    block_size. k is cut to N. Raises ValueError if k or block_size is below 1.
+    Items are scored in blocks, so memory is that of Q * (block_size + k) scores; the result does not depend on
+    block_size. At most N items are returned. Raises ValueError if k or block_size is below 1.
     """
     if k < 1 or block_size < 1:
         raise ValueError(f"k {k} and block_size {block_size} must be at least 1")
@@ -96,13 +100,13 @@ def top_k(
         block = np.asarray(scores(tables, codes[start:stop], norms=None if norms is None else norms[start:stop]))
         merged = np.concatenate([best_scores, block], axis=1)
         ids = np.concatenate([best_ids, np.broadcast_to(np.arange(start, stop), block.shape)], axis=1)
-        keep = _best_columns(merged, k)  # earlier columns have lower ids, so ties go to the lowest index
+        keep = _best_columns(merged, k)  # earlier columns have lower indices, so ties go to the lowest index
         best_scores, best_ids = np.take_along_axis(merged, keep, 1), np.take_along_axis(ids, keep, 1)
     return best_scores, best_ids
 
 
 def _best_columns(values: np.ndarray, k: int) -> np.ndarray:
-    """Columns of the k largest values of each row, stable. Only what reaches the k-th value is sorted."""
+    """Columns of the k largest values of each row, in a stable order; only values that reach the k-th are sorted."""
     if values.shape[1] <= k:
         return np.argsort(-values, axis=1, kind="stable")
     kth = np.partition(values, values.shape[1] - k, axis=1)[:, values.shape[1] - k]
@@ -113,17 +117,16 @@ def _best_columns(values: np.ndarray, k: int) -> np.ndarray:
     return np.stack(rows)
 
 
-def _pick(tables: Float[Array, "Q M K"], codes: UInt[Array, "N M"]) -> Float[Array, "Q N"]:
+def _sum_entries(tables: Float[Array, "Q M K"], codes: UInt[Array, "N M"]) -> Float[Array, "Q N"]:
+    """The sum of the entries that each code selects."""
     codes = codes.astype(jnp.int32)
     queries, num_codebooks, num_codewords = tables.shape
-    if (
-        num_codewords <= 16 and num_codebooks % 2 == 0
-    ):  # two small codebooks are one of their pairs: half as many gathers
+    if num_codewords <= 16 and num_codebooks % 2 == 0:  # half as many gathers from tables of pairs of codewords
         pairs = tables[:, 0::2, :, None] + tables[:, 1::2, None, :]
         tables = pairs.reshape(queries, num_codebooks // 2, num_codewords**2)
         codes = codes[:, 0::2] * num_codewords + codes[:, 1::2]
     total = jnp.zeros((queries, codes.shape[0]), jnp.float32)
-    for m in range(tables.shape[1]):  # few; one gather each keeps memory at Q * N
+    for m in range(tables.shape[1]):  # one gather at a time keeps memory at Q * N
         total = total + jnp.take(tables[:, m], codes[:, m], axis=1, mode="clip")
     return total
 
@@ -139,7 +142,7 @@ def _tables(queries: Array, codebooks: Array, *, metric: str, squared: bool, nor
         inner = jnp.einsum("qmd,mkd->qmk", q, codebooks, precision="highest")
         if metric != "l2":
             return inner
-        distance = jnp.sum(codebooks**2, axis=-1) + jnp.sum(q**2, axis=-1, keepdims=True) - 2 * inner
+        distance = jnp.sum(codebooks**2, axis=-1)[None] + jnp.sum(q**2, axis=-1, keepdims=True) - 2 * inner
         return -distance if squared else -jnp.sqrt(jnp.maximum(distance, 0))
 
     return _in_chunks(chunk, queries)
@@ -154,13 +157,13 @@ def _dense(queries: Array, items: Array, *, metric: str) -> Array:
         inner = jnp.matmul(unit(queries) if metric == "cosine" else queries, items.T, precision="highest")
         if metric != "l2":
             return inner
-        return 2 * inner - jnp.sum(items**2, axis=1) - jnp.sum(queries**2, axis=1, keepdims=True)
+        return 2 * inner - jnp.sum(items**2, axis=1)[None] - jnp.sum(queries**2, axis=1, keepdims=True)
 
     return _in_chunks(chunk, queries)
 
 
 def _in_chunks(function: Callable[[Array], Array], rows: Float[Array, "Q D"]) -> Array:
-    """The function of `ROWS` rows at a time, always as many: matrix products of other shapes round otherwise."""
+    """Applies a function to exactly `ROWS` rows at a time: matrix products of other shapes round differently."""
     padded = jnp.pad(rows, [(0, -len(rows) % ROWS), (0, 0)])
     results = jax.lax.map(function, padded.reshape(-1, ROWS, rows.shape[1]))
     return results.reshape(-1, *results.shape[2:])[: len(rows)]
@@ -173,5 +176,5 @@ def _check_metric(metric: str) -> None:
 
 @jax.jit
 def _scores(tables: Array, codes: Array, norms: Array | None) -> Array:
-    total = _pick(tables, codes)
-    return total if norms is None else total / jnp.maximum(norms, 1e-12)
+    total = _sum_entries(tables, codes)
+    return total if norms is None else total / jnp.maximum(norms, 1e-12)[None]
