@@ -1,0 +1,1 @@
+"""Backbones, the retriever around them, and published weights."""

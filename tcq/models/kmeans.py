@@ -1,15 +1,17 @@
-"""k-means of subvectors, by FAISS: codewords to begin with."""
+"""k-means of subvectors, by FAISS: initial codewords."""
 
 import numpy as np
 from jaxtyping import Float
+
+from tcq.runtime import signals
 
 
 def kmeans(
     subvectors: Float[np.ndarray, "N M d"], num_codewords: int, *, spherical: bool, seed: int = 0
 ) -> Float[np.ndarray, "M K d"]:
-    """The K centres of each of the M sets of subvectors, float32; with `spherical` of unit subvectors, by angle.
+    """The K centres of each of M sets of subvectors, float32; if spherical, unit centres of unit subvectors.
 
-    Raises ValueError if there are fewer vectors than centres.
+    Raises ValueError if there are fewer subvectors than centres.
     """
     import faiss
 
@@ -20,6 +22,7 @@ def kmeans(
         )
     centres = []
     for vectors in np.ascontiguousarray(np.swapaxes(subvectors, 0, 1), np.float32):
+        signals.poll()
         if spherical:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         run = faiss.Kmeans(

@@ -1,6 +1,6 @@
-"""Residual networks (He et al. 2016) in Flax Linen: images to one feature per image, by the mean over the last map.
+"""Residual networks (He et al. 2016) in Flax Linen: images to one feature per image, the mean of the last feature map.
 
-Bottlenecks stride in their 3 x 3 convolution, as torchvision's and timm's published weights want ("v1.5").
+Bottlenecks have their stride in the 3 x 3 convolution, as the published weights of torchvision and timm ("v1.5").
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ WIDTHS = (64, 128, 256, 512)
 
 
 class Size(NamedTuple):
-    """Blocks of each of the four stages, and whether they are bottlenecks, which end four times as wide."""
+    """Blocks of each of the four stages, and whether they are bottlenecks, whose output is four times as wide."""
 
     stages: tuple[int, ...]
     bottleneck: bool
@@ -31,18 +31,18 @@ NAMED = {
 
 
 class ResNet(nn.Module):
-    """Images (N, H, W, 3), float, to features (N, 512), or (N, 2048) with bottlenecks; float32.
+    """Images (N, H, W, 3), float, to float32 features (N, 512), or (N, 2048) with bottlenecks.
 
     Its variables are "params" and "batch_stats" (running means and variances), which `apply` with train=True and
-    mutable=["batch_stats"] moves on.
+    mutable=["batch_stats"] updates.
 
     Attributes:
       stages, bottleneck: see `Size`.
       stem: "imagenet" (7 x 7 convolution of stride 2, then max-pooling) or "cifar" (3 x 3 of stride 1, no pooling).
-      axis_name: of the mapped axis over which training takes the batch statistics; None for this device alone.
-      frozen_blocks: so many first blocks and the stem keep their running statistics in training; -1 is all.
+      axis_name: the mapped axis over which training averages the batch statistics; None: this device alone.
+      frozen_blocks: the stem and so many first blocks use their running statistics in training; -1: all blocks.
       dtype: of the computation; parameters and statistics are float32.
-      remat: blocks are computed again in the backward pass instead of being remembered.
+      remat: recompute the blocks in the backward pass instead of storing their activations.
     """
 
     stages: tuple[int, ...]
@@ -77,7 +77,7 @@ class ResNet(nn.Module):
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions, or 1 x 1, 3 x 3 and 1 x 1 in a bottleneck, added to the (projected) input."""
+    """Two 3 x 3 convolutions, or 1 x 1, 3 x 3 and 1 x 1 in a bottleneck, with a residual connection."""
 
     width: int
     stride: int
@@ -105,7 +105,7 @@ class Block(nn.Module):
 
 
 def _conv(width: int, kernel: int, stride: int, dtype: DTypeLike, name: str) -> nn.Conv:
-    """Without bias; padded by half the kernel on all sides, as PyTorch does (and "SAME" with strides does not)."""
+    """Without bias; padded by half the kernel on all sides as in PyTorch, which differs from "SAME" for strides."""
     pad = kernel // 2
     return nn.Conv(
         width,

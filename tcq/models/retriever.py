@@ -12,16 +12,15 @@ from jaxtyping import Array, Float, Key, UInt8
 from ml_collections import ConfigDict
 
 from tcq import quantizer
-from tcq.models import kmeans as clusters
-from tcq.models import resnet, vit
+from tcq.models import kmeans, resnet, vit
 
 Params = Mapping[str, Any]
 Variables = Mapping[str, Any]  # "params", and for a ResNet "batch_stats"
-INIT_BATCH = 64  # images at a time
+INIT_BATCH = 64  # images
 
 
 class Outputs(NamedTuple):
-    """What the retriever computes for N images, all float32."""
+    """Features, soft codes and reconstructions of N images, float32."""
 
     features: Float[Array, "N D"]
     weights: Float[Array, "N M K"]
@@ -30,14 +29,14 @@ class Outputs(NamedTuple):
 
 
 class Retriever(nn.Module):
-    """`init` and `apply` it; it holds no state. Images are float (N, H, W, 3) in [0, 1].
+    """The whole model, stateless as all of Flax Linen. Images are float (N, H, W, 3) in [0, 1].
 
     Attributes:
-      backbone: images to (N, F).
+      backbone: a module from images to (N, F).
       num_codebooks, num_codewords, codeword_dim: M, K, d.
-      scale, metric: of `quantizer.soft_assign`.
-      mean, std: of the pixels of each channel, which the backbone sees as (pixel - mean) / std.
-      frozen: the backbone is not trained, so nothing in it is random and its batch statistics stand.
+      scale, metric: arguments of `quantizer.soft_assign`.
+      mean, std: of the pixels of each channel; the backbone gets (pixel - mean) / std.
+      frozen: whether the backbone is not trained: no dropout in it, and its batch statistics do not change.
     """
 
     backbone: nn.Module
@@ -54,18 +53,21 @@ class Retriever(nn.Module):
         width = self.num_codebooks * self.codeword_dim
         self.projection = nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())
         shape = (self.num_codebooks, self.num_codewords, self.codeword_dim)
-        self.codebooks = self.param("codebooks", nn.initializers.normal(1 / np.sqrt(self.codeword_dim)), shape)
+        self.codebooks = self.param(
+            "codebooks", nn.initializers.normal(1 / np.sqrt(self.codeword_dim)), shape, jnp.float32
+        )
 
     def __call__(self, images: Float[Array, "N H W 3"], *, train: bool = False) -> Outputs:
         return self.head(self.embed(images, train=train))
 
     def embed(self, images: Float[Array, "N H W 3"], *, train: bool = False) -> Float[Array, "N F"]:
-        """What the backbone makes of images, float32."""
-        pixels = (images - jnp.array(self.mean, images.dtype)) / jnp.array(self.std, images.dtype)
+        """The output of the backbone, float32."""
+        mean, std = (jnp.array(x, images.dtype)[None, None, None] for x in (self.mean, self.std))
+        pixels = (images - mean) / std
         return self.backbone(pixels, train=train and not self.frozen).astype(jnp.float32)
 
     def head(self, embedded: Float[Array, "N F"]) -> Outputs:
-        """Projection and quantizer."""
+        """Projection and quantizer, applied to the output of the backbone."""
         features = self.projection(embedded)
         codebooks = quantizer.unit_codewords(self.codebooks) if self.metric == "ip" else self.codebooks
         weights = quantizer.soft_assign(features, codebooks, scale=self.scale, metric=self.metric)
@@ -73,7 +75,7 @@ class Retriever(nn.Module):
 
 
 def from_config(config: ConfigDict, *, axis_name: str | None = None) -> Retriever:
-    """The model that `config.model` and `config.quantizer` describe; axis_name: see `resnet.ResNet`."""
+    """The model of `config.model` and `config.quantizer`; for axis_name see `resnet.ResNet`."""
     q = config.quantizer
     return Retriever(
         _backbone(config, axis_name),
@@ -116,16 +118,15 @@ def _backbone(config: ConfigDict, axis_name: str | None) -> nn.Module:
         dropout=m.dropout,
         drop_path=m.drop_path,
         dtype=jnp.dtype(m.dtype),
-        attention=m.attention
-        if jax.default_backend() == "gpu"
-        else "xla",  # a model may be used where it was not trained
+        # cuDNN is on NVIDIA GPUs only, and a model may be used on another machine than it was trained on.
+        attention=m.attention if jax.default_backend() == "gpu" else "xla",
         remat=m.remat,
         scan=m.scan,
     )
 
 
 def shapes(model: nn.Module, image_size: int) -> Variables:
-    """Shapes and dtypes of the variables of a retriever or a backbone; nothing is computed."""
+    """Shapes and dtypes of the variables of a retriever or a backbone, without computing them."""
     image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), image)
 
@@ -138,12 +139,19 @@ def init(
     codewords: str,
     backbone: Variables | None = None,
 ) -> dict[str, Any]:
-    """Variables for images of this size; those of the backbone are drawn, or given.
+    """Initial variables of the model.
 
-    With codewords "data" or "kmeans" (our choice), the projection is centred and scaled so that over `images` features have
-    mean zero and subvectors a mean squared length of 1, and each codebook is made of such subvectors: drawn without
-    replacement while they last, or their k-means centres. Soft codes then start spread over the codewords: with larger
-    features they would start as good as hard, and hardly any gradient would pass. With "random" the bias is zero and the
+    Args:
+      key: source of randomness.
+      model: as `from_config` gives it.
+      images: training images, uint8, of the size that the model is for.
+      codewords: how the codebooks are initialized, see below.
+      backbone: variables of the backbone, such as published weights; None: random ones.
+
+    With codewords "data" or "kmeans" (our choice) the projection is centred and scaled, so that over `images` the features
+    have mean zero and the subvectors a mean squared length of 1. Each codebook then consists of such subvectors, drawn
+    without replacement if there are enough, or of their k-means centres. Soft codes start spread over the codewords: with
+    larger features they would start almost hard, with hardly any gradient. With "random" the bias is zero and the
     codewords are normal.
     """
     init_key, draw_key = jax.random.split(key)
@@ -154,13 +162,12 @@ def init(
         return variables
     features = _features(model, variables, images)
     mean = features.mean(axis=0)
-    subvectors = (features - mean).reshape(len(images), model.num_codebooks, model.codeword_dim)
+    subvectors = (features - mean[None]).reshape(len(images), model.num_codebooks, model.codeword_dim)
     shrink = jax.lax.rsqrt(jnp.maximum(jnp.mean(jnp.sum(subvectors**2, axis=-1)), 1e-12))
     subvectors = subvectors * shrink
     if codewords == "kmeans":
-        codebooks: ArrayLike = clusters.kmeans(
-            np.asarray(subvectors), model.num_codewords, spherical=model.metric == "ip"
-        )
+        spherical = model.metric == "ip"
+        codebooks: ArrayLike = kmeans.kmeans(np.asarray(subvectors), model.num_codewords, spherical=spherical)
     else:
         replace = len(images) < model.num_codewords
         draws = [
@@ -174,7 +181,7 @@ def init(
 
 
 def _features(model: Retriever, variables: Variables, images: UInt8[np.ndarray, "N H W 3"]) -> Float[Array, "N D"]:
-    """In batches, because a large backbone on a thousand large images would not fit in memory at once."""
+    """Features in batches: the activations of a large backbone on all images would not fit in memory."""
     run = jax.jit(lambda v, x: model.apply(v, x.astype(jnp.float32) / 255).features)  # type: ignore[union-attr]
     size = min(INIT_BATCH, len(images))
     padded = np.pad(images, [(0, -len(images) % size), (0, 0), (0, 0), (0, 0)])
@@ -183,5 +190,5 @@ def _features(model: Retriever, variables: Variables, images: UInt8[np.ndarray, 
 
 
 def parameter_count(params: Params) -> int:
-    """Number of trained scalars."""
+    """The number of scalars in a tree of parameters."""
     return sum(x.size for x in jax.tree.leaves(params))

@@ -16,7 +16,7 @@ ATTENTIONS = ("xla", "cudnn")
 
 
 class Size(NamedTuple):
-    """Width, number of blocks and number of heads."""
+    """Width, blocks and heads of a ViT."""
 
     width: int
     depth: int
@@ -29,27 +29,27 @@ NAMED = {f"vit_{size}{patch}": (SIZES[size], patch) for size in SIZES for patch 
 
 
 class ViT(nn.Module):
-    """Images (N, H, W, 3), float, to features (N, width), or (N, tokens * width) with pooling "flat"; float32.
+    """Images (N, H, W, 3), float, to float32 features (N, width), or (N, patches * width) with pooling "flat".
 
     Attributes:
-      width, depth, heads: size; heads divides width.
+      width, depth, heads: see `Size`; heads divides width.
       patch: side of the square patches in pixels; divides H and W.
-      pooling: "cls" (the class token), "mean", "flat" (all patches side by side; for small images) or "attention" (one
+      pooling: "cls" (the class token), "mean", "flat" (all patches concatenated; for small images) or "attention" (one
         learned query attends to the patches).
       positions: "learned" or "sincos2d" (fixed).
       mlp_ratio: hidden width of the MLP over width.
-      class_token: whether there is one also with another pooling, which then leaves it out.
-      registers: further learned tokens, not pooled (Darcet et al. 2024).
-      layer_scale: whether each branch is multiplied by a learned vector (CaiT), which begins at 1e-5.
-      gelu: "tanh" (an approximation, as JAX models have it) or "erf" (exact, as PyTorch models have it).
-      norm_eps: added to the variance in normalisation.
+      class_token: whether there is a class token also with another pooling, which then ignores it.
+      registers: number of further learned tokens, which are not pooled (Darcet et al. 2024).
+      layer_scale: whether each branch is multiplied by a learned vector, initially 1e-5 (CaiT, Touvron et al. 2021).
+      gelu: "tanh" (an approximation, common in JAX models) or "erf" (exact, common in PyTorch models).
+      norm_eps: added to the variance in normalization.
       dropout: rate, after positions, attention and MLP.
       drop_path: rate of stochastic depth in the last block, growing linearly from 0 in the first.
-      dtype: of the computation; parameters, normalisation and softmax are float32.
+      dtype: of the computation; parameters, normalization and softmax are float32.
       attention: "xla" or "cudnn" (on NVIDIA GPUs, dtype bfloat16), see `jax.nn.dot_product_attention`.
-      remat: blocks are computed again in the backward pass instead of being remembered (on a CPU with `scan` only: there
-        XLA merges the copies again).
-      scan: blocks are one compiled loop; parameters have the same names either way, and are stacked for each step.
+      remat: recompute the blocks in the backward pass instead of storing their activations. (Without `scan` it has no effect
+        on CPUs, where XLA merges both computations.)
+      scan: compile the blocks as one loop; parameters keep their names, and are stacked in every step.
     """
 
     width: int
@@ -85,15 +85,15 @@ class ViT(nn.Module):
         )(images.astype(self.dtype))
         x = x.reshape(n, rows * columns, self.width)
         if self.positions == "learned":
-            positions = self.param("positions", nn.initializers.normal(0.02), (1, rows * columns, self.width))
+            positions = self._token("positions", rows * columns)
         else:
             positions = jnp.asarray(sincos2d(rows, columns, self.width))[None]
         x = x + positions.astype(self.dtype)
-        extra = []  # tokens that are no patches
+        extra = []  # tokens that are not patches
         if self.pooling == "cls" or self.class_token:
-            extra.append(self.param("cls", nn.initializers.zeros, (1, 1, self.width)))  # with its position, if any
+            extra.append(self.param("cls", nn.initializers.zeros, (1, 1, self.width), jnp.float32))  # with its position
         if self.registers:
-            extra.append(self.param("registers", nn.initializers.normal(0.02), (1, self.registers, self.width)))
+            extra.append(self._token("registers", self.registers))
         tokens = [jnp.broadcast_to(e.astype(self.dtype), (n, *e.shape[1:])) for e in extra]
         x = jnp.concatenate([*tokens, x], axis=1)
         random = train and (self.dropout > 0 or self.drop_path > 0)
@@ -110,12 +110,14 @@ class ViT(nn.Module):
             return x.mean(axis=1)
         if self.pooling == "flat":
             return x.reshape(n, -1)
-        query = self.param("query", nn.initializers.normal(0.02), (1, 1, self.width))
-        query = jnp.broadcast_to(query, (n, 1, self.width))
+        query = jnp.broadcast_to(self._token("query", 1), (n, 1, self.width))
         return Attention(self.heads, jnp.float32, "xla", name="pool")(query, x)[:, 0]
 
+    def _token(self, name: str, count: int) -> Float[Array, "1 count W"]:
+        return self.param(name, nn.initializers.normal(0.02), (1, count, self.width), jnp.float32)
+
     def _blocks(self, x: Float[Array, "N T W"], key: Key[Array, ""] | None) -> Float[Array, "N T W"]:
-        """All blocks, one after the other; a key for what is random in training."""
+        """Applies all blocks; the key is for dropout and stochastic depth, None outside of training."""
         options: dict[str, Any] = {
             "heads": self.heads,
             "mlp_ratio": self.mlp_ratio,
@@ -135,8 +137,8 @@ class ViT(nn.Module):
                 x = block_class(**options, name=name)(x, rates[i], None if keys is None else keys[i])
             return x
 
-        def body(x: Array, one: tuple[Any, Array, Array | None]) -> tuple[Array, None]:
-            params, drop_path, block_key = one
+        def body(x: Array, block: tuple[Any, Array, Array | None]) -> tuple[Array, None]:
+            params, drop_path, block_key = block
             x = Block(**options, parent=None).apply({"params": params}, x, drop_path, block_key)  # type: ignore[assignment]
             return x, None
 
@@ -147,7 +149,7 @@ class ViT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each normalised before and added to its input. Without a key nothing is random."""
+    """Attention and MLP, each with pre-normalization and a residual connection. Without a key nothing is dropped."""
 
     heads: int
     mlp_ratio: float
@@ -176,7 +178,8 @@ class Block(nn.Module):
         self, y: Float[Array, "N T W"], name: str, drop_path: Float[Array, ""], key: Key[Array, ""] | None
     ) -> Float[Array, "N T W"]:
         if self.layer_scale:
-            y = y * self.param(name, nn.initializers.constant(1e-5), (y.shape[-1],)).astype(y.dtype)
+            scale = self.param(name, nn.initializers.constant(1e-5), (y.shape[-1],), jnp.float32)
+            y = y * scale.astype(y.dtype)[None, None]
         if key is None:
             return y
         dropout_key, path_key = jax.random.split(key)
@@ -205,13 +208,13 @@ class Attention(nn.Module):
 def stochastic_depth(
     x: Float[Array, "N T W"], rate: Float[ArrayLike, ""], key: Key[Array, ""]
 ) -> Float[Array, "N T W"]:
-    """Stochastic depth (Huang et al. 2016): a whole residual branch is dropped for an image, the others scaled up."""
+    """Stochastic depth (Huang et al. 2016): drops the whole branch of an image at `rate`, and scales the others up."""
     keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
 def sincos2d(rows: int, columns: int, width: int) -> Float[np.ndarray, "tokens width"]:
-    """Fixed 2-D sine-cosine positions (as MoCo v3 uses): a quarter of the width each for sin and cos of y and x.
+    """Fixed 2-D sine-cosine positions, as in MoCo v3: a quarter of the width each for sin and cos of x and y.
 
     float32 (rows * columns, width). Raises ValueError unless 4 divides the width.
     """

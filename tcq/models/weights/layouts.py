@@ -1,7 +1,7 @@
-"""How published checkpoints name and shape what our backbones call otherwise: one mapping for each format.
+"""How published checkpoints name and shape the variables of our backbones: one mapping for each format.
 
-A mapping gives flat names of our variables, such as "params/block_0/mlp_in/kernel". It asks for every tensor that a model of
-that kind has; what is left over afterwards may only be a classifier.
+A mapping returns our variables under flat names such as "params/block_0/mlp_in/kernel". It looks up every tensor that a
+model of its kind has; the tensors that remain may only be a head.
 """
 
 import re
@@ -19,19 +19,19 @@ Facts = Mapping[str, Any]  # of the JSON files beside the weights
 
 
 class WeightsError(ValueError):
-    """These weights cannot be used; the message says what was found, what was expected, and what to do."""
+    """These weights cannot be used; the message says what they hold, what was expected, and what to do."""
 
 
 class OtherShape(Exception):
-    """A tensor is not of the shape that the others imply."""
+    """A tensor does not have the shape that the other tensors imply."""
 
-    def __init__(self, key: str, want: tuple[int, ...]) -> None:
-        super().__init__(key, want)
-        self.key, self.want = key, want
+    def __init__(self, key: str, expected: tuple[int, ...]) -> None:
+        super().__init__(key, expected)
+        self.key, self.expected = key, expected
 
 
 class Family(NamedTuple):
-    """How the makers of a format build a model and feed it images."""
+    """How the authors of a format preprocess images and resample positions."""
 
     name: str
     mean: tuple[float, float, float]
@@ -39,15 +39,15 @@ class Family(NamedTuple):
     resize: str  # crop | squash
     interpolation: str
     crop_share: float
-    positions: str  # rule for other sizes, see `positions.resample`; "" where there are none
-    left_out: str  # names of tensors that belong to a head and not to the backbone
+    positions: str  # rule for other image sizes, see `positions.resample`; "" if there are no positions
+    head: str  # regular expression for the names of tensors that do not belong to the backbone
 
 
 class Layout(NamedTuple):
-    """A format: how to know it, what model it holds (as keys of `config.model`), and how its tensors become ours."""
+    """A format: how to recognize it, its model (as keys of `config.model`), and the mapping of its tensors to ours."""
 
     family: Family
-    looks_like: Callable[[Tensors], bool]
+    matches: Callable[[Tensors], bool]
     model: Callable[[Tensors, Facts], dict[str, Any]]
     convert: Callable[[Tensors, dict[str, Any]], dict[str, np.ndarray]]
 
@@ -73,15 +73,15 @@ def _google(t: Tensors, model: dict[str, Any]) -> dict[str, np.ndarray]:
     out |= _positions_and_cls(t, "Transformer/posembed_input/pos_embedding", "cls", model["width"])
     out |= {f"norm/{k}": t[f"Transformer/encoder_norm/{k}"] for k in ("scale", "bias")}
     for i in range(model["depth"]):
-        ours, theirs = f"block_{i}", f"Transformer/encoderblock_{i}"
+        target, source = f"block_{i}", f"Transformer/encoderblock_{i}"
         for k in ("scale", "bias"):
-            out[f"{ours}/norm_1/{k}"] = t[f"{theirs}/LayerNorm_0/{k}"]
-            out[f"{ours}/norm_2/{k}"] = t[f"{theirs}/LayerNorm_2/{k}"]
+            out[f"{target}/norm_1/{k}"] = t[f"{source}/LayerNorm_0/{k}"]
+            out[f"{target}/norm_2/{k}"] = t[f"{source}/LayerNorm_2/{k}"]
         for k in ("kernel", "bias"):
             for part in ("query", "key", "value", "out"):
-                out[f"{ours}/attention/{part}/{k}"] = t[f"{theirs}/MultiHeadDotProductAttention_1/{part}/{k}"]
-            out[f"{ours}/mlp_in/{k}"] = t[f"{theirs}/MlpBlock_3/Dense_0/{k}"]
-            out[f"{ours}/mlp_out/{k}"] = t[f"{theirs}/MlpBlock_3/Dense_1/{k}"]
+                out[f"{target}/attention/{part}/{k}"] = t[f"{source}/MultiHeadDotProductAttention_1/{part}/{k}"]
+            out[f"{target}/mlp_in/{k}"] = t[f"{source}/MlpBlock_3/Dense_0/{k}"]
+            out[f"{target}/mlp_out/{k}"] = t[f"{source}/MlpBlock_3/Dense_1/{k}"]
     return _nest("params", out)
 
 
@@ -108,7 +108,7 @@ def _attention(parts: Mapping[str, Tensors], out: Tensors, heads: int) -> dict[s
 
 
 def _positions_and_cls(t: Tensors, positions: str, cls: str, width: int) -> dict[str, np.ndarray]:
-    """Ours adds the class token's position to the token once and for all."""
+    """Positions of the patches, and the class token with its position added to it."""
     token, places = _tensor(t, cls, (1, 1, width)), t[positions]
     if places.ndim != 3 or places.shape[0] != 1 or places.shape[2] != width:
         raise OtherShape(positions, (1, places.shape[1] if places.ndim == 3 else 1, width))
@@ -118,18 +118,18 @@ def _positions_and_cls(t: Tensors, positions: str, cls: str, width: int) -> dict
 
 
 def _tensor(t: Tensors, key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """One that is reshaped or added on the way, which could hide another shape."""
+    """A tensor with its shape checked, for those that are reshaped or added, which could hide another shape."""
     if t[key].shape != shape:
         raise OtherShape(key, shape)
     return t[key]
 
 
 def _shape(t: Tensors, key: str, ndim: int) -> tuple[int, ...]:
-    """The shape of a tensor that the size of the model is read from."""
-    found = t[key].shape
-    if len(found) != ndim or not all(found):
-        raise WeightsError(f"{key} has shape {found}, {ndim} dimensions were expected")
-    return found
+    """The shape of a tensor from which the size of the model is read, with `ndim` dimensions."""
+    shape = t[key].shape
+    if len(shape) != ndim or not all(shape):
+        raise WeightsError(f"{key} has shape {shape}, must have {ndim} dimensions")
+    return shape
 
 
 def _nest(prefix: str, tensors: Tensors) -> dict[str, np.ndarray]:
@@ -156,12 +156,12 @@ def _hf_model(t: Tensors, facts: Facts) -> dict[str, Any]:
 
 
 def _hf_prefix(t: Tensors) -> str:
-    """ "", or the name of the backbone inside a model with a head, such as "vit."."""
+    """The prefix of all names, such as "vit." in a model with a head, or ""."""
     ending = "embeddings.patch_embeddings.projection.weight"
-    found = next((k for k in t if k.endswith(ending)), None)
-    if found is None:
+    name = next((k for k in t if k.endswith(ending)), None)
+    if name is None:
         raise KeyError(ending)
-    return found.removesuffix(ending)
+    return name.removesuffix(ending)
 
 
 def _hf(t: Tensors, model: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -176,33 +176,33 @@ def _hf(t: Tensors, model: dict[str, Any]) -> dict[str, np.ndarray]:
     norms = ("norm1", "norm2") if new else ("layernorm_before", "layernorm_after")
     dense = ("mlp.fc1", "mlp.fc2") if new else ("intermediate.dense", "output.dense")
     for i in range(model["depth"]):
-        ours, theirs = f"block_{i}", f"{p}encoder.layer.{i}"
-        parts = {k: _linear(t, f"{theirs}.attention.attention.{k}", W, W) for k in ("query", "key", "value")}
-        merged = _linear(t, f"{theirs}.attention.output.dense", W, W)
-        out |= _nest(f"{ours}/attention", _attention(parts, merged, model["heads"]))
-        out |= _nest(f"{ours}/norm_1", _norm(t, f"{theirs}.{norms[0]}"))
-        out |= _nest(f"{ours}/norm_2", _norm(t, f"{theirs}.{norms[1]}"))
-        out |= _nest(f"{ours}/mlp_in", _linear(t, f"{theirs}.{dense[0]}", W, mlp))
-        out |= _nest(f"{ours}/mlp_out", _linear(t, f"{theirs}.{dense[1]}", mlp, W))
+        target, source = f"block_{i}", f"{p}encoder.layer.{i}"
+        parts = {k: _linear(t, f"{source}.attention.attention.{k}", W, W) for k in ("query", "key", "value")}
+        merged = _linear(t, f"{source}.attention.output.dense", W, W)
+        out |= _nest(f"{target}/attention", _attention(parts, merged, model["heads"]))
+        out |= _nest(f"{target}/norm_1", _norm(t, f"{source}.{norms[0]}"))
+        out |= _nest(f"{target}/norm_2", _norm(t, f"{source}.{norms[1]}"))
+        out |= _nest(f"{target}/mlp_in", _linear(t, f"{source}.{dense[0]}", W, mlp))
+        out |= _nest(f"{target}/mlp_out", _linear(t, f"{source}.{dense[1]}", mlp, W))
         for name in ("1", "2") if model["layer_scale"] else ():
-            out[f"{ours}/scale_{name}"] = t[f"{theirs}.layer_scale{name}.lambda1"]
+            out[f"{target}/scale_{name}"] = t[f"{source}.layer_scale{name}.lambda1"]
     return _nest("params", out)
 
 
 def _timm_model(t: Tensors, facts: Facts) -> dict[str, Any]:
     width, _, patch, _ = _shape(t, "patch_embed.proj.weight", 4)
-    told = facts.get("model_args") or {}
-    if not isinstance(told, dict):
-        raise WeightsError(f"config.json: model_args is {told!r}, a JSON object was expected")
+    arguments = facts.get("model_args") or {}
+    if not isinstance(arguments, dict):
+        raise WeightsError(f"config.json: model_args is {arguments!r}, must be a JSON object")
     return _vit(
         width=width,
         depth=_count(t, r"blocks\.([0-9]+)\."),
-        heads=_heads(width, {"num_attention_heads": told.get("num_heads"), **facts}),
+        heads=_heads(width, {"num_attention_heads": arguments.get("num_heads"), **facts}),
         patch=patch,
         mlp_ratio=_shape(t, "blocks.0.mlp.fc1.bias", 1)[0] / width,
         registers=_shape(t, "reg_token", 3)[1] if "reg_token" in t else 0,
         layer_scale="blocks.0.ls1.gamma" in t,
-        gelu=_gelu(told.get("act_layer", "gelu")),
+        gelu=_gelu(arguments.get("act_layer", "gelu")),
         norm_eps=1e-6,
     )
 
@@ -214,21 +214,21 @@ def _timm(t: Tensors, model: dict[str, Any]) -> dict[str, np.ndarray]:
     if model["registers"]:
         out["registers"] = t["reg_token"]
     for i in range(model["depth"]):
-        ours, theirs = f"block_{i}", f"blocks.{i}"
-        fused = _linear(t, f"{theirs}.attn.qkv", W, 3 * W)
+        target, source = f"block_{i}", f"blocks.{i}"
+        fused = _linear(t, f"{source}.attn.qkv", W, 3 * W)
         kernels, biases = np.split(fused["kernel"], 3, axis=1), np.split(fused["bias"], 3)
         parts = {
             name: {"kernel": kernel, "bias": bias}
             for name, kernel, bias in zip(("query", "key", "value"), kernels, biases, strict=True)
         }
-        merged = _linear(t, f"{theirs}.attn.proj", W, W)
-        out |= _nest(f"{ours}/attention", _attention(parts, merged, model["heads"]))
-        out |= _nest(f"{ours}/mlp_in", _linear(t, f"{theirs}.mlp.fc1", W, mlp))
-        out |= _nest(f"{ours}/mlp_out", _linear(t, f"{theirs}.mlp.fc2", mlp, W))
+        merged = _linear(t, f"{source}.attn.proj", W, W)
+        out |= _nest(f"{target}/attention", _attention(parts, merged, model["heads"]))
+        out |= _nest(f"{target}/mlp_in", _linear(t, f"{source}.mlp.fc1", W, mlp))
+        out |= _nest(f"{target}/mlp_out", _linear(t, f"{source}.mlp.fc2", mlp, W))
         for name in ("1", "2"):
-            out |= _nest(f"{ours}/norm_{name}", _norm(t, f"{theirs}.norm{name}"))
+            out |= _nest(f"{target}/norm_{name}", _norm(t, f"{source}.norm{name}"))
             if model["layer_scale"]:
-                out[f"{ours}/scale_{name}"] = t[f"{theirs}.ls{name}.gamma"]
+                out[f"{target}/scale_{name}"] = t[f"{source}.ls{name}.gamma"]
     return _nest("params", out)
 
 
@@ -237,7 +237,7 @@ def _embed(t: Tensors, name: str) -> dict[str, np.ndarray]:
 
 
 def _count(t: Tensors, pattern: str) -> int:
-    """How many blocks there are; a gap in their numbers shows as tensors that are missing."""
+    """The number of blocks; a gap in their numbering shows up as missing tensors."""
     return len({int(m[1]) for m in (re.match(pattern, k) for k in t) if m and len(m[1]) < 9})
 
 
@@ -245,8 +245,8 @@ def _is_square(n: int) -> bool:
     return round(n**0.5) ** 2 == n
 
 
-def _vit(**found: Any) -> dict[str, Any]:
-    """The keys of `config.model` that weights of a ViT decide."""
+def _vit(**keys: Any) -> dict[str, Any]:
+    """The keys of `config.model` that the weights of a ViT decide."""
     return {
         "name": "",
         "pooling": "cls",
@@ -254,27 +254,28 @@ def _vit(**found: Any) -> dict[str, Any]:
         "class_token": True,
         "registers": 0,
         "layer_scale": False,
-        **found,
+        **keys,
     }
 
 
 def number(facts: Facts, key: str, low: float, high: float) -> float | None:
-    """A number of the JSON files, None where it is not told. Raises WeightsError if it is none, or outside the limits."""
+    """A number of the JSON files, or None if the key is absent. Raises WeightsError for another type or range."""
     value = facts.get(key)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise WeightsError(f"config.json: {key} is {value!r}, a number from {low:g} to {high:g} was expected")
+        raise WeightsError(f"config.json: {key} is {value!r}, must be a number from {low:g} to {high:g}")
     return float(value)
 
 
 def _heads(width: int, facts: Facts) -> int:
-    told = number(facts, "num_attention_heads", 1, width)
-    heads = told or {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}.get(width)
+    stated = number(facts, "num_attention_heads", 1, width)
+    heads = stated or {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}.get(width)
     if heads is None or heads % 1 or width % heads:
+        problem = "is unknown" if heads is None else f"cannot be {heads:g}"
         raise WeightsError(
-            f"how many attention heads share the width of {width} is {'not told' if heads is None else f'told as {heads:g}'}: "
-            f'write {{"num_attention_heads": n}} into a config.json beside the weights'
+            f"the number of attention heads for width {width} {problem}: "
+            f'write {{"num_attention_heads": n}} to a config.json beside the weights'
         )
     return int(heads)
 
@@ -282,22 +283,22 @@ def _heads(width: int, facts: Facts) -> int:
 def _gelu(name: Any) -> str:
     known = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_tanh": "tanh"}
     if str(name) not in known:
-        raise WeightsError(f"the weights want the activation {name!r}; tcq has {', '.join(known)}")
+        raise WeightsError(f"the weights require the activation {name!r}; tcq supports {', '.join(known)}")
     return known[str(name)]
 
 
-# ResNets: torchvision and timm name them alike --------------------------------------------------------------------
+# ResNets: torchvision and timm use the same names ------------------------------------------------------------------
 
 
 def _resnet_model(t: Tensors, facts: Facts) -> dict[str, Any]:
     kind = facts.get("architecture")  # timm's variants may compute something else with the same tensors
     if kind is not None and not re.fullmatch(r"(tv_)?resnet(18|34|50|101)(\..*)?", str(kind)):
-        raise WeightsError(f"config.json: the architecture {kind!r} is none of {', '.join(resnet.NAMED)}")
+        raise WeightsError(f"config.json: architecture {kind!r} is unknown: must be one of {', '.join(resnet.NAMED)}")
     stages = tuple(_count(t, rf"layer{i}\.([0-9]+)\.") for i in range(1, 5))
-    found = resnet.Size(stages, "layer1.0.conv3.weight" in t)
-    names = [name for name, size in resnet.NAMED.items() if size == found]
+    size = resnet.Size(stages, "layer1.0.conv3.weight" in t)
+    names = [name for name, named in resnet.NAMED.items() if named == size]
     if not names:
-        raise WeightsError(f"a ResNet of {found} is none of {', '.join(resnet.NAMED)}")
+        raise WeightsError(f"a ResNet of {size} is unknown: must be one of {', '.join(resnet.NAMED)}")
     return {"name": names[0], "stem": "cifar" if _shape(t, "conv1.weight", 4)[2] == 3 else "imagenet"}
 
 
@@ -306,26 +307,26 @@ def _resnet(t: Tensors, model: dict[str, Any]) -> dict[str, np.ndarray]:
     out = _conv(t, "stem", "conv1") | _batch_norm(t, "stem_norm", "bn1")
     for stage, count in enumerate(size.stages):
         for i in range(count):
-            ours, theirs = f"stage_{stage}_block_{i}", f"layer{stage + 1}.{i}"
+            target, source = f"stage_{stage}_block_{i}", f"layer{stage + 1}.{i}"
             for n in range(1, 4 if size.bottleneck else 3):
-                out |= _conv(t, f"{ours}/conv_{n}", f"{theirs}.conv{n}")
-                out |= _batch_norm(t, f"{ours}/norm_{n}", f"{theirs}.bn{n}")
-            if f"{theirs}.downsample.0.weight" in t:
-                out |= _conv(t, f"{ours}/shortcut", f"{theirs}.downsample.0")
-                out |= _batch_norm(t, f"{ours}/shortcut_norm", f"{theirs}.downsample.1")
+                out |= _conv(t, f"{target}/conv_{n}", f"{source}.conv{n}")
+                out |= _batch_norm(t, f"{target}/norm_{n}", f"{source}.bn{n}")
+            if f"{source}.downsample.0.weight" in t:
+                out |= _conv(t, f"{target}/shortcut", f"{source}.downsample.0")
+                out |= _batch_norm(t, f"{target}/shortcut_norm", f"{source}.downsample.1")
     return out
 
 
-def _conv(t: Tensors, ours: str, theirs: str) -> dict[str, np.ndarray]:
-    return {f"params/{ours}/kernel": t[f"{theirs}.weight"].transpose(2, 3, 1, 0)}
+def _conv(t: Tensors, target: str, source: str) -> dict[str, np.ndarray]:
+    return {f"params/{target}/kernel": t[f"{source}.weight"].transpose(2, 3, 1, 0)}
 
 
-def _batch_norm(t: Tensors, ours: str, theirs: str) -> dict[str, np.ndarray]:
+def _batch_norm(t: Tensors, target: str, source: str) -> dict[str, np.ndarray]:
     return {
-        f"params/{ours}/scale": t[f"{theirs}.weight"],
-        f"params/{ours}/bias": t[f"{theirs}.bias"],
-        f"batch_stats/{ours}/mean": t[f"{theirs}.running_mean"],
-        f"batch_stats/{ours}/var": t[f"{theirs}.running_var"],
+        f"params/{target}/scale": t[f"{source}.weight"],
+        f"params/{target}/bias": t[f"{source}.bias"],
+        f"batch_stats/{target}/mean": t[f"{source}.running_mean"],
+        f"batch_stats/{target}/var": t[f"{source}.running_var"],
     }
 
 

@@ -1,4 +1,4 @@
-"""Learned position embeddings for another image size, by the rule of the checkpoint's makers."""
+"""Learned position embeddings for another image size, by the rule of the authors of the checkpoint."""
 
 import numpy as np
 from jaxtyping import Float
@@ -9,15 +9,15 @@ RULES = ("linear", "bicubic", "bicubic_antialias")
 def resample(
     positions: Float[np.ndarray, "1 old W"], grid: tuple[int, int], *, rule: str
 ) -> Float[np.ndarray, "1 new W"]:
-    """Positions of a square grid of patches resampled to another grid (rows, columns), float32.
+    """Positions of a square grid of patches, resampled to another grid (rows, columns); float32.
 
-    "linear" keeps the corners in place (scipy.ndimage.zoom of order 1, as Google's ViT code does); "bicubic" is PyTorch's
-    `interpolate(mode="bicubic", align_corners=False)`, as Hugging Face does, "bicubic_antialias" the same with
-    antialias=True, as timm does. Raises ValueError for another rule, or if the old grid is not square.
+    Rules: "linear" is `scipy.ndimage.zoom` of order 1, which keeps the corners in place (Google's ViT code); "bicubic" is
+    PyTorch's `interpolate(mode="bicubic", align_corners=False)` (Hugging Face), "bicubic_antialias" the same with
+    antialias=True (timm). Raises ValueError for an unknown rule, or if the old grid is not square.
     """
     old = round(positions.shape[1] ** 0.5)
     if old * old != positions.shape[1]:
-        raise ValueError(f"{positions.shape[1]} positions are not of a square grid")
+        raise ValueError(f"{positions.shape[1]} positions do not form a square grid")
     if rule not in RULES:
         raise ValueError(f"rule {rule!r} is unknown: use one of {', '.join(RULES)}")
     plane = positions.reshape(old, old, -1).astype(np.float64)
@@ -27,7 +27,7 @@ def resample(
 
 
 def _matrix(old: int, new: int, rule: str) -> Float[np.ndarray, "new old"]:
-    """The weights of the old places for each new one."""
+    """The weight of each old position for each new one."""
     weights: np.ndarray = np.zeros((new, old))
     if rule == "linear":
         where: np.ndarray = np.linspace(0, old - 1, new)
@@ -38,12 +38,12 @@ def _matrix(old: int, new: int, rule: str) -> Float[np.ndarray, "new old"]:
         return weights
     scale = old / new
     where = np.asarray((np.arange(new) + 0.5) * scale - 0.5, np.float64)
-    if rule == "bicubic":  # four neighbours, edges repeated
+    if rule == "bicubic":  # four neighbours; edges are repeated
         for i in range(new):
             for j in range(int(np.floor(where[i])) - 1, int(np.floor(where[i])) + 3):
                 weights[i, min(max(j, 0), old - 1)] += _cubic(where[i] - j, -0.75)
         return weights
-    width = max(scale, 1.0)  # a wider kernel where the grid shrinks; edges cut and the weights normalised
+    width = max(scale, 1.0)  # the kernel is wider where the grid shrinks; at the edges it is cut and normalized
     for i in range(new):
         weights[i] = [_cubic((where[i] - j) / width, -0.5) for j in range(old)]
     total: np.ndarray = weights.sum(axis=1, keepdims=True)
@@ -51,7 +51,7 @@ def _matrix(old: int, new: int, rule: str) -> Float[np.ndarray, "new old"]:
 
 
 def _cubic(x: float, a: float) -> float:
-    """Keys's cubic convolution kernel."""
+    """The cubic convolution kernel of Keys (1981)."""
     x = abs(x)
     if x <= 1:
         return (a + 2) * x**3 - (a + 3) * x**2 + 1
