@@ -1,16 +1,16 @@
-"""The top-k clipped NT-Xent loss, the pairings of views it is used with, and two regularizers.
+"""The top-k clipped NT-Xent loss, the pairings of views it is applied to, and two regularizers.
 
-NT-Xent (SimCLR, Chen et al. 2020): stack two views to 2B unit rows; anchor i's positive p(i) is its partner in the
-other half, the other 2B - 2 rows are its negatives; with s the cosine similarity and t the temperature
+NT-Xent (SimCLR, Chen et al. 2020): stack two views to 2B unit rows. The positive p(i) of anchor i is its partner in the
+other view, the other 2B - 2 rows are its negatives. With s the cosine similarity and t the temperature
 
     L_i = -s_ip / t + log( exp(s_ip / t) + sum over kept negatives j of exp(s_ij / t) ).
 
-Clipping (TransClippedCLR, arXiv 2401.15362) drops the `clip` most similar negatives of every anchor: they are likely
-the same thing as the anchor. The paper's equations are not public to us; that the count is per anchor, over both views
-and the global batch, and that a clipped pair is absent (no value, no gradient), is our reading.
+Clipping (TransClippedCLR, arXiv 2401.15362) drops the `clip` most similar negatives of each anchor: they are likely to
+show the same thing (false negatives). The paper's equations are not public to us. That the count is per anchor, over both
+views and the global batch, and that a clipped pair has no value and no gradient, is our reading.
 
-The functions work alike on one device and inside a mapped axis (`axis_name`): rows stay local, columns are gathered,
-the loss and logs that come back are those of the global batch. Differentiate, then average gradients over the axis.
+All functions work on one device and inside a mapped axis (`axis_name`): rows stay local, columns are gathered, and loss
+and logs are those of the global batch. Differentiate, then average the gradients over the axis.
 """
 
 from typing import Any, NamedTuple, TypeVar
@@ -20,19 +20,43 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Num
 
-from tcq.losses import _blocked as anchors
+from tcq.losses import _blocked
+from tcq.losses._blocked import GATHERS
 from tcq.quantizer import unit
 
+__all__ = [
+    "GATHERS",
+    "PAIRINGS",
+    "Queue",
+    "assignment_entropy",
+    "codeword_diversity",
+    "contrastive_loss",
+    "nt_xent",
+]
 PAIRINGS = ("cross", "quantized", "float")
 Logs = dict[str, Array]
 T = TypeVar("T")
 
 
 class Queue(NamedTuple):
-    """Vectors of earlier batches, which every anchor has as further negatives; the same on all devices."""
+    """Vectors of earlier batches that are further negatives of every anchor; the same on all devices."""
 
     vectors: Float[Array, "Q D"]
-    filled: Int[Array, ""] | int  # so many of them, the first, are there
+    filled: Int[Array, ""] | int  # entries that are valid, from the first on
+
+
+class _Options(NamedTuple):
+    """The arguments of `nt_xent` apart from the views."""
+
+    temperature: float
+    clip: int | Array = 0
+    debias: float = 0.0
+    queue: Queue | None = None
+    block_size: int | None = None
+    gather: str = "all"
+    axis_name: str | None = None
+    average: bool = True
+    labels: ArrayLike | None = None
 
 
 def nt_xent(
@@ -52,48 +76,44 @@ def nt_xent(
     """Top-k clipped NT-Xent over the global batch.
 
     Args:
-      a, b: the two views, (b, D) on each device; normalised inside, in float32.
+      a, b: the two views, (b, D) on each device; normalized inside, in float32.
       temperature: divisor of the cosine similarities, above 0.
-      clip: how many of the 2B - 2 negatives of each anchor (and of the queue) are removed, most similar first; among
-        equals the one that comes first in the stacked order [a, b, queue] goes first, so that exactly `clip` go. 0 is
-        plain NT-Xent. An array may change from step to step without compiling again; it is not checked, and no more
-        than all negatives go.
-      debias: rho, the assumed share of negatives that are of the anchor's class, of the debiased contrastive loss
-        (Chuang et al. 2020), over the negatives that are left; 0 is none.
-      queue: further negatives; normalised inside, with gradient.
-      block_size: anchors handled at a time; memory is some times block_size x (2B + Q) float32. None: so many that a
-        block has 4 M similarities.
-      gather: how the columns come to the rows. "all": every device holds all 2B; "ring": devices hand theirs round,
-        twice for every block, and hold 2b.
-      axis_name: the mapped axis over which the batch is spread.
-      average: whether loss and logs are averaged over that axis. False leaves it to the caller, who averages the gradients
-        anyhow: they are the same.
-      labels: (b,) class numbers or (b, L) multi-hot; only for the logs below.
+      clip: number of negatives dropped for each anchor, of the 2B - 2 in the batch and those in the queue, most similar
+        first: exactly that many; ties go by their order in [a, b, queue]. 0 is plain NT-Xent. An array may change from
+        step to step without recompilation; its value is not checked, and at most all negatives are dropped.
+      debias: rho, the assumed share of false negatives, of the debiased contrastive loss (Chuang et al. 2020) over the
+        kept negatives; 0 is off.
+      queue: further negatives; normalized inside, with gradient.
+      block_size: anchors processed at a time; memory is a few times block_size x (2B + Q) float32. None: blocks of 4 M
+        similarities.
+      gather: how the rows get the columns. "all": every device holds all 2B; "ring": each device holds 2b and passes
+        them round, twice for every block.
+      axis_name: the mapped axis that the batch is spread over.
+      average: whether loss and logs are averaged over that axis. With False the caller averages them together with the
+        gradients, which are the same either way.
+      labels: (b,) class numbers or (b, L) multi-hot; only used for logs.
 
     Returns:
-      The mean over the 2B anchors, float32, and logs: positive_similarity, negative_similarity (of the batch), accuracy
-      (share of anchors whose positive beats all negatives); where anything may be clipped clip_similarity (mean over the
-      anchors of the similarity above which negatives are clipped, or of the hardest while none is); with labels
-      false_negative_rate (share of negatives of the anchor's own class), and where anything may be clipped
-      clip_precision (share of clipped pairs that are false negatives) and clip_recall (share of false negatives that are
-      clipped).
+      The mean loss of the 2B anchors, float32, and logs: positive_similarity, negative_similarity (over the batch),
+      accuracy (share of anchors whose positive is more similar than all negatives). If anything may be clipped,
+      clip_similarity (mean over the anchors of the similarity above which negatives are clipped, or of the most similar
+      negative if none is). With labels, false_negative_rate (share of negatives that are of the anchor's class), and if
+      anything may be clipped, clip_precision (share of clipped negatives that are false negatives) and clip_recall
+      (share of false negatives that are clipped).
 
     Raises:
       ValueError: the shapes differ, the temperature is not positive, clip is not in 0 .. 2B - 2 + Q, debias is not in
         [0, 1), the block size is below 1, gather is unknown, a ring has no axis, or there are labels and a queue.
+
+    Example:
+      >>> import jax
+      >>> a, b = jax.random.normal(jax.random.key(0), (2, 32, 16))
+      >>> loss, logs = nt_xent(a, b, temperature=0.2, clip=6)
+      >>> sorted(logs)
+      ['accuracy', 'clip_similarity', 'negative_similarity', 'positive_similarity']
     """
-    return _problems(
-        [(a, b)],
-        temperature=temperature,
-        clip=clip,
-        debias=debias,
-        queue=queue,
-        block_size=block_size,
-        gather=gather,
-        axis_name=axis_name,
-        average=average,
-        labels=labels,
-    )
+    options = _Options(temperature, clip, debias, queue, block_size, gather, axis_name, average, labels)
+    return _mean_over_pairs([(a, b)], options)
 
 
 def contrastive_loss(
@@ -110,105 +130,104 @@ def contrastive_loss(
     Args:
       features_a, features_b: float features of the views, (b, D).
       recon_a, recon_b: their soft reconstructions, (b, D).
-      pairing: "cross": the mean of (features_a, recon_b) and (features_b, recon_a), after SPQ, which takes their sum;
+      pairing: "cross": the mean over (features_a, recon_b) and (features_b, recon_a), after SPQ, which takes the sum;
         "quantized": (recon_a, recon_b), after MeCoQ; "float": (features_a, features_b), no quantizer.
-      options: of `nt_xent`; with "cross" each of the two problems is clipped on its own.
+      options: those of `nt_xent`. With "cross" each of the two pairs is clipped separately.
 
     Returns:
-      loss and logs as `nt_xent`, averaged over the problems.
+      Loss and logs of `nt_xent`, averaged over the pairs.
 
     Raises:
       ValueError: the pairing is unknown, or as `nt_xent`.
     """
-    problems = {
+    pairs = {
         "cross": [(features_a, recon_b), (features_b, recon_a)],
         "quantized": [(recon_a, recon_b)],
         "float": [(features_a, features_b)],
     }
-    if pairing not in problems:
+    if pairing not in pairs:
         raise ValueError(f"pairing {pairing!r} is unknown: use one of {', '.join(PAIRINGS)}")
-    return _problems(problems[pairing], **{"clip": 0, **options})
+    return _mean_over_pairs(pairs[pairing], _Options(**options))
 
 
-def _problems(
-    pairs: list[tuple[ArrayLike, ArrayLike]],
-    *,
-    temperature: float,
-    clip: int | Array,
-    debias: float = 0.0,
-    queue: Queue | None = None,
-    block_size: int | None = None,
-    gather: str = "all",
-    axis_name: str | None = None,
-    average: bool = True,
-    labels: ArrayLike | None = None,
-) -> tuple[Array, Logs]:
-    """Mean loss and logs of some pairs of views; their columns are gathered together."""
+def _mean_over_pairs(pairs: list[tuple[ArrayLike, ArrayLike]], o: _Options) -> tuple[Array, Logs]:
+    """Mean loss and logs over pairs of views, whose columns are gathered together."""
     shapes = {jnp.shape(view) for pair in pairs for view in pair}
     if len(shapes) > 1 or len(next(iter(shapes))) != 2:
         raise ValueError(f"the views must have one shape (B, D), got {', '.join(map(str, sorted(shapes)))}")
     views = unit(jnp.stack([jnp.stack([jnp.asarray(v, jnp.float32) for v in pair]) for pair in pairs]))  # (P, 2, b, D)
     b, width = views.shape[2:]
-    num_devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-    num_columns = 2 * b * num_devices
-    queue = queue or Queue(jnp.zeros((0, width)), 0)
-    num_negatives = num_columns - 2 + len(queue.vectors)
-    if not temperature > 0:
-        raise ValueError(f"temperature {temperature} must be above 0")
-    if isinstance(clip, int) and not 0 <= clip <= num_negatives:
-        raise ValueError(
-            f"clip {clip} is not within the {num_negatives} negatives of a global batch of {num_columns // 2}"
-        )
-    if not 0 <= debias < 1:
-        raise ValueError(f"debias {debias} is a share of the negatives and must be in [0, 1)")
-    if block_size is not None and block_size < 1:
-        raise ValueError(f"block_size {block_size} must be at least 1")
-    if gather not in anchors.GATHERS:
-        raise ValueError(f"gather {gather!r} is unknown: use one of {', '.join(anchors.GATHERS)}")
-    if gather == "ring" and axis_name is None:
-        raise ValueError("a ring needs the axis_name of the devices that form it")
-    if labels is not None and len(queue.vectors):
-        raise ValueError("labels tell what is clipped of the batch; a queue has none: leave one of them out")
+    num_columns = 2 * b * (1 if o.axis_name is None else jax.lax.axis_size(o.axis_name))
+    queue = o.queue or Queue(jnp.zeros((0, width), jnp.float32), 0)
+    _check(o, batch_size=num_columns // 2, queue_size=len(queue.vectors))
 
-    columns = _gather(views, axis_name, axis=2) if gather == "all" else views
-    rule = anchors.Rule(
-        temperature=temperature,
-        clips=not isinstance(clip, int) or clip > 0,
-        debias=debias,
-        block_size=block_size or anchors.block_size_for(2 * b, num_columns + len(queue.vectors)),
-        gather=gather,
-        axis_name=axis_name,
+    columns = _gather(views, o.axis_name, axis=2) if o.gather == "all" else views
+    rule = _blocked.Rule(
+        temperature=o.temperature,
+        clips=not isinstance(o.clip, int) or o.clip > 0,
+        debias=o.debias,
+        block_size=o.block_size or _blocked.default_block_size(2 * b, num_columns + len(queue.vectors)),
+        gather=o.gather,
+        axis_name=o.axis_name,
     )
-    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * b
-    half = num_columns // 2
-    own = (first + jnp.concatenate([jnp.arange(b), half + jnp.arange(b)])).astype(jnp.int32)
-    both_labels = None
-    if labels is not None:
-        labels = jnp.asarray(labels)
-        both_labels = jnp.concatenate([labels] * 2), jnp.concatenate([_gather(labels, axis_name)] * 2)
-
+    own = _own_columns(b, num_columns, o.axis_name)
+    labels = _both_views(o.labels, o.axis_name)
     results = []
-    for pair, theirs in zip(views, columns, strict=True):
+    for pair, pair_columns in zip(views, columns, strict=True):
         positive = jnp.tile(jnp.sum(pair[0] * pair[1], axis=-1), 2)
-        batch = anchors.Batch(
+        batch = _blocked.Batch(
             anchors=pair.reshape(2 * b, width),
             positive=positive,
-            columns=theirs.reshape(-1, width),
+            columns=pair_columns.reshape(-1, width),
             queue=unit(jnp.asarray(queue.vectors, jnp.float32)),
             own=own,
-            partner=(own + half) % num_columns,
+            partner=(own + num_columns // 2) % num_columns,
             filled=jnp.asarray(queue.filled, jnp.int32),
-            clip=jnp.asarray(clip, jnp.int32),
-            labels=both_labels,
+            clip=jnp.asarray(o.clip, jnp.int32),
+            labels=labels,
         )
-        loss, seen = anchors.total_loss(rule, batch)
-        results.append((loss / (2 * b), _logs(batch, seen, rule, num_columns)))
+        loss, stats = _blocked.total_loss(rule, batch)
+        results.append((loss / (2 * b), _logs(batch, stats, rule, num_columns)))
     loss, logs = jax.tree.map(lambda *values: jnp.stack(values).mean(0), *results)
-    loss, logs = _mean((loss, jax.lax.stop_gradient(logs)), axis_name if average else None)
+    loss, logs = _mean((loss, jax.lax.stop_gradient(logs)), o.axis_name if o.average else None)
     return loss, _shares(logs)
 
 
-def _logs(batch: anchors.Batch, seen: anchors.Seen, rule: anchors.Rule, num_columns: int) -> Logs:
+def _check(o: _Options, *, batch_size: int, queue_size: int) -> None:
+    """Raises ValueError for options out of their range; the batch size is global."""
+    num_negatives = 2 * batch_size - 2 + queue_size
+    if not o.temperature > 0:
+        raise ValueError(f"temperature {o.temperature} must be above 0")
+    if isinstance(o.clip, int) and not 0 <= o.clip <= num_negatives:
+        raise ValueError(f"clip {o.clip} must be from 0 to the {num_negatives} negatives of a batch of {batch_size}")
+    if not 0 <= o.debias < 1:
+        raise ValueError(f"debias {o.debias} is a share of the negatives and must be in [0, 1)")
+    if o.block_size is not None and o.block_size < 1:
+        raise ValueError(f"block_size {o.block_size} must be at least 1")
+    if o.gather not in GATHERS:
+        raise ValueError(f"gather {o.gather!r} is unknown: use one of {', '.join(GATHERS)}")
+    if o.gather == "ring" and o.axis_name is None:
+        raise ValueError("gather 'ring' needs the axis_name of its devices")
+    if o.labels is not None and queue_size:
+        raise ValueError("labels are for logs about the batch, and a queue has none: leave out one of them")
+
+
+def _own_columns(b: int, num_columns: int, axis_name: str | None) -> Int[Array, " R"]:
+    """The global column of each of the 2b anchors of this device, int32."""
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * b
+    both_views = jnp.concatenate([jnp.arange(b), num_columns // 2 + jnp.arange(b)])
+    return (first + both_views).astype(jnp.int32)
+
+
+def _both_views(labels: ArrayLike | None, axis_name: str | None) -> tuple[Array, Array] | None:
+    """The labels of the anchors of this device and of all columns, both for two views."""
+    if labels is None:
+        return None
+    labels = jnp.asarray(labels)
+    return jnp.concatenate([labels] * 2), jnp.concatenate([_gather(labels, axis_name)] * 2)
+
+
+def _logs(batch: _blocked.Batch, stats: _blocked.Stats, rule: _blocked.Rule, num_columns: int) -> Logs:
     """Means over the anchors of this device."""
     total = jnp.sum(batch.columns, axis=0)
     if rule.gather == "ring":
@@ -218,20 +237,20 @@ def _logs(batch: anchors.Batch, seen: anchors.Seen, rule: anchors.Rule, num_colu
     logs = {
         "positive_similarity": jnp.mean(batch.positive),
         "negative_similarity": jnp.mean(negatives),
-        "accuracy": jnp.mean(batch.positive > seen.hardest),
+        "accuracy": jnp.mean(batch.positive > stats.hardest, dtype=jnp.float32),
     }
     if rule.clips:
-        logs["clip_similarity"] = jnp.mean(seen.threshold)
+        logs["clip_similarity"] = jnp.mean(stats.threshold)
     if batch.labels is not None:
-        counts = {"same": seen.same, "negatives": jnp.array(num_columns - 2.0)}
+        counts = {"same": stats.same, "negatives": jnp.array(num_columns - 2, jnp.float32)}
         if rule.clips:
-            counts |= {"same_clipped": seen.same_clipped, "clipped": batch.clip}
+            counts |= {"same_clipped": stats.same_clipped, "clipped": batch.clip}
         logs |= {f"count_{name}": jnp.mean(values.astype(jnp.float32)) for name, values in counts.items()}
     return logs
 
 
 def _shares(logs: Logs) -> Logs:
-    """Counts of the global batch as shares of one another."""
+    """The logs with counts over the global batch replaced by their ratios."""
     counts = {name.removeprefix("count_"): logs.pop(name) for name in list(logs) if name.startswith("count_")}
     if counts:
         logs["false_negative_rate"] = counts["same"] / counts["negatives"]
@@ -242,14 +261,14 @@ def _shares(logs: Logs) -> Logs:
 
 
 def assignment_entropy(weights: Float[ArrayLike, "N M K"]) -> Float[Array, ""]:
-    """Mean entropy of the soft codes, in nats, 0 to log K. Minimised, it makes assignments decided (MeCoQ)."""
+    """Mean entropy of the soft codes, in nats, 0 to log K. Minimizing it makes assignments harder (MeCoQ)."""
     weights = jnp.asarray(weights, jnp.float32)
     # The floor keeps the gradient finite where a weight has underflowed to 0.
     return jnp.mean(-jnp.sum(weights * jnp.log(jnp.maximum(weights, 1e-30)), axis=-1))
 
 
 def codeword_diversity(codebooks: Float[ArrayLike, "M K d"]) -> Float[Array, ""]:
-    """Mean cosine similarity of all K * K codeword pairs of each codebook. Minimised, it spreads them (MeCoQ)."""
+    """Mean cosine similarity over all K * K pairs of codewords of a codebook. Minimizing it spreads them (MeCoQ)."""
     unit_words = unit(jnp.asarray(codebooks, jnp.float32))
     return jnp.mean(jnp.einsum("mkd,mld->mkl", unit_words, unit_words, precision="highest"))
 

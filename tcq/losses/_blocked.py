@@ -1,8 +1,8 @@
-"""What each anchor makes of the batch: its loss and the gradient of that, a block of anchors at a time.
+"""Forward and backward pass of the clipped NT-Xent loss, one block of anchors at a time.
 
-The similarities of all pairs never exist at once. A block has those of its anchors to every column, which is all that
-it needs to know its most similar negatives, to leave them out, to sum over what is left and to take the gradient: the
-products of a step are those of the dense loss, three, and nothing is computed twice. Memory is that of one block.
+The similarities of all pairs never exist at once. A block holds the similarities of its anchors to all columns: enough to
+find their most similar negatives, to mask them, to sum over the others and to compute the gradient. A step takes the
+three matrix products of the dense loss, and computes nothing twice. Memory is that of one block.
 """
 
 from functools import partial
@@ -12,70 +12,70 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Num
 
-from tcq.losses import _threshold as selection
+from tcq.losses import _threshold
 
 T = TypeVar("T")
 GATHERS = ("all", "ring")
-BLOCK = 2**22  # similarities held at once where no block size is asked for: 16 MiB, and a few temporaries of that size
-LEAST = 128  # anchors of such a block, or the gradient of the columns is carried through memory too often
+BLOCK = 2**22  # similarities of a block of the default size: 16 MiB, and a few temporaries of that size
+MIN_BLOCK = 128  # anchors of such a block; smaller ones move the gradient of the columns through memory too often
 
 
 class Rule(NamedTuple):
-    """How anchors are treated; hashable, for it decides what is compiled."""
+    """What the loss is; hashable, because it decides what is compiled."""
 
     temperature: float
     clips: bool  # whether anything may be clipped
     debias: float  # rho of the debiased estimator; 0 is none
     block_size: int
-    gather: str  # "all": `columns` are everybody's; "ring": they are this device's, and go round
+    gather: str  # "all": `columns` are those of all devices; "ring": those of this device, passed round
     axis_name: str | None
 
 
 class Batch(NamedTuple):
-    """R local anchors, the C columns of the global batch that they see, and Q further negatives. All of unit length."""
+    """R anchors of this device, the C columns of the global batch, and Q further negatives. All are unit vectors."""
 
     anchors: Float[Array, "R D"]
     positive: Float[Array, " R"]  # similarity to the positive
     columns: Float[Array, "C_or_local D"]  # in the order [view a, view b], of the global batch or of this device
     queue: Float[Array, "Q D"]
-    own: Int32[Array, " R"]  # column of the anchor itself, of the global batch
+    own: Int32[Array, " R"]  # column of the anchor itself in the global batch
     partner: Int32[Array, " R"]  # column of its positive
-    filled: Int32[Array, ""]  # so many of the queue are there
+    filled: Int32[Array, ""]  # entries of the queue that are valid, from the first on
     clip: Int32[Array, ""]
     labels: tuple[Num[Array, " R *L"], Num[Array, " C *L"]] | None  # of the anchors and of the columns
 
 
-class Seen(NamedTuple):
-    """What R anchors saw."""
+class Stats(NamedTuple):
+    """What the logs need of R anchors."""
 
     hardest: Float[Array, " R"]  # similarity of the most similar negative
-    threshold: Float[Array, " R"]  # no kept negative is more similar, and no clipped one less
-    same: Int32[Array, " R"]  # negatives of the anchor's own class
+    threshold: Float[Array, " R"]  # clipped negatives are at least as similar, kept ones at most
+    same: Int32[Array, " R"]  # negatives of the anchor's class
     same_clipped: Int32[Array, " R"]
 
 
-def block_size_for(num_anchors: int, num_columns: int) -> int:
-    """Anchors of a block where no size is asked for."""
-    return min(num_anchors, max(LEAST, BLOCK // num_columns))
+def default_block_size(num_anchors: int, num_columns: int) -> int:
+    """The number of anchors in a block of about `BLOCK` similarities."""
+    return min(num_anchors, max(MIN_BLOCK, BLOCK // num_columns))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def total_loss(rule: Rule, batch: Batch) -> tuple[Float[Array, ""], Seen]:
+def total_loss(rule: Rule, batch: Batch) -> tuple[Float[Array, ""], Stats]:
     """The sum of the losses of the anchors.
 
-    Differentiable, once and in reverse, by anchors, positive, columns and queue. With a ring the gradient of the columns
-    is already summed over the devices, whose losses must have one cotangent: average the loss over the axis.
+    Differentiable once, in reverse, with respect to anchors, positive, columns and queue. With a ring the gradient of the
+    columns is already summed over the devices, whose losses must have one cotangent: average the loss over the axis.
     """
-    loss, seen, _ = _all_blocks(rule, batch, differentiate=False)
-    return loss, seen
+    loss, stats, _ = _all_blocks(rule, batch, differentiate=False)
+    return loss, stats
 
 
-def _forward(rule: Rule, batch: Batch) -> tuple[tuple[Array, Seen], tuple[Array, ...]]:
-    loss, seen, gradients = _all_blocks(rule, batch, differentiate=True)
-    return (loss, seen), gradients
+def _forward(rule: Rule, batch: Batch) -> tuple[tuple[Array, Stats], tuple[Array, ...]]:
+    loss, stats, gradients = _all_blocks(rule, batch, differentiate=True)
+    return (loss, stats), gradients
 
 
-def _backward(rule: Rule, gradients: tuple[Array, ...], cotangents: tuple[Array, Seen]) -> tuple[Batch]:
+def _backward(rule: Rule, gradients: tuple[Array, ...], cotangents: tuple[Array, Stats]) -> tuple[Batch]:
     anchors, positive, columns, queue = (cotangents[0] * g for g in gradients)
     return (Batch(anchors, positive, columns, queue, None, None, None, None, None),)  # type: ignore[arg-type]
 
@@ -86,153 +86,180 @@ total_loss.defvjp(_forward, _backward)
 def objective(
     log_sum: Float[Array, " R"], positive: Float[Array, " R"], *, num_kept: Int32[Array, ""], rule: Rule
 ) -> Float[Array, " R"]:
-    """The loss of anchors of these positive similarities and log-sum-exps over their kept negatives (/ temperature).
+    """The loss of each anchor from its log-sum-exp over the kept negatives (/ temperature) and its positive similarity.
 
-    NT-Xent, or with rule.debias = rho > 0 the debiased estimate of Chuang et al. 2020, whose sum over N negatives is
-    max(N exp(-1/t), (sum - rho N exp(positive/t)) / (1 - rho)).
+    NT-Xent, or with rule.debias = rho > 0 the debiased loss of Chuang et al. 2020, where the sum over N negatives is
+    replaced by max(N exp(-1/t), (sum - rho N exp(positive/t)) / (1 - rho)).
     """
     positive = positive / rule.temperature
     if not rule.debias:
         return jax.nn.softplus(log_sum - positive)
-    top = jax.lax.stop_gradient(jnp.maximum(log_sum, positive))  # cancels: what is exponentiated is at most 0
-    total = jnp.exp(log_sum - top) - rule.debias * num_kept * jnp.exp(positive - top)
-    debiased = jnp.maximum(num_kept * jnp.exp(-1 / rule.temperature - top), total / (1 - rule.debias))
+    top = jax.lax.stop_gradient(jnp.maximum(log_sum, positive))  # cancels, and keeps exponents at most 0
+    count = num_kept.astype(jnp.float32)
+    total = jnp.exp(log_sum - top) - rule.debias * count * jnp.exp(positive - top)
+    debiased = jnp.maximum(count * jnp.exp(-1 / rule.temperature - top), total / (1 - rule.debias))
     log_debiased = jnp.where(debiased > 0, jnp.log(jnp.where(debiased > 0, debiased, 1.0)), -jnp.inf)
     return jax.nn.softplus(log_debiased + top - positive)
 
 
-def _all_blocks(rule: Rule, batch: Batch, *, differentiate: bool) -> tuple[Array, Seen, tuple[Array, ...]]:
+def _all_blocks(rule: Rule, batch: Batch, *, differentiate: bool) -> tuple[Array, Stats, tuple[Array, ...]]:
+    """Scans over the blocks: the total loss, statistics, and the gradients of anchors, positive, columns and queue."""
     num_anchors, width = batch.anchors.shape
     size = min(rule.block_size, num_anchors)
     num_blocks = -(-num_anchors // size)
-    extra = num_blocks * size - num_anchors
+    padding = num_blocks * size - num_anchors
 
     def blocks(x: Array) -> Array:
-        return jnp.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1)).reshape(num_blocks, size, *x.shape[1:])
+        return jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(num_blocks, size, *x.shape[1:])
 
-    local = batch.anchors, batch.positive, batch.own, batch.partner, jnp.ones(num_anchors)
+    rows = batch.anchors, batch.positive, batch.own, batch.partner, jnp.ones(num_anchors, jnp.float32)
     labels = None if batch.labels is None else blocks(batch.labels[0])
 
     def one_block(carry: tuple[Array, ...], block: tuple[tuple[Array, ...], Array | None]) -> tuple[tuple, tuple]:
-        loss, seen, gradients = _block(rule, batch, *block, differentiate=differentiate)
+        loss, stats, gradients = _block(rule, batch, *block, differentiate=differentiate)
         if not differentiate:
-            return (carry[0] + loss,), (seen, ())
-        mine, theirs = gradients[:2], gradients[2:]
-        return tuple(a + b for a, b in zip(carry, (loss, *theirs), strict=True)), (seen, mine)
+            return (carry[0] + loss,), (stats, ())
+        by_rows, by_columns = gradients[:2], gradients[2:]
+        return tuple(a + b for a, b in zip(carry, (loss, *by_columns), strict=True)), (stats, by_rows)
 
-    start: tuple[Array, ...] = (jnp.zeros(()),)
-    if differentiate:  # transposed, because the product that makes it is twice as fast so on a CPU
-        start += jnp.zeros((width, len(batch.columns))), jnp.zeros((width, len(batch.queue)))
-    carry, (seen, mine) = jax.lax.scan(one_block, start, (tuple(map(blocks, local)), labels))
-    seen, mine = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_anchors], (seen, mine))
-    return carry[0], seen, (*mine, *(x.T for x in carry[1:]))
+    start: tuple[Array, ...] = (jnp.zeros((), jnp.float32),)
+    if differentiate:  # transposed, because the product that computes them is twice as fast on CPUs
+        start += tuple(jnp.zeros((width, len(x)), jnp.float32) for x in (batch.columns, batch.queue))
+    carry, (stats, by_rows) = jax.lax.scan(one_block, start, (tuple(map(blocks, rows)), labels))
+    stats, by_rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_anchors], (stats, by_rows))
+    return carry[0], stats, (*by_rows, *(x.T for x in carry[1:]))
 
 
 def _block(
     rule: Rule, batch: Batch, rows: tuple[Array, ...], labels: Array | None, *, differentiate: bool
-) -> tuple[Array, Seen, tuple[Array, ...]]:
-    """Loss of some anchors, what they saw, and the gradients by them, their positives, the columns and the queue."""
+) -> tuple[Array, Stats, tuple[Array, ...]]:
+    """Loss and statistics of some anchors, and the gradients of them, of their positives, of the columns and the queue."""
     anchors, positive, own, partner, weight = rows
+    similarity, num_columns = _negatives(rule, batch, anchors, own, partner)
+    num_negatives = num_columns - 2 + batch.filled
+    hardest = jnp.max(similarity, axis=1)
+    clipped, cut, num_kept = _clip(rule, batch, similarity, hardest, num_negatives)
+
+    kept = similarity if clipped is None else jnp.where(clipped, -jnp.inf, similarity)
+    top = hardest if clipped is None else jnp.max(kept, axis=1)
+    top = jnp.where(top == -jnp.inf, 0.0, top)  # nothing is kept
+    powers = jnp.exp((kept - top[:, None]) / rule.temperature)
+    total = jnp.sum(powers, axis=1)
+    log_sum = top / rule.temperature + jnp.log(total)
+    stats = Stats(hardest, cut, *_count_same(batch, labels, similarity, clipped, num_columns))
+
+    def loss_of(log_sum: Array, positive: Array) -> Array:
+        # `where` instead of a product with the weight: padding may hold NaN.
+        return jnp.sum(jnp.where(weight > 0, objective(log_sum, positive, num_kept=num_kept, rule=rule), 0.0))
+
+    if not differentiate:
+        return loss_of(log_sum, positive), stats, ()
+    loss, (by_log_sum, by_positive) = jax.value_and_grad(loss_of, (0, 1))(log_sum, positive)
+    scale = jnp.where(total > 0, by_log_sum / jnp.where(total > 0, total, 1.0), 0.0)[:, None] / rule.temperature
+    by_anchors, by_columns = _pull_back(rule, powers[:, :num_columns], anchors * scale, batch.columns)
+    by_queue = jnp.zeros((anchors.shape[1], 0), jnp.float32)
+    if len(batch.queue):
+        by_anchors += _product(powers[:, num_columns:], batch.queue)
+        by_queue = _product((anchors * scale).T, powers[:, num_columns:])
+    return loss, stats, (by_anchors * scale, by_positive, by_columns, by_queue)
+
+
+def _negatives(
+    rule: Rule, batch: Batch, anchors: Array, own: Array, partner: Array
+) -> tuple[Float[Array, "r C_and_Q"], int]:
+    """Similarities of anchors to their negatives, -inf for what is none; and how many columns are of the batch."""
     similarity = _similarities(rule, anchors, batch.columns)
     num_columns = similarity.shape[1]
     column = jax.lax.broadcasted_iota(jnp.int32, similarity.shape, 1)
     similarity = jnp.where((column == own[:, None]) | (column == partner[:, None]), -jnp.inf, similarity)
     if len(batch.queue):
-        remembered = jnp.where(jnp.arange(len(batch.queue)) < batch.filled, _product(anchors, batch.queue.T), -jnp.inf)
-        similarity = jnp.concatenate([similarity, remembered], axis=1)
-    num_negatives = num_columns - 2 + batch.filled
-    hardest = jnp.max(similarity, axis=1)
+        valid = (jnp.arange(len(batch.queue)) < batch.filled)[None]
+        queued = jnp.where(valid, _product(anchors, batch.queue.T), -jnp.inf)
+        similarity = jnp.concatenate([similarity, queued], axis=1)
+    return similarity, num_columns
 
-    kept, threshold, num_kept = similarity, hardest, num_negatives
-    if rule.clips:
-        clip = jnp.minimum(batch.clip, num_negatives)
-        low = jnp.full(hardest.shape, -2.0)  # below any cosine
-        reach = jnp.broadcast_to(num_negatives, hardest.shape)
-        cut = selection.cut(similarity, clip, low=low, reach=reach, high=hardest)
-        clipped = selection.selected(similarity, cut)
-        kept, num_kept = jnp.where(clipped, -jnp.inf, similarity), num_negatives - clip
-        threshold = jnp.minimum(cut.value, hardest)
-    top = jnp.max(kept, axis=1) if rule.clips else hardest
-    top = jnp.where(top == -jnp.inf, 0.0, top)  # where nothing is left
-    powers = jnp.exp((kept - top[:, None]) / rule.temperature)
-    total = jnp.sum(powers, axis=1)
-    log_sum = top / rule.temperature + jnp.log(total)
 
-    same = same_clipped = jnp.zeros(hardest.shape, jnp.int32)
-    if labels is not None and batch.labels is not None:
-        alike = same_class(labels, batch.labels[1]) & (similarity[:, :num_columns] > -jnp.inf)
-        same = jnp.sum(alike, axis=1, dtype=jnp.int32)
-        if rule.clips:
-            same_clipped = jnp.sum(alike & clipped[:, :num_columns], axis=1, dtype=jnp.int32)
-    seen = Seen(hardest, threshold, same, same_clipped)
+def _clip(
+    rule: Rule, batch: Batch, similarity: Array, hardest: Array, num_negatives: Array
+) -> tuple[Array | None, Array, Array]:
+    """The mask of the clipped negatives, or None; the similarity above which they lie; and how many are kept."""
+    if not rule.clips:
+        return None, hardest, num_negatives
+    clip = jnp.minimum(batch.clip, num_negatives)
+    low = jnp.full(hardest.shape, -2.0, jnp.float32)  # below any cosine
+    reach = jnp.broadcast_to(num_negatives, hardest.shape)
+    cut = _threshold.threshold(similarity, clip, low=low, reach=reach, high=hardest)
+    return _threshold.selected(similarity, cut), jnp.minimum(cut.value, hardest), num_negatives - clip
 
-    def loss_of(log_sum: Array, positive: Array) -> Array:
-        # A sum with weights would make NaN of what padding may hold.
-        return jnp.sum(jnp.where(weight > 0, objective(log_sum, positive, num_kept=num_kept, rule=rule), 0.0))
 
-    if not differentiate:
-        return loss_of(log_sum, positive), seen, ()
-    loss, (by_log_sum, by_positive) = jax.value_and_grad(loss_of, (0, 1))(log_sum, positive)
-    scale = jnp.where(total > 0, by_log_sum / jnp.where(total > 0, total, 1.0), 0.0)[:, None] / rule.temperature
-    by_anchors, by_columns = _pull(rule, powers[:, :num_columns], anchors * scale, batch.columns)
-    by_queue = jnp.zeros((anchors.shape[1], 0))
-    if len(batch.queue):
-        by_anchors += _product(powers[:, num_columns:], batch.queue)
-        by_queue = _product((anchors * scale).T, powers[:, num_columns:])
-    return loss, seen, (by_anchors * scale, by_positive, by_columns, by_queue)
+def _count_same(
+    batch: Batch, labels: Array | None, similarity: Array, clipped: Array | None, num_columns: int
+) -> tuple[Int32[Array, " r"], Int32[Array, " r"]]:
+    """For each anchor the negatives of its class, and the clipped ones among them; zeros without labels."""
+    zero = jnp.zeros(len(similarity), jnp.int32)
+    if labels is None or batch.labels is None:
+        return zero, zero
+    same = same_class(labels, batch.labels[1]) & (similarity[:, :num_columns] > -jnp.inf)
+    count = jnp.sum(same, axis=1, dtype=jnp.int32)
+    if clipped is None:
+        return count, zero
+    return count, jnp.sum(same & clipped[:, :num_columns], axis=1, dtype=jnp.int32)
 
 
 def _similarities(rule: Rule, anchors: Array, columns: Array) -> Float[Array, "r C"]:
+    """Similarities of anchors to the columns of all devices."""
     if rule.gather == "all":
         return _product(anchors, columns.T)
 
-    def hop(visitor: Array, _: None) -> tuple[Array, Array]:
-        return _pass_on(rule, visitor), _product(anchors, visitor.T)
+    def hop(remote: Array, _: None) -> tuple[Array, Array]:
+        return _pass_on(rule, remote), _product(anchors, remote.T)
 
     _, parts = jax.lax.scan(hop, columns, length=jax.lax.axis_size(rule.axis_name))
     return _to_columns(rule, parts)
 
 
-def _pull(rule: Rule, powers: Array, scaled: Array, columns: Array) -> tuple[Float[Array, "r D"], Float[Array, "D C"]]:
+def _pull_back(
+    rule: Rule, powers: Array, scaled: Array, columns: Array
+) -> tuple[Float[Array, "r D"], Float[Array, "D C"]]:
     """powers @ columns, and (powers.T @ scaled).T."""
     if rule.gather == "all":
         return _product(powers, columns), _product(scaled.T, powers)
 
     def hop(state: tuple[Array, Array, Array], part: Array) -> tuple[tuple[Array, Array, Array], None]:
-        visitor, luggage, mine = state
-        mine += _product(part, visitor)
-        luggage += _product(scaled.T, part)
-        return (*_pass_on(rule, (visitor, luggage)), mine), None
+        remote, remote_grad, local_grad = state
+        local_grad += _product(part, remote)
+        remote_grad += _product(scaled.T, part)
+        return (*_pass_on(rule, (remote, remote_grad)), local_grad), None
 
-    start = columns, jnp.zeros(columns.shape[::-1]), jnp.zeros(scaled.shape)
-    (_, luggage, mine), _ = jax.lax.scan(hop, start, _from_columns(rule, powers))
-    return mine, luggage
+    start = columns, jnp.zeros(columns.shape[::-1], jnp.float32), jnp.zeros(scaled.shape, jnp.float32)
+    (_, columns_grad, local_grad), _ = jax.lax.scan(hop, start, _from_columns(rule, powers))
+    return local_grad, columns_grad
 
 
 def _pass_on(rule: Rule, tree: T) -> T:
-    """To the previous device, from the next one: after all hops everything is at home."""
+    """Sends to the previous device and receives from the next; after n hops every shard is back on its device."""
     n = jax.lax.axis_size(rule.axis_name)
     return jax.lax.ppermute(tree, rule.axis_name, [(i, (i - 1) % n) for i in range(n)])
 
 
 def _to_columns(rule: Rule, parts: Float[Array, "n r local"]) -> Float[Array, "r C"]:
-    """The parts of the hops, this device's first, in the order of the global columns."""
+    """The parts of n hops, that of this device first, in the order of the global columns."""
     n, r, width = parts.shape
     parts = jnp.roll(parts, jax.lax.axis_index(rule.axis_name), axis=0).reshape(n, r, 2, width // 2)
     return parts.transpose(1, 2, 0, 3).reshape(r, n * width)
 
 
 def _from_columns(rule: Rule, values: Float[Array, "r C"]) -> Float[Array, "n r local"]:
-    """Its inverse."""
+    """The inverse of `_to_columns`."""
     n = jax.lax.axis_size(rule.axis_name)
     r, width = len(values), values.shape[1] // n
     parts = values.reshape(r, 2, n, width // 2).transpose(2, 0, 1, 3).reshape(n, r, width)
     return jnp.roll(parts, -jax.lax.axis_index(rule.axis_name), axis=0)
 
 
-def same_class(labels: Num[Array, " r *L"], everyone: Num[Array, " C *L"]) -> Array:
-    """Equal class numbers, or at least one shared label of multi-hot rows: boolean (r, C)."""
-    return labels[:, None] == everyone if labels.ndim == 1 else (labels @ everyone.T) > 0
+def same_class(labels: Num[Array, " r *L"], others: Num[Array, " C *L"]) -> Array:
+    """Equal class numbers, or a shared label of multi-hot rows: boolean (r, C)."""
+    return labels[:, None] == others[None] if labels.ndim == 1 else (labels @ others.T) > 0
 
 
 def _product(a: Array, b: Array) -> Array:
