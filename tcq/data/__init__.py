@@ -1,0 +1,1 @@
+"""Reading images and datasets, and splitting them by protocol."""

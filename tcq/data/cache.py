@@ -1,10 +1,9 @@
-"""Images decoded once: uint8 arrays on disk, found again under a key of what they were made from."""
+"""Decoded images as uint8 arrays on disk, by a digest of what they were decoded from."""
 
 import json
+import logging
 import os
 import shutil
-import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -16,89 +15,94 @@ import numpy as np
 from jaxtyping import UInt8
 
 from tcq.data.images import ImageError, Resize, decode
-from tcq.runtime.log import moved
+from tcq.runtime import log, signals, storage
 
-VERSION = 2  # of the layout of an entry; others are not found
-AHEAD = 256  # images on their way at a time: a dataset does not fit in memory
+VERSION = 2  # of the format of an entry; entries of other versions are ignored
+AHEAD = 256  # images that are decoded ahead
+ABANDONED = 86_400  # seconds after which an entry that is still being written belongs to a killed run
+
+logger = logging.getLogger(__name__)
 
 
 class Encoded(NamedTuple):
-    """What is to be decoded."""
+    """Images to decode."""
 
-    items: Iterable[tuple[str, Path | bytes]]  # names with files or their bytes
+    items: Iterable[tuple[str, Path | bytes]]  # names, and files or their contents
     total: int
-    arrays: dict[str, np.ndarray]  # kept beside the images, such as labels
+    arrays: dict[str, np.ndarray]  # stored with the images, such as labels
 
 
 class Decoded(NamedTuple):
-    """What was."""
+    """An entry of the cache."""
 
-    images: UInt8[np.ndarray, "N S S 3"]  # mapped from the disk
+    images: UInt8[np.ndarray, "N S S 3"]  # mapped from disk
     names: list[str]
     skipped: list[dict[str, str]]  # {"path", "reason"} of what could not be decoded
     arrays: dict[str, np.ndarray]
 
 
 def decode_once(key: str, read: Callable[[], Encoded], *, size: int, resize: Resize, cache_dir: str) -> Decoded:
-    """The entry of a key; where there is none, or a damaged one, it is made of what `read` gives.
+    """The entry of a key; if there is none, or a corrupted one, it is made from the images that `read` returns.
 
-    An entry appears as a whole or not at all. `cache_dir` "" is $XDG_CACHE_HOME/tcq or ~/.cache/tcq.
+    An entry appears as a whole or not at all. `cache_dir` "" is `storage.cache_home()`.
     """
-    home = Path(cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tcq")).expanduser()
-    place = home / f"{VERSION}-{key[:32]}"
-    found = _open(place, size)
-    if found is None:
-        shutil.rmtree(place, ignore_errors=True)
-        _write(place, read(), size, resize)
-        found = _open(place, size)
-    assert found is not None
-    return found
+    home = Path(cache_dir).expanduser() if cache_dir else storage.cache_home()
+    folder = home / f"{VERSION}-{key[:32]}"
+    entry = _open(folder, size)
+    if entry is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        _write(folder, read(), size, resize)
+        entry = _open(folder, size)
+    assert entry is not None
+    return entry
 
 
-def _open(place: Path, size: int) -> Decoded | None:
+def _open(folder: Path, size: int) -> Decoded | None:
     try:
-        entry = json.loads((place / "names.json").read_text())
-        shape = (len(entry["names"]), size, size, 3)
-        if (place / "images.u8").stat().st_size != np.prod(shape):
+        listing = json.loads((folder / "names.json").read_text())
+        shape = (len(listing["names"]), size, size, 3)
+        if (folder / "images.u8").stat().st_size != np.prod(shape):
             return None
-        with np.load(place / "arrays.npz", allow_pickle=False) as saved:
+        with np.load(folder / "arrays.npz", allow_pickle=False) as saved:
             arrays = {name: saved[name] for name in saved.files}
     except (OSError, ValueError, KeyError):
         return None
-    images = np.memmap(place / "images.u8", np.uint8, "r", shape=shape) if entry["names"] else np.zeros(shape, np.uint8)
-    return Decoded(images, entry["names"], entry["skipped"], arrays)
+    empty = np.zeros(shape, np.uint8)  # which cannot be mapped
+    images = np.memmap(folder / "images.u8", np.uint8, "r", shape=shape) if listing["names"] else empty
+    return Decoded(images, listing["names"], listing["skipped"], arrays)
 
 
-def _write(place: Path, encoded: Encoded, size: int, resize: Resize) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    for left in place.parent.glob("half-*"):  # of a killed run
-        if time.time() - left.stat().st_mtime > 86_400:
+def _write(folder: Path, encoded: Encoded, size: int, resize: Resize) -> None:
+    for left in folder.parent.glob(f"{storage.TEMPORARY}*"):
+        if time.time() - left.stat().st_mtime > ABANDONED:
             shutil.rmtree(left, ignore_errors=True)
-    half = Path(tempfile.mkdtemp(prefix="half-", dir=place.parent))
-    try:
+    progress = log.Progress(logger, "decoding images", encoded.total)
+    with storage.temporary_folder(folder) as temporary:
         names, skipped = [], []
-        with open(half / "images.u8", "wb") as out:
-            for name, result in _progress(_decode_all(encoded.items, size, resize), encoded.total):
+        with open(temporary / "images.u8", "wb") as out:
+            for done, (name, result) in enumerate(_decode_all(encoded.items, size, resize), 1):
+                signals.poll()
                 if isinstance(result, ImageError):
                     skipped.append({"path": name, "reason": str(result)})
                 else:
                     names.append(name)
                     out.write(result.tobytes())
-        with open(half / "arrays.npz", "wb") as out:
+                progress.update(done)
+        with open(temporary / "arrays.npz", "wb") as out:
             np.savez(out, **encoded.arrays)  # type: ignore[arg-type]  # the stub takes the names for allow_pickle
-        (half / "names.json").write_text(json.dumps({"names": names, "skipped": skipped}))
+        (temporary / "names.json").write_text(json.dumps({"names": names, "skipped": skipped}))
         try:
-            half.rename(place)
+            temporary.rename(folder)
         except OSError:
-            if not place.exists():  # else another process was faster
+            if not folder.exists():  # else another process has written it in the meantime
                 raise
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
 
 
 def _decode_all(
     items: Iterable[tuple[str, Path | bytes]], size: int, resize: Resize
 ) -> Iterator[tuple[str, np.ndarray | ImageError]]:
+    """Names with decoded images, or the reason why an image cannot be decoded, in the given order."""
+
     def one(item: tuple[str, Path | bytes]) -> tuple[str, np.ndarray | ImageError]:
         try:
             return item[0], decode(item[1], size=size, resize=resize)
@@ -106,22 +110,10 @@ def _decode_all(
             return item[0], error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        coming: deque[Any] = deque()
+        ahead: deque[Any] = deque()
         for item in items:
-            coming.append(pool.submit(one, item))
-            if len(coming) >= AHEAD:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
-
-
-def _progress(results: Iterator[Any], total: int) -> Iterator[Any]:
-    """Passes results on; every few seconds a line with count and rate on standard error."""
-    start = last = time.monotonic()
-    for done, result in enumerate(results, 1):
-        moved()
-        yield result
-        now = time.monotonic()
-        if now - last > 5:
-            print(f"decoding images: {done:,} of {total:,}, {done / (now - start):,.0f} images/s", file=sys.stderr)
-            last = now
+            ahead.append(pool.submit(one, item))
+            if len(ahead) >= AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()

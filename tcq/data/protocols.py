@@ -1,9 +1,9 @@
-"""The published protocols: which images are queries, database, training images, validation images. Pure functions of labels.
+"""The published protocols: which images are queries, database, training and validation images. Pure functions of labels.
 
-Every entry of `PROTOCOLS` says what it is in data; docs/protocols.md shows them with their sources. Indices are into the
+The entries of `PROTOCOLS` describe them as data; docs/protocols.md lists them with their sources. Indices refer to the
 images in official order: for CIFAR-10 the 50,000 training images, then the 10,000 test images; for MIRFLICKR-25K im1 to
-im25000; for NUS-WIDE the rows of AllLabels. Arrays keep the order in which the reference draws them, because ties by index
-depend on it.
+im25000; for NUS-WIDE the rows of AllLabels. Arrays keep the order in which the reference draws them, because ties by
+index depend on it.
 """
 
 import hashlib
@@ -16,11 +16,11 @@ from jaxtyping import Bool, Int, Int64
 
 
 class ProtocolError(ValueError):
-    """The images do not fit the protocol; the message says what was expected."""
+    """The images do not fit the protocol; the message says what it needs."""
 
 
 class Split(NamedTuple):
-    """Indices into the images in official order. Validation is carved from the training images and is disjoint from them."""
+    """Indices of images in official order. Validation images are carved from the training images, and not among them."""
 
     query: Int64[np.ndarray, " Q"]
     database: Int64[np.ndarray, " N"]
@@ -29,24 +29,24 @@ class Split(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """What a protocol draws, before validation images are carved from the training images."""
+    """The draw of a protocol, before validation images are carved from the training images."""
 
     query: np.ndarray
     database: np.ndarray
     train: np.ndarray
-    shuffled: np.ndarray  # the training images in the order in which they are held out for validation
+    shuffled: np.ndarray  # the training images in the order in which they become validation images
 
 
 class Protocol(NamedTuple):
-    """One named protocol."""
+    """A named protocol."""
 
     draw: Callable[[np.ndarray, np.random.RandomState, float], Draw]
     num_images: int | None  # None: any
-    num_labels: int | None  # columns of multi-hot labels; 0: one class number for each image; None: either
-    sizes: tuple[int, int, int] | None  # queries, database, training images with validation; None: by share
+    num_labels: int | None  # columns of multi-hot labels; 0: class numbers; None: either
+    sizes: tuple[int, int, int] | None  # queries, database, training with validation images; None: by share
     k: int | None  # cut-off of mAP@k; None: the whole database
-    seed: int  # of the reference, or ours where the reference has none
-    sha256: str | None  # of the draw with this seed (see `digest`); None where it depends on the labels
+    seed: int  # of the reference, or ours if the reference has none
+    sha256: str | None  # of the draw with this seed (see `digest`); None if it depends on the labels
     source: str
 
     @property
@@ -68,12 +68,12 @@ def split(
 
     Args:
       name: a key of `PROTOCOLS`.
-      labels: (N,) class numbers or (N, L) multi-hot, in official order. Protocols that draw by class look at them; of all
-        they give the number of images, and are checked against the published counts.
-      seed: of the draw; None is the protocol's own (see `PROTOCOLS`), with which a published split comes out exactly.
+      labels: (N,) class numbers or (N, L) multi-hot, in official order. Protocols that draw by class use them; all
+        protocols check them against the published counts.
+      seed: of the draw; None is that of the protocol, which gives a published split exactly.
       query: share of the images that become queries; only for "folder".
-      validation: share of the protocol's training images that are held out for validation; they stay in the database
-        wherever the protocol has its training images there.
+      validation: share of the training images of the protocol that is held out for validation. They stay in the
+        database if the protocol has its training images there.
 
     Raises:
       ProtocolError: the name is unknown, a share is not in [0, 1), or the labels are not those of the protocol's images.
@@ -87,12 +87,12 @@ def split(
     protocol, labels = PROTOCOLS[name], np.asarray(labels)
     if protocol.num_images not in (None, len(labels)):
         raise ProtocolError(
-            f"protocol {name} is for {protocol.num_images:,} images in official order, found {len(labels):,}"
+            f"protocol {name} needs {protocol.num_images:,} images in official order, got {len(labels):,}"
         )
-    want = protocol.num_labels
-    if want is not None and (labels.ndim != (2 if want else 1) or (want and labels.shape[1] < want)):
-        raise ProtocolError(f"protocol {name} needs labels of {protocol.relevance!r}, found an array {labels.shape}")
-    # The legacy generator, which the references use: its stream is frozen, the same with every NumPy.
+    columns = protocol.num_labels
+    if columns is not None and (labels.ndim != (2 if columns else 1) or (columns and labels.shape[1] < columns)):
+        raise ProtocolError(f"protocol {name} needs labels for {protocol.relevance!r}, got an array {labels.shape}")
+    # The legacy generator, as in the references: its stream is frozen, the same in every version of NumPy.
     random = np.random.RandomState(protocol.seed if seed is None else seed)
     queries, database, train, shuffled = protocol.draw(labels, random, query)
     none = np.zeros(0, np.int64)
@@ -104,13 +104,13 @@ def split(
 
 
 def cut_off(name: str, k: int, num_database: int) -> int:
-    """The k of mAP@k: k itself, the protocol's own for -1, the whole database for 0; never more than that."""
-    own = PROTOCOLS[name].k if k < 0 else k
-    return min(own or num_database, num_database)
+    """The k of mAP@k: k itself, that of the protocol for -1, the whole database for 0; at most the whole database."""
+    chosen = PROTOCOLS[name].k if k < 0 else k
+    return min(chosen or num_database, num_database)
 
 
 def digest(parts: Split) -> str:
-    """SHA-256 of a split: for each array in turn its length and its numbers, all as little-endian int64."""
+    """SHA-256 of a split: for each array its length and its numbers, as little-endian int64."""
     sha = hashlib.sha256()
     for array in parts:
         sha.update(len(array).to_bytes(8, "little") + array.astype("<i8").tobytes())
@@ -131,7 +131,7 @@ def _cifar10_spq(labels: np.ndarray, random: np.random.RandomState, _: float) ->
 
 
 def _cifar10_by_class(queries: int, train: int | None, *, in_database: bool) -> Callable[..., Draw]:
-    """For each class in turn one permutation of its images: first queries, then training images, then the rest."""
+    """For each class a permutation of its images: first queries, then training images, then the rest."""
 
     def draw(labels: np.ndarray, random: np.random.RandomState, _: float) -> Draw:
         _check_cifar10(labels)
@@ -155,10 +155,10 @@ def _flickr25k_deephash(labels: np.ndarray, random: np.random.RandomState, _: fl
 
 
 def _nus_wide_21(labels: np.ndarray, random: np.random.RandomState, _: float) -> Draw:
-    """In random order each image goes to the first of its concepts with room: 500 to train, then 100 to query."""
+    """In random order each image goes to its first concept that is not full: 500 to train, then 100 to query."""
     if labels.shape[1] != 21 or not labels.any(axis=1).all():
         raise ProtocolError(
-            f"protocol nus_wide_21 is for images with at least one of 21 concepts, found {labels.shape[1]} concepts and "
+            f"protocol nus_wide_21 needs images with at least one of 21 concepts, got {labels.shape[1]} concepts and "
             f"{np.count_nonzero(~labels.any(axis=1)):,} images without any"
         )
     order = random.permutation(len(labels))
@@ -178,8 +178,8 @@ def _nus_wide_21(labels: np.ndarray, random: np.random.RandomState, _: float) ->
             break
     if any(train_room) or any(query_room):
         raise ProtocolError(
-            f"protocol nus_wide_21 needs 600 images of each concept; room was left for {sum(train_room)} training images "
-            f"and {sum(query_room)} queries"
+            f"protocol nus_wide_21 needs 600 images of each concept; {sum(train_room)} training images and "
+            f"{sum(query_room)} queries are missing"
         )
     chosen = np.array(train)
     return Draw(np.array(queries), order[~np.isin(order, queries)], chosen, random.permutation(chosen))
@@ -187,16 +187,16 @@ def _nus_wide_21(labels: np.ndarray, random: np.random.RandomState, _: float) ->
 
 def _check_cifar10(labels: np.ndarray) -> None:
     for part, count in ((labels[:50_000], 5000), (labels[50_000:], 1000)):
-        found = np.unique(part, return_counts=True)
-        if not (np.array_equal(found[0], np.arange(10)) and (found[1] == count).all()):
+        counts = np.unique(part, return_counts=True)
+        if not (np.array_equal(counts[0], np.arange(10)) and (counts[1] == count).all()):
             raise ProtocolError(
-                f"these are not CIFAR-10's labels in official order, 50,000 training images and then 10,000 test images: "
-                f"{count:,} images of each of the classes 0 to 9 were expected among {len(part):,}, found "
-                f"{dict(zip(*(f.tolist() for f in found), strict=True))}"
+                f"these are not the labels of CIFAR-10 in official order, 50,000 training and then 10,000 test images: "
+                f"{len(part):,} of them must have {count:,} images of each class from 0 to 9, got "
+                f"{dict(zip(*(c.tolist() for c in counts), strict=True))}"
             )
 
 
-# Sizes, cut-offs and draws are those of the sources; where a source publishes lists or no seed, the draw is ours, by its rule.
+# Sizes, cut-offs and draws are those of the sources. Where a source publishes lists or no seed, the draw is ours by its rule.
 PROTOCOLS = {
     "folder": Protocol(_folder, None, None, None, None, 0, None, "ours: a seeded share of any images"),
     "cifar10_spq": Protocol(

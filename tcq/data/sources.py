@@ -1,52 +1,36 @@
-"""Where images come from: "digits", "tfds:<name>" or "folder:<path>". Decoded once to uint8 and kept in a cache."""
+"""The kinds of sources: "digits", "tfds:<name>" and "folder:<path>". Images are decoded once to uint8 and cached."""
 
 import hashlib
 import io
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int64, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
 from tcq.data import cache, protocols
 from tcq.data.images import WHOLE, Resize, decode, resize_of
-from tcq.runtime import storage as buckets
-
-
-class SourceError(ValueError):
-    """The images that the config names cannot be had; the message says why and what to do."""
-
-
-class Source(NamedTuple):
-    """N images in their official order, all of one size."""
-
-    images: UInt8[np.ndarray, "N S S 3"]  # in memory, or mapped from the cache
-    labels: Int64[np.ndarray, " N"] | Bool[np.ndarray, "N L"] | None
-    names: list[str]  # the path below the folder, or an id
-    classes: list[str]
-    skipped: list[dict[str, str]]  # {"path", "reason"}
-    notes: tuple[str, ...] = ()  # what a reader of results has to know
+from tcq.data.source import Source, SourceError
+from tcq.runtime import signals, storage
 
 
 def open_source(data: ConfigDict) -> Source:
-    """The images of `config.data.source`, with the labels that `config.data.protocol` looks at.
+    """The images of `config.data.source`, with the labels that `config.data.protocol` uses.
 
-    Raises SourceError if the source is not of a known kind, is missing, is not prepared, holds no image, or has fewer labels
-    than the protocol.
+    Raises SourceError if the source is of an unknown kind, is missing, is not prepared, has no image, or has fewer labels
+    than the protocol needs.
     """
-    source, want = _open(data), protocols.PROTOCOLS[data.protocol].num_labels
-    if not want or source.labels is None:
+    source, num_labels = _open(data), protocols.PROTOCOLS[data.protocol].num_labels
+    if not num_labels or source.labels is None:
         return source
-    if source.labels.ndim != 2 or source.labels.shape[1] < want:
+    if source.labels.ndim != 2 or source.labels.shape[1] < num_labels:
         raise SourceError(
-            f"protocol {data.protocol} is for {want} labels, {data.source} has {len(source.classes)} classes; "
-            f"protocol folder takes any"
+            f"data.protocol {data.protocol} needs {num_labels} labels, {data.source} has {len(source.classes)} classes: "
+            f"data.protocol=folder takes any number"
         )
-    return source._replace(labels=source.labels[:, :want], classes=source.classes[:want])
+    return source._replace(labels=source.labels[:, :num_labels], classes=source.classes[:num_labels])
 
 
 def _open(data: ConfigDict) -> Source:
@@ -56,44 +40,51 @@ def _open(data: ConfigDict) -> Source:
     if kind == "folder" and rest:
         return folder(rest, size=data.image_size, resize=resize_of(data), cache_dir=data.cache_dir)
     if kind == "tfds" and rest:
-        from tcq.data.datasets import reader  # it needs the names above
+        from tcq.data.datasets import reader  # only here: importing tensorflow_datasets takes a second
 
         return reader.read(rest, data)
     raise SourceError(f"data.source {data.source!r} is unknown: use digits, tfds:<name> or folder:<path>")
 
 
 def folder(path: str | Path, *, size: int, resize: Resize = WHOLE, cache_dir: str = "") -> Source:
-    """Every image below a folder, here or in a bucket, in the order of their paths; what cannot be decoded is listed in `skipped`.
+    """Every image below a folder, local or in a bucket, in the order of the paths; files that are not images are skipped.
 
-    Where every image lies in a sub-folder and there are at least two, the names of those sub-folders are the labels (below
-    the first folder that holds more than one). Hidden files and folders are left out, linked folders are followed. The
-    decoded images are cached under a key made of paths, sizes, times and the decoding rule.
-    Raises SourceError if the path is no folder or holds no image.
+    If every image is in a sub-folder and there are at least two, the names of the sub-folders are labels (those below the
+    first folder that has more than one). Hidden files and folders are ignored, linked folders are followed. Decoded
+    images are cached by paths, sizes, modification times and the decoding rule.
+    Raises SourceError if the path is not a folder or has no image.
     """
-    root = buckets.brought(str(path)) if buckets.is_url(path) else Path(path).expanduser()
+    root = storage.download(str(path)) if storage.is_url(path) else Path(path).expanduser()
     if not root.is_dir():
-        what = "is not a folder" if root.exists() else "does not exist"
-        raise SourceError(f"image folder {str(root)!r} {what}")
+        raise SourceError(f"image folder {str(root)!r} {'is not a folder' if root.exists() else 'not found'}")
     files, skipped = _walk(root)
     if not files:
-        raise SourceError(f"no files below {str(root.resolve())!r}")
-    key = hashlib.sha256(json.dumps([size, resize, str(root.resolve())]).encode())
-    for name in files:
-        found = os.stat(root / name, follow_symlinks=True) if os.path.exists(root / name) else None
-        key.update(json.dumps([name, found and [found.st_size, found.st_mtime_ns, found.st_mode]]).encode())
-    images, kept, bad, _ = cache.decode_once(
-        key.hexdigest(),
+        raise SourceError(f"image folder {str(root.resolve())!r} holds no files")
+    decoded = cache.decode_once(
+        _listing_digest(root, files, size, resize),
         lambda: cache.Encoded(((name, root / name) for name in files), len(files), {}),
         size=size,
         resize=resize,
         cache_dir=cache_dir,
     )
-    if not kept:
+    if not decoded.names:
+        first = decoded.skipped[0]
         raise SourceError(
-            f"none of the {len(files)} files below {str(root)!r} is an image, the first: {bad[0]['path']}: {bad[0]['reason']}"
+            f"image folder {str(root)!r} holds no image among its {len(files)} files; the first is "
+            f"{first['path']}: {first['reason']}"
         )
-    classes, labels = _folder_labels(kept)
-    return Source(images, labels, kept, classes, skipped + bad)
+    classes, labels = _folder_labels(decoded.names)
+    return Source(decoded.images, labels, decoded.names, classes, skipped + decoded.skipped)
+
+
+def _listing_digest(root: Path, files: list[str], size: int, resize: Resize) -> str:
+    """A digest of the decoding rule, and of path, size, time and mode of every file."""
+    digest = hashlib.sha256(json.dumps([size, resize, str(root.resolve())]).encode())
+    for name in files:
+        signals.poll()
+        stat = os.stat(root / name, follow_symlinks=True) if os.path.exists(root / name) else None
+        digest.update(json.dumps([name, stat and [stat.st_size, stat.st_mtime_ns, stat.st_mode]]).encode())
+    return digest.hexdigest()
 
 
 def _digits(size: int) -> Source:
@@ -113,25 +104,27 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def _walk(root: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Paths of all files below root, sorted, relative to it; and the folders that cannot be read. Hidden ones are left out."""
+    """The relative paths of all files below root, sorted, without hidden ones; and the folders that cannot be read."""
     skipped: list[dict[str, str]] = []
 
     def unreadable(error: OSError) -> None:
         skipped.append({"path": os.path.relpath(error.filename, root), "reason": f"cannot be read: {error.strerror}"})
 
-    files, seen = [], set()
-    for here, folders, names in os.walk(root, onerror=unreadable, followlinks=True):
-        real = os.path.realpath(here)
-        if real in seen:  # a link to a folder that is listed already, or to one above it
-            folders.clear()
+    files, visited = [], set()
+    for folder, subfolders, names in os.walk(root, onerror=unreadable, followlinks=True):
+        signals.poll()
+        real = os.path.realpath(folder)
+        if real in visited:  # a link to a folder that is already listed, or to one above it
+            subfolders.clear()
             continue
-        seen.add(real)
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        files += [os.path.relpath(os.path.join(here, n), root) for n in names if not n.startswith(".")]
+        visited.add(real)
+        subfolders[:] = sorted(f for f in subfolders if not f.startswith("."))
+        files += [os.path.relpath(os.path.join(folder, n), root) for n in names if not n.startswith(".")]
     return sorted(files), skipped
 
 
 def _folder_labels(names: list[str]) -> tuple[list[str], np.ndarray | None]:
+    """Classes and labels by sub-folder; none where an image is in no sub-folder, or all are in the same."""
     common = os.path.commonpath([os.path.dirname(name) for name in names])
     below = [os.path.relpath(name, common or ".") for name in names]
     top = [name.split(os.sep)[0] if os.sep in name else None for name in below]

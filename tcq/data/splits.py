@@ -1,23 +1,20 @@
-"""The split of a run: by the protocol that its config names, the same for as long as its workdir is used."""
+"""The split of a run, by the protocol of its config."""
 
 import hashlib
 import json
-from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from tcq.data import protocols
-from tcq.data.protocols import ProtocolError, Split
-from tcq.data.sources import Source
+from tcq.data.protocols import Split
+from tcq.data.source import Source
 
 
 def of_source(source: Source, data: ConfigDict, *, validation: float | None = None) -> Split:
-    """The split that `config.data` asks for, or with another share of validation images.
+    """The split of `config.data`, or one with another share of validation images.
 
-    Images without labels have nothing to be scored by, so none is a query.
-
-    Raises ProtocolError as `protocols.split`.
+    Without labels there are no queries, because nothing could be scored. Raises ProtocolError as `protocols.split`.
     """
     labels = source.labels
     return protocols.split(
@@ -29,26 +26,6 @@ def of_source(source: Source, data: ConfigDict, *, validation: float | None = No
     )
 
 
-def claim(workdir: Path, source: Source, split: Split) -> None:
-    """Remembers in data.json of the workdir which images were split how. Raises ProtocolError if they were others before.
-
-    Without this, an image added to a folder would silently turn training images into queries.
-    """
-    path = workdir / "data.json"
-    now = {"images": len(source.names), "names_sha256": names_digest(source), "split_sha256": protocols.digest(split)}
-    if path.is_file():
-        before = json.loads(path.read_text())
-        if before != now:
-            raise ProtocolError(
-                f"the images have changed since this run began: {before['images']:,} then, {now['images']:,} now, so the "
-                f"split would be another; bring the images back, or train in a new --workdir"
-            )
-        return
-    half = path.with_suffix(".half")
-    half.write_text(json.dumps(now, indent=2) + "\n")
-    half.replace(path)
-
-
 def names_digest(source: Source) -> str:
-    """SHA-256 over the names of the images in their order, to tell whether two results used the same images."""
+    """SHA-256 of the names of the images in their order: equal if two results used the same images."""
     return hashlib.sha256(json.dumps(source.names).encode()).hexdigest()

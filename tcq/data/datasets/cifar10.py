@@ -1,4 +1,4 @@
-"""TFDS's CIFAR-10, prepared from the published tarball without network and without TensorFlow."""
+"""CIFAR-10 of TFDS, prepared from the published tarball without network access or TensorFlow."""
 
 import io
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from tcq.data.datasets import archives
+from tcq.runtime import signals
 
 TARBALL = "cifar-10-binary.tar.gz"
 SIZE = 170_052_171
@@ -20,13 +21,13 @@ TEST = (f"{FOLDER}/test_batch.bin",)
 NAMES = f"{FOLDER}/batches.meta.txt"
 ROW = 1 + 3 * 32 * 32  # a label, then the red, green and blue planes
 INSTRUCTIONS = f"""CIFAR-10, {SIZE:,} bytes. Get https://www.cs.toronto.edu/~kriz/{TARBALL}
-and put it there as it is. Its page asks that the technical report (Krizhevsky 2009) be cited; it names no licence."""
+and put it into that folder. Its page asks to cite the technical report (Krizhevsky 2009) and names no licence."""
 
 
 class Cifar10(tfds.image_classification.Cifar10, skip_registration=True):  # type: ignore[call-arg]
-    """TFDS's own builder: the same name, version, features, ids and order. Only the reading is ours.
+    """The builder of TFDS, with the same name, version, features, ids and order; only the reading is ours.
 
-    verify: refuse anything but the published file.
+    verify: whether to refuse any file but the published one.
     """
 
     name = "cifar10"
@@ -49,7 +50,7 @@ class Cifar10(tfds.image_classification.Cifar10, skip_registration=True):  # typ
         names = [line for line in members[NAMES].decode("ascii", "replace").splitlines() if line.strip()]
         if len(set(names)) != 10:
             raise archives.ArchiveError(
-                f"{str(path)!r}, member {NAMES!r}, lists {len(set(names))} classes, expected 10"
+                f"{str(path)!r}, member {NAMES!r}: lists {len(set(names))} classes, expected 10"
             )
         self.info.features["label"].names = names
         for name in (*TRAIN, *TEST):
@@ -64,17 +65,18 @@ def _check(path: str, name: str, data: bytes, *, exact: bool) -> None:
     rows, rest = divmod(len(data), ROW)
     if rest or not rows or (exact and rows != 10_000):
         raise archives.ArchiveError(
-            f"{path!r}, member {name!r}, has {len(data):,} bytes, expected {'10,000 ' if exact else ''}images of {ROW:,} bytes"
+            f"{path!r}, member {name!r}: has {len(data):,} bytes, expected {'10,000 ' if exact else ''}images of {ROW:,} bytes"
         )
     top = max(data[::ROW], default=0)
     if top > 9:
-        raise archives.ArchiveError(f"{path!r}, member {name!r}, holds the label {top}, expected 0 to 9")
+        raise archives.ArchiveError(f"{path!r}, member {name!r}: has the label {top}, expected 0 to 9")
 
 
 def _examples(prefix: str, parts: list[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
     index = 0
     for data in parts:
         for row in np.frombuffer(data, np.uint8).reshape(-1, ROW):
+            signals.poll()
             png = io.BytesIO()
             Image.fromarray(row[1:].reshape(3, 32, 32).transpose(1, 2, 0)).save(png, "PNG")
             png.seek(0)

@@ -11,14 +11,15 @@ import tensorflow_datasets as tfds
 
 from tcq.data.datasets import archives
 from tcq.data.images import ImageError, decode
+from tcq.runtime import signals
 
 IMAGES = "mirflickr25k.zip"
 IMAGES_SIZE = 3_069_184_257
 IMAGES_MD5 = "a23d0a8564ee84cda5622a6c2f947785"
 ANNOTATIONS = "mirflickr25k_annotations_v080.zip"
-FILES = {IMAGES: IMAGES_SIZE, ANNOTATIONS: 0}  # bytes; 0: not told by its size
+FILES = {IMAGES: IMAGES_SIZE, ANNOTATIONS: 0}  # bytes; 0: not checked
 NUM_IMAGES = 25_000
-# How many images carry each label. The archive of annotations is told by these: its checksum is not published by its makers.
+# The number of images with each label, by which the archive of annotations is checked: no checksum of it is published.
 LABELS = {
     "animals": 3216,
     "baby": 259,
@@ -61,16 +62,16 @@ STRICT_LABELS = {
     "sea": 214,
     "tree": 668,
 }
-INSTRUCTIONS = f"""MIRFLICKR-25K, two files, to be put there as they are:
+INSTRUCTIONS = f"""MIRFLICKR-25K: put these two files into that folder:
   {IMAGES} ({IMAGES_SIZE:,} bytes), http://press.liacs.nl/mirflickr/mirflickr25k.v3b/{IMAGES}
   {ANNOTATIONS}, http://press.liacs.nl/mirflickr/mirflickr25k.v3b/{ANNOTATIONS}
-The photos are under Creative Commons licences that ask for attribution; licence and creator of each are in the archive."""
+The photos are under Creative Commons licences with attribution; licence and creator of each are in the archive."""
 
 
 class Mirflickr25k(tfds.core.GeneratorBasedBuilder):
     """One split, "train", of all images in official order (feature `index`); the protocols make the splits.
 
-    verify: refuse anything but the published files.
+    verify: whether to refuse any files but the published ones.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -106,25 +107,26 @@ class Mirflickr25k(tfds.core.GeneratorBasedBuilder):
         photos = archives.open_zip(path)
         members = _photos(photos)
         if self.verify and len(members) != NUM_IMAGES:
-            raise archives.ArchiveError(f"{str(path)!r} holds {len(members):,} images, expected {NUM_IMAGES:,}")
-        marks = [
+            raise archives.ArchiveError(f"{str(path)!r} has {len(members):,} images, expected {NUM_IMAGES:,}")
+        labelled = [
             {label: _numbers(annotations, f"{label}{end}.txt", len(members)) for label in names}
             for names, end in ((LABELS, ""), (STRICT_LABELS, "_r1"))
         ]
         if self.verify:
-            for found, want, end in zip(marks, (LABELS, STRICT_LABELS), ("", "_r1"), strict=True):
-                for label, count in want.items():
-                    if len(found[label]) != count:
+            for images, counts, end in zip(labelled, (LABELS, STRICT_LABELS), ("", "_r1"), strict=True):
+                for label, count in counts.items():
+                    if len(images[label]) != count:
                         raise archives.ArchiveError(
-                            f"{str(annotations.filename)!r}, {label}{end}.txt, lists {len(found[label]):,} images, "
+                            f"{str(annotations.filename)!r}, {label}{end}.txt: lists {len(images[label]):,} images, "
                             f"expected {count:,}"
                         )
-        return {"train": self._generate_examples(photos, members, *marks)}
+        return {"train": self._generate_examples(photos, members, *labelled)}
 
     def _generate_examples(
         self, archive: ZipFile, members: list[str], labels: dict[str, set[int]], strict_labels: dict[str, set[int]]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         for index, member in enumerate(members):
+            signals.poll()
             data = archives.read_member(archive, member)
             try:
                 decode(data, size=16)
@@ -143,45 +145,45 @@ class Mirflickr25k(tfds.core.GeneratorBasedBuilder):
 
 
 def _photos(archive: ZipFile) -> list[str]:
-    """Members im1.jpg, im2.jpg, ... in this order. Raises ArchiveError where one is missing in between, or is there twice."""
+    """Members im1.jpg, im2.jpg, ... in this order. Raises ArchiveError if one is missing or is there twice."""
     numbered: dict[int, str] = {}
     for name in archive.namelist():
         match = re.fullmatch(r"(?i:(?:.*/)?im([1-9]\d{0,6})\.jpe?g)", name.replace("\\", "/"))
         if match and not name.startswith("__MACOSX/"):
             number = int(match[1])
             if number in numbered:
-                raise archives.ArchiveError(f"{str(archive.filename)!r} holds im{number}.jpg twice")
+                raise archives.ArchiveError(f"{str(archive.filename)!r} has im{number}.jpg twice")
             numbered[number] = name
     if not numbered:
-        raise archives.ArchiveError(f"{str(archive.filename)!r} holds no image im<number>.jpg")
+        raise archives.ArchiveError(f"{str(archive.filename)!r} has no image im<number>.jpg")
     gaps = [n for n in range(1, max(numbered) + 1) if n not in numbered]
     if gaps:
         raise archives.ArchiveError(
-            f"{str(archive.filename)!r} holds {len(numbered):,} images im<number>.jpg; im{gaps[0]}.jpg is missing"
+            f"{str(archive.filename)!r} has {len(numbered):,} images im<number>.jpg, but not im{gaps[0]}.jpg"
         )
     return [numbered[n] for n in sorted(numbered)]
 
 
 def _numbers(archive: ZipFile, name: str, num_images: int) -> set[int]:
     """The image numbers, from 1, that an annotation file lists, one per line."""
-    found = [
+    matching = [
         m
         for m in archive.namelist()
         if m.replace("\\", "/").rsplit("/", 1)[-1] == name and not m.startswith("__MACOSX/")
     ]
     where = f"{str(archive.filename)!r}, {name}"
-    if len(found) != 1:
-        raise archives.ArchiveError(f"{where}, is {'there twice' if found else 'missing'}")
+    if len(matching) != 1:
+        raise archives.ArchiveError(f"{where}: {'is there twice' if matching else 'not found'}")
     numbers: set[int] = set()
-    for place, line in enumerate(archives.read_member(archive, found[0]).decode("ascii", "replace").splitlines(), 1):
+    for row, line in enumerate(archives.read_member(archive, matching[0]).decode("ascii", "replace").splitlines(), 1):
         text = line.strip()
         if not text:
             continue
         if not (text.isascii() and text.isdecimal() and 1 <= int(text[:9]) <= num_images and len(text) < 9):
             raise archives.ArchiveError(
-                f"{where}, line {place}, is {text[:40]!r}, expected an image number from 1 to {num_images:,}"
+                f"{where}, line {row}: {text[:40]!r} must be an image number from 1 to {num_images:,}"
             )
         if int(text) in numbers:
-            raise archives.ArchiveError(f"{where}, line {place}: image {text} is listed twice")
+            raise archives.ArchiveError(f"{where}, line {row}: image {text} is listed twice")
         numbers.add(int(text))
     return numbers

@@ -1,4 +1,4 @@
-"""NUS-WIDE as a TFDS dataset: Flickr photos with 81 concepts, and the subset of the 21 most frequent ones."""
+"""NUS-WIDE as a TFDS dataset: Flickr photos with 81 concepts, and the subset with the 21 most frequent ones."""
 
 import io
 import re
@@ -12,26 +12,27 @@ import tensorflow_datasets as tfds
 
 from tcq.data.datasets import archives
 from tcq.data.images import ImageError, decode
+from tcq.runtime import signals
 
 NUM_IMAGES = 269_648
-NUM_TRAIN = 161_789  # of the published training list, the others are its test list
+NUM_TRAIN = 161_789  # in the published training list; the others are in the test list
 NUM_IMAGES_21 = 195_834  # with at least one of the 21 most frequent concepts
 IMAGE_FOLDERS = ("Flickr", "images", "Images", ".")
 FILES = {"Groundtruth": 0, "ConceptsList": 0, "ImageList": 0, "Flickr": 0}
-INSTRUCTIONS = """NUS-WIDE, unpacked, with the names that its archives give:
+INSTRUCTIONS = """NUS-WIDE, unpacked, with the names of its archives:
   Groundtruth/AllLabels/Labels_<concept>.txt   81 files with a line of 0 or 1 for each image
   ConceptsList/Concepts81.txt
   ImageList/Imagelist.txt                      the images in the order of those lines, as actor\\0001_2124494179.jpg
-  Flickr/<folder>/<name>.jpg                   the photos (also found in images/, in Images/, here, or without <folder>)
+  Flickr/<folder>/<name>.jpg                   the photos (or in images/, Images/, that folder itself, or without <folder>)
 or, instead of AllLabels, Groundtruth/TrainTestLabels/Labels_<concept>_{Train,Test}.txt with ImageList/TrainImagelist.txt and
 ImageList/TestImagelist.txt; without Imagelist.txt the images are then in the order of their paths.
-Labels and lists: https://lms.comp.nus.edu.sg/wp-content/uploads/2019/research/nuswide/NUS-WIDE.html. The photos are handed
-out by the National University of Singapore to those who sign its agreement and disclaimer form."""
+Labels and lists: https://lms.comp.nus.edu.sg/wp-content/uploads/2019/research/nuswide/NUS-WIDE.html. The National
+University of Singapore gives the photos to those who sign its agreement and disclaimer form."""
 
 
 @dataclass(eq=False, kw_only=True)
 class NusWideConfig(tfds.core.BuilderConfig):
-    """Which concepts are labels. Of 21, images without any of them are left out."""
+    """The number of concepts that are labels. With 21, images without any of them are left out."""
 
     num_concepts: int = 81
 
@@ -39,7 +40,7 @@ class NusWideConfig(tfds.core.BuilderConfig):
 class NusWide(tfds.core.GeneratorBasedBuilder):
     """One split, "train", of all images in the order of the image list (feature `index`); the protocols make the splits.
 
-    verify: refuse anything but the published numbers of images, concepts and lines, and missing or damaged photos.
+    verify: whether to refuse other numbers of images, concepts and lines than published, and missing or corrupted photos.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -60,7 +61,7 @@ class NusWide(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(
                 {
                     "index": tfds.features.Scalar(
-                        np.int64, doc="place among the kept images, in the order of the list"
+                        np.int64, doc="position among the images of the dataset, in the order of the list"
                     ),
                     "row": tfds.features.Scalar(np.int64, doc="line in AllLabels, from 0"),
                     "id": tfds.features.Text(),
@@ -78,15 +79,15 @@ class NusWide(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Any]]:
         root = Path(dl_manager.manual_dir)
         concepts = [line.strip() for line in archives.read_lines(root / "ConceptsList" / "Concepts81.txt")]
-        odd = [c for c in concepts if not re.fullmatch(r"\w[\w .-]*", c)] or [
+        bad = [c for c in concepts if not re.fullmatch(r"\w[\w .-]*", c)] or [
             c for c in concepts if concepts.count(c) > 1
         ]
-        if odd:
+        if bad:
             raise archives.ArchiveError(
-                f"{str(root)!r}, Concepts81.txt, lists {odd[0]!r}, expected 81 different names of concepts"
+                f"{str(root)!r}, Concepts81.txt: lists {bad[0]!r}, must have 81 different names of concepts"
             )
         if self.verify and len(concepts) != 81:
-            raise archives.ArchiveError(f"{str(root)!r}, Concepts81.txt, lists {len(concepts)} concepts, expected 81")
+            raise archives.ArchiveError(f"{str(root)!r}, Concepts81.txt: lists {len(concepts)} concepts, expected 81")
         names, labels = _ground_truth(root, concepts, verify=self.verify)
         kept = np.arange(len(names))
         if self.builder_config.num_concepts == 21:
@@ -107,13 +108,13 @@ class NusWide(tfds.core.GeneratorBasedBuilder):
         missing = [names[row] for row, file in zip(kept, files, strict=True) if file is None]
         if missing and self.verify:
             raise archives.ArchiveError(
-                f"{str(root)!r}: {len(missing):,} of {len(kept):,} images are missing, the first is {missing[0]!r}; every "
-                f"protocol is for all of them"
+                f"{str(root)!r}: {len(missing):,} of {len(kept):,} images are missing, the first is {missing[0]!r}; the "
+                f"protocols need all of them"
             )
         if len(missing) == len(kept):
             raise archives.ArchiveError(
-                f"{str(root)!r}: none of the {len(kept):,} images is there, looked in {', '.join(IMAGE_FOLDERS)} for the "
-                f"first, {names[kept[0]] if len(kept) else 'of an empty list'!r}"
+                f"{str(root)!r}: none of the {len(kept):,} images found; the first, "
+                f"{names[kept[0]] if len(kept) else 'of an empty list'!r}, is in none of {', '.join(IMAGE_FOLDERS)}"
             )
         self.info.metadata["excluded"] += [{"id": name, "reason": "the file is missing"} for name in missing]
         return {"train": self._generate_examples(names, labels, kept, files)}
@@ -125,11 +126,12 @@ class NusWide(tfds.core.GeneratorBasedBuilder):
         for row, file in zip(kept.tolist(), files, strict=True):
             if file is None:
                 continue
+            signals.poll()
             try:
                 decode(file, size=16)
             except ImageError as error:
                 if self.verify:
-                    raise archives.ArchiveError(f"{str(file)!r}: {error}; every protocol is for all images") from None
+                    raise archives.ArchiveError(f"{str(file)!r}: {error}; the protocols need all images") from None
                 self.info.metadata["excluded"].append({"id": names[row], "reason": str(error)})
                 continue
             yield (
@@ -146,15 +148,15 @@ class NusWide(tfds.core.GeneratorBasedBuilder):
 
 
 def _ground_truth(root: Path, concepts: list[str], *, verify: bool) -> tuple[list[str], np.ndarray]:
-    """Names of the images and their labels (N, concepts), from either of the two layouts."""
+    """Names and labels (N, concepts) of the images, from either of the two layouts."""
     lists, truth = root / "ImageList", root / "Groundtruth"
     whole = lists / "Imagelist.txt"
     if (truth / "AllLabels").is_dir():
         names = _list(whole, NUM_IMAGES if verify else None)
         labels = _labels(truth / "AllLabels", "", concepts, len(names), whole)
-        return _different(names, lists), labels
+        return _check_distinct(names, lists), labels
     if not (truth / "TrainTestLabels").is_dir():
-        raise archives.ArchiveError(f"{str(truth)!r} holds neither AllLabels nor TrainTestLabels")
+        raise archives.ArchiveError(f"{str(truth)!r} has neither AllLabels nor TrainTestLabels")
     names, blocks = [], []
     for part, count in (("Train", NUM_TRAIN), ("Test", NUM_IMAGES - NUM_TRAIN)):
         path = lists / f"{part}Imagelist.txt"
@@ -162,12 +164,12 @@ def _ground_truth(root: Path, concepts: list[str], *, verify: bool) -> tuple[lis
         names += rows
         blocks.append(_labels(truth / "TrainTestLabels", f"_{part}", concepts, len(rows), path))
     official = _list(whole, NUM_IMAGES if verify else None) if whole.is_file() else sorted(names)
-    place = {name: i for i, name in enumerate(_different(names, lists))}
+    position = {name: i for i, name in enumerate(_check_distinct(names, lists))}
     if set(official) != set(names):
         raise archives.ArchiveError(
             f"{str(whole)!r} does not list the images of TrainImagelist.txt and TestImagelist.txt"
         )
-    return official, np.concatenate(blocks)[[place[name] for name in official]]
+    return official, np.concatenate(blocks)[[position[name] for name in official]]
 
 
 def _list(path: Path, expected: int | None) -> list[str]:
@@ -175,22 +177,22 @@ def _list(path: Path, expected: int | None) -> list[str]:
     rows = [line.strip().replace("\\", "/") for line in archives.read_lines(path)]
     if expected is not None and len(rows) != expected:
         raise archives.ArchiveError(f"{str(path)!r} lists {len(rows):,} images, expected {expected:,}")
-    for place, name in enumerate(rows, 1):
+    for row, name in enumerate(rows, 1):
         if not name or name.startswith("/") or ".." in name.split("/") or len(name) > 250:
             raise archives.ArchiveError(
-                f"{str(path)!r}, line {place}, is {name[:80]!r}, expected a path below the folder of images"
+                f"{str(path)!r}, line {row}: {name[:80]!r} must be a path below the folder of images"
             )
     return rows
 
 
-def _different(names: list[str], lists: Path) -> list[str]:
+def _check_distinct(names: list[str], lists: Path) -> list[str]:
     if len(set(names)) != len(names):
         raise archives.ArchiveError(f"{str(lists)!r} lists {len(names) - len(set(names)):,} images twice")
     return names
 
 
 def _labels(folder: Path, end: str, concepts: list[str], expected: int, listed_in: Path) -> np.ndarray:
-    """(expected, concepts) from one file for each concept."""
+    """Labels (images, concepts), from one file for each concept."""
     columns = [_column(folder / f"Labels_{concept}{end}.txt", expected, str(listed_in)) for concept in concepts]
     return np.stack(columns, axis=1) if columns else np.zeros((expected, 0), bool)
 
@@ -201,24 +203,24 @@ def _column(path: Path, expected: int, listed_in: str) -> np.ndarray:
         raise archives.ArchiveError(
             f"{str(path)!r} has {len(lines):,} lines, expected {expected:,}, one for each image of {listed_in}"
         )
-    for place, text in enumerate(lines, 1):
+    for row, text in enumerate(lines, 1):
         if text not in ("0", "1"):
-            raise archives.ArchiveError(f"{str(path)!r}, line {place}, is {text[:40]!r}, expected 0 or 1")
+            raise archives.ArchiveError(f"{str(path)!r}, line {row}: {text[:40]!r} must be 0 or 1")
     return np.array([text == "1" for text in lines], bool)
 
 
 def _locate(root: Path, names: list[str]) -> list[Path | None]:
-    """The file of each image, in any of the folders and below its sub-folder or not; None where there is none."""
+    """The file of each image, in any of the folders, with or without its sub-folder; None if there is none."""
     bases = [(root / folder, flat) for folder in IMAGE_FOLDERS for flat in (False, True) if (root / folder).is_dir()]
     taken: set[Path] = set()
-    found: list[Path | None] = []
+    files: list[Path | None] = []
     for name in names:
         flat_name = name.rsplit("/", 1)[-1]
         file = next((p for base, flat in bases if (p := base / (flat_name if flat else name)).is_file()), None)
         if file is not None:
             real = file.resolve()
             if real in taken:
-                raise archives.ArchiveError(f"{str(file)!r} would be two images, {name!r} is one of them")
+                raise archives.ArchiveError(f"{str(file)!r} would be the file of two images, one of them {name!r}")
             taken.add(real)
-        found.append(file)
-    return found
+        files.append(file)
+    return files

@@ -1,4 +1,4 @@
-"""Reading what TFDS has prepared as array_record, without TensorFlow; where nothing is prepared, saying what to do."""
+"""Reading datasets that TFDS has prepared as array_record, without TensorFlow."""
 
 import hashlib
 import json
@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from tcq.data import cache
 from tcq.data.datasets import prepare
 from tcq.data.images import resize_of
-from tcq.data.sources import Source, SourceError
-from tcq.runtime import storage as buckets
+from tcq.data.source import Source, SourceError
+from tcq.runtime import signals, storage
 
 LABEL_FEATURES = ("label", "labels", "strict_labels")
 
@@ -21,22 +21,21 @@ LABEL_FEATURES = ("label", "labels", "strict_labels")
 def read(name: str, data: ConfigDict) -> Source:
     """All images of a dataset that TFDS has prepared, in official order.
 
-    Raises SourceError if it is not prepared, is stored in another format, has no images, or is damaged.
+    Raises SourceError, with the command that prepares it, if it is not prepared or is stored in another format; also if
+    it has no images or is corrupted.
     """
     import tensorflow_datasets as tfds
 
     home = os.path.expanduser(data.tfds_dir) if data.tfds_dir else str(tfds.core.constants.DATA_DIR)
     try:
-        folder = _prepared(name, home)
+        folder = _newest_version(name, home)
     except FileNotFoundError:
-        raise SourceError(
-            f"TFDS dataset {name!r} is not prepared in {home}; {_advice(name, home, data.tfds_dir)}"
-        ) from None
+        raise SourceError(f"TFDS dataset {name!r} not found in {home}; {_advice(name, home, data.tfds_dir)}") from None
     try:
         return _read(name, folder, home, data)
     except (SourceError, MemoryError):
         raise
-    except Exception as error:  # TFDS, array_record and protobuf raise many kinds
+    except Exception as error:  # TFDS, array_record and protobuf raise errors of many kinds
         raise SourceError(
             f"TFDS dataset {name!r} in {folder} cannot be read ({type(error).__name__}: {str(error)[:300]}): delete that "
             f"folder and prepare it again"
@@ -59,41 +58,43 @@ def _read(name: str, folder: str, home: str, data: ConfigDict) -> Source:
 
     files = sorted(p for p in Path(folder).iterdir() if p.is_file())
     stats = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-    images, names, bad, columns = cache.decode_once(
+    decoded = cache.decode_once(
         hashlib.sha256(json.dumps([data.image_size, resize_of(data), folder, stats]).encode()).hexdigest(),
         lambda: _rows(builder),
         size=data.image_size,
         resize=resize_of(data),
         cache_dir=data.cache_dir,
     )
-    if bad:
+    if decoded.skipped:
+        total = len(decoded.names) + len(decoded.skipped)
         raise SourceError(
-            f"{len(bad)} of {len(names) + len(bad)} images of {name!r} cannot be decoded, the first: {bad[0]}"
+            f"{len(decoded.skipped)} of {total} images of {name!r} cannot be decoded, the first: {decoded.skipped[0]}"
         )
-    labels, classes = _labels(columns, features)
+    labels, classes = _labels(decoded.arrays, features)
     facts = builder.info.metadata or {}
     notes = () if facts.get("verified", True) else (f"{name} was prepared from files that were not verified",)
     excluded = [{"path": row["id"], "reason": row["reason"]} for row in facts.get("excluded", [])]
-    return Source(images, labels, names, classes, excluded, notes)
+    return Source(decoded.images, labels, decoded.names, classes, excluded, notes)
 
 
 def _rows(builder: Any) -> cache.Encoded:
-    """Names with encoded images, and the label features (numbers, or multi-hot columns), both in official order."""
+    """Names, encoded images, and the label features (numbers, or multi-hot columns), all in official order."""
     import tensorflow_datasets as tfds
 
     features, splits = builder.info.features, [s for s in ("train", "validation", "test") if s in builder.info.splits]
     splits += sorted(set(builder.info.splits) - set(splits))
-    encoded = {"image": tfds.decode.SkipDecoding()}  # bytes, which `decode` reads as safely as a file
+    encoded = {"image": tfds.decode.SkipDecoding()}  # bytes, for `decode` to check and decode
     stores = {s: builder.as_data_source(split=s, decoders=encoded) for s in splits}
-    places = [(s, i) for s in splits for i in range(builder.info.splits[s].num_examples)]
+    rows = [(s, i) for s in splits for i in range(builder.info.splits[s].num_examples)]
     keys = [k for k in LABEL_FEATURES if k in features]
     order, ids, labels = [], [], []
-    for split, i in places:
+    for split, i in rows:
+        signals.poll()
         row = stores[split][i]
         ids.append(_text(row["id"]) if "id" in row else f"{i:09d}")
         order.append((splits.index(split), int(row["index"]) if "index" in row else 0, ids[-1]))
         labels.append({k: row[k] for k in keys})
-    ranked = sorted(range(len(places)), key=lambda r: order[r])  # TFDS shuffles on writing: back to the official order
+    ranked = sorted(range(len(rows)), key=lambda r: order[r])  # TFDS shuffles when writing
     columns: dict[str, np.ndarray] = {}
     for key in keys:
         if key == "label":
@@ -102,52 +103,47 @@ def _rows(builder: Any) -> cache.Encoded:
         columns[key] = np.zeros((len(ranked), len(_names(features[key]))), bool)
         for row_number, r in enumerate(ranked):
             columns[key][row_number, np.asarray(labels[r][key], np.int64)] = True
-    items = ((f"{places[r][0]}/{ids[r]}", bytes(stores[places[r][0]][places[r][1]]["image"])) for r in ranked)
+    items = ((f"{rows[r][0]}/{ids[r]}", bytes(stores[rows[r][0]][rows[r][1]]["image"])) for r in ranked)
     return cache.Encoded(items, len(ranked), columns)
 
 
 def _advice(name: str, home: str, tfds_dir: str) -> str:
-    """The command that prepares a dataset, and for those of `prepare.DATASETS` the files that it needs."""
+    """The command that prepares a dataset, and for those of `prepare.DATASETS` the files it needs."""
     short = name.partition("/")[0]
     if short not in prepare.DATASETS:
         where = f" --data_dir={tfds_dir}" if tfds_dir else ""
         return (
-            f"prepare it once, where TensorFlow is installed (pip install tensorflow-cpu):\n"
+            f"prepare it once, with TensorFlow (pip install tensorflow-cpu):\n"
             f"  tfds build {name} --file_format=array_record{where}"
         )
     where = f" --data_dir={tfds_dir}" if tfds_dir else ""
     manual = prepare.manual_dir(home)
-    files = [f"  {file}: {state}" for file, state in prepare.found(short, manual).items()]
+    files = [f"  {file}: {state}" for file, state in prepare.file_states(short, manual).items()]
     return "\n".join(
         [
             f"prepare it once:\n  python -m tcq prepare --dataset={name}{where}",
-            f"which reads from {manual} (or --files=<another folder>):",
+            f"which reads these files from {manual} (or --files=<another folder>):",
             *files,
             prepare.instructions(short),
         ]
     )
 
 
-def _prepared(name: str, data_dir: str) -> str:
+def _newest_version(name: str, data_dir: str) -> str:
     """The newest version folder below <data_dir>/<name>[/<config>]. Raises FileNotFoundError."""
     default = prepare.DATASETS.get(name, ("", "", None))[2]
-    whole = buckets.brought(f"{data_dir}/{name}") if buckets.is_url(data_dir) else Path(data_dir).expanduser() / name
-    root = whole / (default or "")
-    found = [
-        p.parent
-        for p in [
-            *root.glob("dataset_info.json"),
-            *root.glob("*/dataset_info.json"),
-            *root.glob("*/*/dataset_info.json"),
-        ]
-    ]
-    if not found:
+    dataset = Path(data_dir).expanduser() / name
+    if storage.is_url(data_dir):
+        dataset = storage.download(f"{data_dir}/{name}")
+    root = dataset / (default or "")
+    versions = [info.parent for depth in ("", "*/", "*/*/") for info in root.glob(f"{depth}dataset_info.json")]
+    if not versions:
         raise FileNotFoundError(root)
-    return str(max(found, key=lambda p: [int(n) if n.isdigit() else -1 for n in p.name.split(".")]))
+    return str(max(versions, key=lambda p: [int(n) if n.isdigit() else -1 for n in p.name.split(".")]))
 
 
 def _labels(columns: dict[str, np.ndarray], features: Any) -> tuple[np.ndarray | None, list[str]]:
-    """Class numbers of a feature `label`, or the columns of `labels` and then of `strict_labels`; their names."""
+    """Class numbers of the feature `label`, or the columns of `labels` and `strict_labels`; and their names."""
     if "label" in columns:
         return columns["label"], _names(features["label"])
     hot = [columns[k] for k in LABEL_FEATURES if k in columns]
