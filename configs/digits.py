@@ -1,15 +1,15 @@
-"""scikit-learn's handwritten digits: 1,797 real scans of 8 x 8 pixels, nothing to download.
+"""Handwritten digits of scikit-learn: 1,797 real scans of 8 x 8 pixels, nothing to download.
 
 python -m tcq train --config=configs/digits.py --workdir=runs/digits
 """
 
 from ml_collections import ConfigDict
 
-from configs import base
+from tcq.config import base
 
 
 def get_config() -> ConfigDict:
-    """A ViT of 0.1 M parameters, 32 bits, clipping a tenth of the negatives: the rate of the anchor's own class."""
+    """A ViT of 0.1 M parameters, 32 bits; clips a tenth of the negatives, the share of the anchor's own class."""
     c = base.get_config()
 
     c.data.source = "digits"
@@ -26,11 +26,11 @@ def get_config() -> ConfigDict:
 
     c.loss.temperature = 1.0
     c.loss.clip = 0.1
-    c.loss.clip_from = 0.35  # from scratch, features have to tell classes apart before clipping can help
+    c.loss.clip_from = 0.35  # from scratch, features have to separate classes before clipping can help
     c.loss.clip_full = 0.5
 
     c.optim.learning_rate = 3e-3
-    c.optim.warmup_steps = 50
+    c.optim.warmup_steps = 50 / 4500
 
     c.train.total_steps = 4500
     c.eval.k = 0

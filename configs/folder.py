@@ -1,19 +1,19 @@
-"""Your own images: any folder of pictures, labelled by sub-folders or not.
+"""Your own images: any folder of them, with sub-folders as labels or without labels.
 
     python -m tcq train --config=configs/folder.py:/path/to/images --workdir=runs/mine
     python -m tcq train --config=configs/folder.py:/path/to/images,bits=64,weights=/models/dinov2-small --workdir=runs/mine
 
-After the folder come bits=16, 32, 64 ...; backbone=, a name such as vit_b16 or resnet18; weights=, a path
-(docs/weights.md). Any other key as usual: --config.data.image_size=64 --config.train.total_steps=5000 ...
+After the folder follow bits=16, 32, 64 ...; backbone=, a name such as vit_b16 or resnet18; weights=, a path
+(docs/weights.md). Other keys as usual: --config.data.image_size=64 --config.train.total_steps=5000 ...
 """
 
 from ml_collections import ConfigDict
 
-from configs import base
+from tcq.config import base
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """A small ViT from scratch on images of 32 x 32 pixels, or another backbone on 224 x 224. Without labels no scores."""
+    """A small ViT from scratch on images of 32 x 32 pixels, or another backbone on 224 x 224 pixels."""
     a = base.arguments(f"path={arg}", path="", bits="32", backbone="", weights="")
     c = base.get_config()
     base.set_bits(c, a["bits"])

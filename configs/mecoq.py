@@ -1,26 +1,26 @@
-"""MeCoQ (Wang et al. 2022) on CIFAR-10, as its paper means it: reconstructions against each other, debiased, with a code memory.
+"""MeCoQ (Wang et al. 2022) on CIFAR-10, as its paper describes it: quantized pairing, debiased, with a code memory.
 
     python -m tcq train --config=configs/mecoq.py:bits=32,weights=/models/resnet50 --workdir=runs/mecoq --evaluate=best
 
-The arguments are bits=16, 32 or 64; backbone=, a name such as vit_b16; weights=, a path (docs/weights.md). It fine-tunes the
-two upper layers of a VGG-16 of ImageNet; tcq has no VGG, so here a frozen backbone of published weights stands in, without
-weights a ViT-S/16 from scratch. So its figures are not to be expected. Not run by us in full: it needs a GPU.
+The arguments are bits=16, 32 or 64; backbone=, a name such as vit_b16; weights=, a path (docs/weights.md). MeCoQ fine-tunes
+the two upper layers of a VGG-16 of ImageNet. tcq has no VGG: here the backbone is frozen with published weights, or without
+them a ViT-S/16 from scratch, so do not expect its figures. Not run by us in full: it needs a GPU.
 
-Where its released code differs: the codebooks are never trained there; the positive of one anchor is combined with the
-negatives of another (shapes (2B, 1) and (2B,) broadcast); the floor of the debiased sum underflows to 0; the count of
-negatives leaves out those of the memory; these are not normalised; the queries are ranked as they are (`eval.normalize=none`)
-although only their unit subvectors are trained; early stopping and the reported checkpoint look at the test queries.
+The released code differs: the codebooks are never trained; the positive of one anchor is combined with the negatives of
+another (shapes (2B, 1) and (2B,) broadcast); the floor of the debiased sum underflows to 0; the number of negatives leaves
+out those of the memory, which are not normalized; the queries are ranked as they are (`eval.normalize=none`) although only
+their unit subvectors are trained; early stopping and the reported checkpoint use the test queries.
 """
 
 from ml_collections import ConfigDict
 
-from configs import base
+from tcq.config import base
 
 TEMPERATURES = {"16": 0.25, "32": 0.4, "64": 0.4}  # of its CIFAR-10 (I) runs
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Codebooks of 256 codewords of width 16; --config.loss.clip=0.05 --config.loss.debias=0 has clipping instead."""
+    """Codebooks of 256 codewords of width 16; --config.loss.clip=0.05 --config.loss.debias=0 clips instead of debiasing."""
     a = base.arguments(arg, bits="32", backbone="", weights="")
     if a["bits"] not in TEMPERATURES:
         raise ValueError(f"bits={a['bits']} must be one of {', '.join(TEMPERATURES)}")
@@ -44,13 +44,13 @@ def get_config(arg: str = "") -> ConfigDict:
     c.loss.temperature = TEMPERATURES[a["bits"]]
     c.loss.debias = 0.1
     c.loss.queue = 384
-    c.loss.queue_from = 3 / 50  # from the fourth of the 50 epochs on
+    c.loss.queue_from = 3 / 50  # from the fourth of 50 epochs on
     c.loss.entropy_weight = 0.05
     c.loss.diversity_weight = 0.5
 
     c.optim.name = "sgd"
     c.optim.learning_rate = 0.01
-    c.optim.warmup_steps = 390  # an epoch
+    c.optim.warmup_steps = 1 / 50  # one epoch
     c.optim.weight_decay = 1e-3
     c.optim.clip_norm = 0.0
     c.train.total_epochs = 50.0

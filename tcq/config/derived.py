@@ -1,0 +1,107 @@
+"""Values that follow from a config. What a key means is computed here and nowhere else."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from tcq import quantizer
+
+SHORT_WARMUP = 0.1  # share of a run for the warm-up if the configured one does not fit
+
+
+def bits(config: ConfigDict) -> int:
+    """Bits per image: M * log2(K)."""
+    return config.quantizer.num_codebooks * quantizer.code_bits(config.quantizer.num_codewords)
+
+
+def total_steps(config: ConfigDict, num_train: int) -> int:
+    """Steps of the run: `train.total_steps`, or `train.total_epochs` epochs of `num_train` images, rounded up."""
+    if config.train.total_steps:
+        return config.train.total_steps
+    return max(1, -int(-config.train.total_epochs * num_train // config.data.batch_size))
+
+
+def warmup_steps(config: ConfigDict, steps: int) -> int:
+    """Steps of warm-up: `optim.warmup_steps` as a count, or as a share (float) of the `steps` of the run.
+
+    A count that does not fit the run is replaced by a tenth of the run.
+    """
+    warmup = config.optim.warmup_steps
+    if isinstance(warmup, float):
+        return round(warmup * steps)
+    return warmup if warmup < steps else round(SHORT_WARMUP * steps)
+
+
+@dataclass(frozen=True)
+class ClipRule:
+    """How many negatives of each anchor are clipped: the meaning of the keys `loss.clip*`."""
+
+    clip: int | float  # a count, or as a float a fraction of the negatives
+    negatives: int  # of each anchor in the global batch, 2B - 2
+    start: float  # step after which the count grows from 0
+    full: float  # step from which it is complete; 0: from the first step on
+    ramp: str  # how it grows in between: "linear" or "cosine"
+
+    def count(self, step: ArrayLike | None = None, *, queued: ArrayLike = 0) -> int | Array:
+        """The count at a step (from 0), or when it is complete if no step is given.
+
+        `queued` further negatives of each anchor are in the queue; a fraction is also one of these.
+        An int if it is constant during the run, else int32 that may be traced.
+        """
+        if step is None:
+            return int(self.clip * (self.negatives + queued)) if isinstance(self.clip, float) else self.clip  # type: ignore[arg-type]
+        if not self.clip or not (self.full or self._grows_with(queued)):
+            return self.count()
+        complete: ArrayLike = self.count()
+        if self._grows_with(queued):
+            complete = jnp.floor(jnp.float32(self.clip) * (self.negatives + queued))
+        return jnp.floor(complete * self._share(step)).astype(jnp.int32)
+
+    def _grows_with(self, queued: ArrayLike) -> bool:
+        return isinstance(self.clip, float) and not isinstance(queued, int)
+
+    def _share(self, step: ArrayLike) -> Array:
+        """The share of the complete count at a step, float32."""
+        if not self.full:
+            return jnp.ones((), jnp.float32)
+        step = jnp.asarray(step, jnp.float32)
+        share = jnp.clip((step - self.start + 1) / max(self.full - self.start, 1), 0, 1)
+        return (1 - jnp.cos(jnp.pi * share)) / 2 if self.ramp == "cosine" else share
+
+    def of_negatives(self, negatives: int) -> int:
+        """The count for a batch with another number of negatives: the same share, rounded down."""
+        return min(int(self.count()) * negatives // self.negatives, negatives)
+
+
+def clip_rule(config: ConfigDict, steps: int) -> ClipRule:
+    """The rule of `loss.clip`, `loss.clip_from`, `loss.clip_full` and `loss.clip_ramp` for a run of some steps."""
+    c = config.loss
+    return ClipRule(c.clip, 2 * config.data.batch_size - 2, c.clip_from * steps, c.clip_full * steps, c.clip_ramp)
+
+
+class Conventions(NamedTuple):
+    """How a ranking is scored; see `metrics`."""
+
+    ties: str = "expected"
+    denominator: str = "hits"
+    empty: str = "zero"
+
+
+def conventions(config: ConfigDict) -> Conventions:
+    """The conventions of `config.eval`."""
+    return Conventions(config.eval.ties, config.eval.denominator, config.eval.empty)
+
+
+def query_norm(config: ConfigDict) -> str:
+    """The normalization of queries, an argument of `ranking.lookup_table`: `eval.normalize`, with "auto" resolved.
+
+    "auto" is what the training loss compares: with pairing "quantized" and metric "ip" it is reconstructions, which depend
+    on unit subvectors only; otherwise the features as they are.
+    """
+    if config.eval.normalize != "auto":
+        return str(config.eval.normalize)
+    return "subvectors" if (config.loss.pairing, config.quantizer.metric) == ("quantized", "ip") else "none"

@@ -1,0 +1,49 @@
+"""Config files: Python files with a function `get_config`, those of a user and those that come with tcq."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+from ml_collections import ConfigDict
+
+from tcq.config.overrides import ConfigError
+
+_ROOT = Path(__file__).resolve().parent.parent
+# Beside the package in a checkout, inside it if tcq is installed.
+SHIPPED = next((p for p in (_ROOT.parent / "configs", _ROOT / "configs") if (p / "base.py").is_file()), _ROOT)
+
+
+def execute(path: Path) -> ModuleType:
+    """The module of a Python file, newly executed."""
+    spec = importlib.util.spec_from_file_location(f"tcq_config_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def find(name: str) -> Path:
+    """The file of a path, of a name such as "digits", or of a path in configs/ where that is not the working directory.
+
+    Raises ConfigError if there is none.
+    """
+    shipped = SHIPPED / Path(name).name if str(Path(name).parent) in (".", "configs") else Path(name)
+    for candidate in (Path(name), shipped, shipped.with_name(f"{shipped.name}.py")):
+        if candidate.is_file() and candidate.suffix == ".py":
+            return candidate
+    known = ", ".join(sorted(p.name for p in SHIPPED.glob("*.py") if p.name != "__init__.py"))
+    raise ConfigError(f"config file {name!r} not found; tcq comes with {known}")
+
+
+def read(path: str) -> ConfigDict:
+    """The config of "path.py" or "path.py:argument". Raises ConfigError, whatever the file raises."""
+    name, colon, argument = path.partition(":")
+    file = find(name)
+    try:
+        get_config = execute(file).get_config
+        config = get_config(argument) if colon else get_config()
+    except Exception as error:
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from None
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"{file}: get_config returned {type(config).__name__}, must be an ml_collections.ConfigDict")
+    return config
