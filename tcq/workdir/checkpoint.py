@@ -1,6 +1,7 @@
-"""The only file that knows Orbax: checkpoints of a workdir, saved as NumPy trees, so that they restore on any devices."""
+"""Checkpoints of a workdir; the only file that knows Orbax. They are NumPy trees, so they restore on any devices."""
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,199 +13,221 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from tcq.runtime import processes, signals
-from tcq.runtime import storage as buckets
-from tcq.runtime.log import say
+from tcq.runtime import processes, storage
 
 FOLDER = "checkpoints"
 DIGESTS = "digests"
-_UNSCORED = -1e30  # ranks below every score; Orbax would call NaN the best, and keep every checkpoint without a score
-_NOT_DAMAGE = (MemoryError, PermissionError, TimeoutError, ConnectionError)  # the files may be as they should
-MOVED, REPLACED = "damaged", "replaced"
-WORDS = {
-    MOVED: "Checkpoints whose files are not what was written. Nothing here is used again.\n",
-    REPLACED: "A checkpoint until the same one with its score is written.\n",
+CORRUPTED, REPLACED = "corrupted", "replaced"  # folders beside FOLDER, named FOLDER_corrupted and FOLDER_replaced
+README = {
+    CORRUPTED: "Corrupted checkpoints, moved here by tcq, which does not read them.\n",
+    REPLACED: "A checkpoint, kept here until the same one with its score is written.\n",
 }
+_UNSCORED = -1e30  # ranks below every score; Orbax ranks NaN as the best, and keeps all checkpoints without a score
+_TRANSIENT = (MemoryError, PermissionError, TimeoutError, ConnectionError)  # the files may be intact
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
     """There is no checkpoint to restore, or it does not fit; the message says why."""
 
 
-class DamagedError(CheckpointError):
+class CorruptedError(CheckpointError):
     """The files of a checkpoint are not what was written."""
 
 
 def open_manager(workdir: str | Path, *, keep: int = 1, writable: bool = False) -> ocp.CheckpointManager:
-    """The checkpoints of a workdir; the `keep` newest and the best are preserved. Close it when done."""
-    folder = epath.Path(buckets.join(workdir, FOLDER))
-    folder = folder if buckets.is_url(workdir) else folder.resolve()
+    """The checkpoints of a workdir, of which the `keep` newest and the best are kept. Close it when done."""
+    folder = epath.Path(storage.join(workdir, FOLDER))
+    folder = folder if storage.is_url(workdir) else folder.resolve()
     if not writable and not folder.is_dir():
         raise CheckpointError(f"{str(workdir)!r} holds no checkpoints: is it the --workdir of a training run?")
     best = policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-        best_fn=_score,  # or else scores are not stored, and the best would be lost when a run goes on
+        best_fn=_score,  # without it scores are not stored, and a resumed run would lose the best checkpoint
         create=writable,
         cleanup_tmp_directories=writable,
     )
     if writable:
-        processes.on_first(lambda: _put_back(folder))
+        processes.on_first(lambda: _undo_replacement(folder))
     manager = ocp.CheckpointManager(folder, options=options)
-    processes.same("checkpoints", sorted(manager.all_steps()))
+    processes.require_same("checkpoints", sorted(manager.all_steps()))
     return manager
 
 
 def save(
     manager: ocp.CheckpointManager, step: int, state: Mapping[str, Any], *, score: float | None, replace: bool = False
 ) -> None:
-    """Saves named trees of NumPy arrays in the background, with a digest of every array; higher scores are better, None
-    ranks last. `replace` a checkpoint of this step, which had no score.
+    """Saves named trees of NumPy arrays in the background, with a digest of each array.
 
-    Raises CheckpointError where a number is not finite: such a state is never saved.
+    Args:
+      manager: as `open_manager` returned it, writable.
+      step: of the checkpoint.
+      state: the trees.
+      score: the highest one is the best; None ranks last.
+      replace: whether to replace a checkpoint of this step, which had no score.
+
+    Raises:
+      CheckpointError: a number is not finite; such a state is never saved.
     """
     digests = {name: _digests(tree) for name, tree in state.items()}
     for name, tree in state.items():
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
             if np.asarray(x).dtype.kind == "f" and not np.isfinite(x).all():
                 raise CheckpointError(f"{name}{jax.tree_util.keystr(path)} is not finite at step {step}: not saved")
-    aside = replace and step in manager.all_steps()
-    if aside:  # it stays until the new one is there
-        processes.on_first(lambda: _move_away(manager.directory, step, REPLACED))
+    replaces = replace and step in manager.all_steps()
+    if replaces:  # the old one stays beside the folder until the new one is complete
+        processes.on_first(lambda: _move(manager.directory, step, REPLACED))
         manager.reload()
     rank = _UNSCORED if score is None or not np.isfinite(score) else float(score)
     items = {name: ocp.args.PyTreeSave(tree) for name, tree in state.items()}
     items[DIGESTS] = ocp.args.JsonSave(digests)
     manager.save(step, args=ocp.args.Composite(**items), metrics={"score": rank})
-    if aside:
+    if replaces:
         manager.wait_until_finished()
         processes.on_first(lambda: _beside(manager.directory, REPLACED).rmtree())
 
 
-def in_order(manager: ocp.CheckpointManager, which: str) -> list[int]:
-    """The steps to try: of "latest" the newest first, of "best" by validation score; a number stands alone.
+def candidates(manager: ocp.CheckpointManager, which: str) -> list[int]:
+    """The steps to try in order: for "latest" the newest first, for "best" the highest score; or one number alone.
 
     Raises CheckpointError if there is none.
     """
     steps = sorted(manager.all_steps(), reverse=True)
     if not steps:
-        raise CheckpointError(f"there is no checkpoint in {manager.directory}")
+        raise CheckpointError(f"no checkpoint found in {manager.directory}")
     if which == "latest":
         return steps
     if which == "best":
         return sorted(steps, key=lambda s: (_score(_metrics(manager, s)), s), reverse=True)
     if not which.isdecimal() or int(which) not in steps:
         known = ", ".join(map(str, sorted(steps)))
-        raise CheckpointError(f"checkpoint {which!r} is not in {manager.directory}: use latest, best or one of {known}")
+        raise CheckpointError(
+            f"checkpoint {which!r} not found in {manager.directory}: use latest, best or one of {known}"
+        )
     return [int(which)]
 
 
-def restore_first_good(
+def restore_first_intact(
     manager: ocp.CheckpointManager, steps: Iterable[int], like: Mapping[str, Any], *, move: bool = False
 ) -> tuple[int, dict[str, Any]]:
-    """The first of some checkpoints whose files are what was written, and its step; of damaged ones it is said loudly.
+    """The first of some checkpoints that is intact, and its step; logs a warning for each corrupted one.
 
-    With `move` they are moved out of the way, to checkpoints_damaged/ beside the folder, so that their steps can be saved
-    again. Raises CheckpointError as `restore`, DamagedError where all are damaged.
+    With `move` corrupted checkpoints are moved to checkpoints_corrupted/, so that their steps can be saved again.
+    Raises CheckpointError as `restore`, and CorruptedError if all are corrupted.
     """
-    told: list[str] = []
+    problems: list[str] = []
     for step in steps:
         try:
-            with signals.deferred():
-                restored, damage = restore(manager, step, like), None
-        except DamagedError as error:
-            restored, damage = {}, str(error)
+            restored, problem = restore(manager, step, like), None
+        except CorruptedError as error:
+            restored, problem = {}, str(error)
         processes.agree_to_stop()
-        found = [d for d in processes.exchange(damage) if d]
-        if not found:
-            if told:
-                say(f"GOING BACK to checkpoint {step}, which is as it was written")
-            processes.same("checkpoint", step)
+        corrupted = [p for p in processes.exchange(problem) if p]
+        if not corrupted:
+            if problems:
+                logger.warning(f"falling back to checkpoint {step}, which is intact")
+            processes.require_same("checkpoint", step)
             return step, restored
-        told.append(found[0])
-        say(f"DAMAGED: {found[0]}")
+        problems.append(corrupted[0])
+        logger.warning(f"corrupted: {corrupted[0]}")
         if move:
-            processes.on_first(partial(_move_away, manager.directory, step, MOVED))
+            processes.on_first(partial(_move, manager.directory, step, CORRUPTED))
             manager.reload()
-    raise DamagedError("\n".join(told) or f"there is no checkpoint in {manager.directory}")
+    raise CorruptedError("\n".join(problems) or f"no checkpoint found in {manager.directory}")
 
 
 def restore(manager: ocp.CheckpointManager, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
-    """The saved trees that `like` names, as NumPy arrays; `like` has their structures, shapes and dtypes.
+    """The saved trees named in `like`, as NumPy arrays; `like` has their structures, shapes and dtypes.
 
-    Raises CheckpointError where keys or shapes differ, DamagedError where the files cannot be read or are not what was
+    Raises CheckpointError if keys or shapes differ, CorruptedError if the files cannot be read or are not what was
     written.
     """
     where = f"checkpoint {step} in {manager.directory}"
     target = {name: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree) for name, tree in like.items()}
-    absent = [n for n in (*target, DIGESTS) if not (manager.directory / str(step) / n).exists()]
-    if absent:
-        raise CheckpointError(f"{where} holds no {' and no '.join(absent)}: it is not whole, or an older tcq made it")
+    missing = [n for n in (*target, DIGESTS) if not (manager.directory / str(step) / n).exists()]
+    if missing:
+        raise CheckpointError(f"{where} lacks {' and '.join(missing)}: it is incomplete, or of an older version of tcq")
+    digests = _read_digests(manager, step, where, target)
+    _check_shapes(where, target, digests)
+    items = {name: ocp.args.PyTreeRestore(tree) for name, tree in target.items()}
     try:
-        digests = manager.restore(step, args=ocp.args.Composite(**{DIGESTS: ocp.args.JsonRestore()}))[DIGESTS]
-        stored = {name: {key: tuple(leaf["shape"]) for key, leaf in digests[name].items()} for name in target}
-    except _NOT_DAMAGE as error:
-        raise CheckpointError(f"{where} cannot be read now: {_short(error)}") from None
-    except Exception as error:  # Orbax, JSON and TensorStore raise many kinds
-        raise DamagedError(f"{where} has no readable digests: {_short(error)}") from None
-    for name, tree in target.items():
-        want = {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-        if want != stored[name]:
-            odd = sorted(k for k in want.keys() | stored[name].keys() if want.get(k) != stored[name].get(k))
-            listed = [
-                f"{name}{k}: {stored[name].get(k, 'missing')} there, {want.get(k, 'nothing')} expected" for k in odd
-            ]
-            raise CheckpointError(f"{where} does not fit the model:\n" + "\n".join(listed))
-    try:
-        items = {name: ocp.args.PyTreeRestore(tree) for name, tree in target.items()}
-        found = manager.restore(step, args=ocp.args.Composite(**items))
-        restored = {name: found[name] for name in target}
-        bad = [
+        result = manager.restore(step, args=ocp.args.Composite(**items))
+        restored = {name: result[name] for name in target}
+        changed = [
             f"{name}{key}"
             for name in target
             for key, leaf in _digests(restored[name]).items()
             if leaf["sha256"] != digests[name][key]["sha256"]
         ]
-    except _NOT_DAMAGE as error:
+    except _TRANSIENT as error:
         raise CheckpointError(f"{where} cannot be read now: {_short(error)}") from None
-    except Exception as error:
-        raise DamagedError(f"{where} cannot be read: {_short(error)}") from None
-    if bad:
-        raise DamagedError(f"{where}: the numbers of {', '.join(bad[:5])} are not those that were saved")
+    except Exception as error:  # Orbax and TensorStore raise errors of many kinds
+        raise CorruptedError(f"{where} cannot be read: {_short(error)}") from None
+    if changed:
+        raise CorruptedError(f"{where}: the numbers of {', '.join(changed[:5])} differ from those that were saved")
     return restored
 
 
+def _read_digests(manager: ocp.CheckpointManager, step: int, where: str, target: Mapping[str, Any]) -> dict[str, Any]:
+    """The stored digests and shapes of all arrays of the target's trees."""
+    try:
+        digests = manager.restore(step, args=ocp.args.Composite(**{DIGESTS: ocp.args.JsonRestore()}))[DIGESTS]
+        return {
+            name: {
+                key: {"shape": tuple(leaf["shape"]), "sha256": leaf["sha256"]} for key, leaf in digests[name].items()
+            }
+            for name in target
+        }
+    except _TRANSIENT as error:
+        raise CheckpointError(f"{where} cannot be read now: {_short(error)}") from None
+    except Exception as error:  # Orbax, JSON and TensorStore raise errors of many kinds
+        raise CorruptedError(f"{where} has no readable digests: {_short(error)}") from None
+
+
+def _check_shapes(where: str, target: Mapping[str, Any], digests: Mapping[str, Any]) -> None:
+    for name, tree in target.items():
+        have = {key: leaf["shape"] for key, leaf in digests[name].items()}
+        want = {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        different = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
+        if different:
+            listed = [f"{name}{k}: {have.get(k, 'missing')}, must be {want.get(k, 'absent')}" for k in different]
+            raise CheckpointError(f"{where} does not fit the model:\n" + "\n".join(listed))
+
+
 def _digests(tree: Any) -> dict[str, dict[str, Any]]:
-    """SHA-256 and shape of every array of a tree."""
-    found = {}
+    """SHA-256 and shape of each array of a tree."""
+    digests = {}
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         x = np.asarray(x)
-        digest = hashlib.sha256(f"{x.dtype.str} {x.shape} ".encode() + x.tobytes()).hexdigest()
-        found[jax.tree_util.keystr(path)] = {"shape": list(np.shape(x)), "sha256": digest}
-    return found
+        sha256 = hashlib.sha256(f"{x.dtype.str} {x.shape} ".encode() + x.tobytes()).hexdigest()
+        digests[jax.tree_util.keystr(path)] = {"shape": list(np.shape(x)), "sha256": sha256}
+    return digests
 
 
-def _beside(folder: epath.Path, what: str) -> epath.Path:
-    return folder.with_name(f"{folder.name}_{what}")
+def _beside(folder: epath.Path, suffix: str) -> epath.Path:
+    return folder.with_name(f"{folder.name}_{suffix}")
 
 
-def _move_away(folder: epath.Path, step: int, what: str) -> None:
-    place = _beside(folder, what)
-    place.mkdir(exist_ok=True)
-    (place / "README").write_text(WORDS[what])  # in a bucket it makes the folder
-    name = f"{step}-{len(list(place.iterdir()))}" if what == MOVED else f"{step}"
-    (folder / str(step)).rename(place / name)
+def _move(folder: epath.Path, step: int, suffix: str) -> None:
+    """Moves a checkpoint to a folder beside the checkpoints."""
+    target = _beside(folder, suffix)
+    target.mkdir(exist_ok=True)
+    (target / "README").write_text(README[suffix])  # in a bucket this creates the folder
+    name = f"{step}-{len(list(target.iterdir()))}" if suffix == CORRUPTED else f"{step}"
+    (folder / str(step)).rename(target / name)
 
 
-def _put_back(folder: epath.Path) -> None:
-    """A checkpoint whose replacement was not written to its end."""
-    place = _beside(folder, REPLACED)
-    if not place.exists():
+def _undo_replacement(folder: epath.Path) -> None:
+    """Moves back a checkpoint whose replacement was not completed."""
+    replaced = _beside(folder, REPLACED)
+    if not replaced.exists():
         return
-    for kept in place.iterdir():
-        if kept.name.isdecimal() and not (folder / kept.name).exists():
-            kept.rename(folder / kept.name)
-    place.rmtree()
+    for old in replaced.iterdir():
+        if old.name.isdecimal() and not (folder / old.name).exists():
+            old.rename(folder / old.name)
+    replaced.rmtree()
 
 
 def _short(error: Exception) -> str:
@@ -214,7 +237,7 @@ def _short(error: Exception) -> str:
 def _metrics(manager: ocp.CheckpointManager, step: int) -> dict[str, float]:
     try:
         return manager.metrics(step) or {}
-    except Exception:  # damaged as well
+    except Exception:  # corrupted as well
         return {}
 
 
