@@ -1,4 +1,4 @@
-"""What a number has to be compared with: FAISS at the same bits, without any of our training."""
+"""Baselines without our training: FAISS product quantization, PCA, and signs, at the same number of bits."""
 
 from collections.abc import Callable, Iterable
 
@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float, UInt
 
 from tcq import quantizer
+from tcq.runtime import signals
 
 
 def faiss_pq(
@@ -15,49 +16,52 @@ def faiss_pq(
     num_codebooks: int,
     num_codewords: int,
 ) -> tuple[Float[np.ndarray, "M K d"], UInt[np.ndarray, "N M"]]:
-    """Codebooks by FAISS's k-means on `train`, and the codes of the database, which comes in blocks; rank with metric "l2".
+    """Codebooks by FAISS's k-means on `train`, and the codes of the database, given in blocks; rank with metric "l2".
 
-    Vectors are padded with zeros to a multiple of M: pad queries with `padded`. Raises ValueError if there are fewer
-    training vectors than codewords, or K is above 65,536.
+    Vectors are padded with zeros to a multiple of M; use `pad` for queries. Raises ValueError if there are fewer training
+    vectors than codewords, or K is above 65,536.
     """
     import faiss
 
     if len(train) < num_codewords:
         raise ValueError(
-            f"FAISS needs at least {num_codewords} vectors to learn {num_codewords} codewords, got {len(train)}"
+            f"FAISS needs at least {num_codewords} vectors for {num_codewords} codewords, got {len(train)}"
         )
-    train = padded(train, num_codebooks)
-    bits = num_codewords.bit_length() - 1
+    train = pad(train, num_codebooks)
+    bits = quantizer.code_bits(num_codewords)
     pq = faiss.ProductQuantizer(train.shape[1], num_codebooks, bits)
-    pq.cp.min_points_per_centroid = 1  # small collections are allowed, without a warning on stderr
+    pq.cp.min_points_per_centroid = 1  # no warning on standard error for small collections
     pq.train(train)
     codebooks = faiss.vector_to_array(pq.centroids).reshape(num_codebooks, num_codewords, -1)
-    packed = np.concatenate([pq.compute_codes(padded(block, num_codebooks)) for block in database])
-    codes = faiss.unpack_bitstrings(packed, num_codebooks, bits)
+    packed = []
+    for block in database:
+        signals.poll()
+        packed.append(pq.compute_codes(pad(block, num_codebooks)))
+    codes = faiss.unpack_bitstrings(np.concatenate(packed), num_codebooks, bits)
     return codebooks, codes.astype(quantizer.code_dtype(num_codewords))
 
 
-def padded(vectors: Float[np.ndarray, "N D"], num_codebooks: int) -> Float[np.ndarray, "N E"]:
+def pad(vectors: Float[np.ndarray, "N D"], num_codebooks: int) -> Float[np.ndarray, "N E"]:
     """float32 vectors with zeros appended until M divides their width."""
     extra = -vectors.shape[1] % num_codebooks
     return np.ascontiguousarray(np.pad(vectors, [(0, 0), (0, extra)]), np.float32)
 
 
 def pca(train: Float[np.ndarray, "T D"], width: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Centring and the `width` directions of largest variance of `train` (at most D and T), by FAISS; maps (N, D) rows."""
+    """A map of (N, D) rows to the `width` directions of largest variance of `train` (at most D and T), by FAISS."""
     import faiss
 
     train = np.ascontiguousarray(train, np.float32)
-    made = faiss.PCAMatrix(train.shape[1], min(width, *train.shape))
-    made.train(train)
-    return lambda rows: made.apply(np.ascontiguousarray(rows, np.float32))
+    matrix = faiss.PCAMatrix(train.shape[1], min(width, *train.shape))
+    matrix.train(train)
+    return lambda rows: matrix.apply(np.ascontiguousarray(rows, np.float32))
 
 
 def sign_bits(train: Float[np.ndarray, "T D"], bits: int, *, seed: int = 0) -> Callable[[np.ndarray], np.ndarray]:
-    """PCA to `bits` directions, a random rotation, and signs: maps (N, D) rows to float32 (N, bits) of -1 and 1.
+    """A map of (N, D) rows to float32 (N, bits) of -1 and 1: PCA to `bits` directions, a random rotation, and signs.
 
-    Their inner product is the number of bits less twice the Hamming distance. (The start of ITQ, Gong et al. 2013; where
-    features have fewer than `bits` directions, the rotation spreads them over as many signs.)
+    The inner product of two results is the number of bits less twice the Hamming distance. (The initialization of ITQ,
+    Gong et al. 2013; if features have fewer than `bits` directions, the rotation spreads them over all signs.)
     """
     import faiss
 
