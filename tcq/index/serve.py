@@ -1,72 +1,68 @@
-"""A search page for an index, on this machine only: choose an image, see its nearest neighbours. Standard library only."""
+"""A search page for an index, on this machine only: choose an image, see the nearest ones. Standard library only."""
 
 import base64
-import html
 import io
 import json
+import logging
 import re
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from string import Template
 
 from PIL import Image
 
-from tcq import index as indexes
+from tcq import config as configs
 from tcq.data.images import MAX_BYTES, ImageError, decode, resize_of
-from tcq.runtime import storage as buckets
-from tcq.runtime.log import say
+from tcq.index.search import Hit, image_of, search
+from tcq.index.store import open_index
+from tcq.runtime import signals, storage
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>tcq search</title>
-<style>body{{font:16px system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}}
-ol{{display:flex;flex-wrap:wrap;gap:1rem;list-style:none;padding:0}}figure{{margin:0;width:10rem}}
-img{{width:10rem;height:10rem;object-fit:cover;image-rendering:auto}}figcaption{{font-size:.8rem;overflow-wrap:anywhere}}</style>
-<h1>tcq search</h1><p>{count:,} images, {bits} bits each.</p>
-<p><label>Query image <input type="file" id="file" accept="image/*"></label></p><p id="status" role="status"></p><ol id="hits"></ol>
-<script>
-const status = document.getElementById("status"), hits = document.getElementById("hits");
-document.getElementById("file").onchange = async (event) => {{
-  hits.replaceChildren(); status.textContent = "searching";
-  const answer = await fetch("search", {{method: "POST", body: event.target.files[0]}});
-  const result = await answer.json();
-  status.textContent = result.error || `${{result.hits.length}} nearest images`;
-  for (const hit of result.hits || []) {{
-    const item = document.createElement("li"), figure = document.createElement("figure");
-    const image = document.createElement("img"), caption = document.createElement("figcaption");
-    image.src = hit.image; image.alt = hit.path; caption.textContent = `${{hit.score.toFixed(3)}} ${{hit.path}}`;
-    figure.append(image, caption); item.append(figure); hits.append(item);
-  }}
-}};
-</script></html>"""
+PAGE = Path(__file__).with_name("page") / "page.html"
+THUMBNAIL = 160  # pixels
+
+logger = logging.getLogger(__name__)
 
 
-def make_server(path: str | Path, *, port: int, k: int = 10) -> ThreadingHTTPServer:
-    """A server on 127.0.0.1 that is ready to `serve_forever`. Port 0 takes a free one. Raises as `index.open_index`."""
-    index = indexes.open_index(path)
+class Server(ThreadingHTTPServer):
+    """A server that stops when a signal asks the process to."""
+
+    def service_actions(self) -> None:
+        """Called twice a second by `serve_forever`."""
+        signals.check()
+
+
+def make_server(path: str | Path, *, port: int, k: int = 10) -> Server:
+    """A server on 127.0.0.1 that is ready to `serve_forever`; port 0 is any free one. Raises as `open_index`."""
+    index = open_index(path)
     data = index.encoder.config.data
-    bits = index.encoder.config.quantizer.num_codebooks * (
-        index.encoder.config.quantizer.num_codewords.bit_length() - 1
-    )
-    page = PAGE.format(count=len(index.paths), bits=html.escape(str(bits))).encode()
+    values = {"count": f"{len(index.paths):,}", "bits": configs.bits(index.encoder.config)}
+    page = Template(PAGE.read_text()).substitute(values).encode()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.path == "/":
                 self._answer(200, "text/html; charset=utf-8", page)
             else:
-                self._answer(404, "application/json", json.dumps({"error": "not found"}).encode())
+                self._error(404, "not found")
 
         def do_POST(self) -> None:
             length = self.headers.get("Content-Length", "")
             if self.path != "/search" or not re.fullmatch(r"\d{1,12}", length) or int(length) > MAX_BYTES:
                 self.close_connection = True
-                self._answer(400, "application/json", json.dumps({"error": "send one image to /search"}).encode())
+                self._error(400, "send one image to /search")
                 return
             try:
                 query = decode(self.rfile.read(int(length)), size=data.image_size, resize=resize_of(data))
-                found = indexes.search(index, query[None], k=k)[0]
-                hits = [{"path": h.path, "score": h.score, "image": _thumbnail(h)} for h in found]
-                self._answer(200, "application/json", json.dumps({"hits": hits}).encode())
             except ImageError as error:
-                self._answer(400, "application/json", json.dumps({"error": f"the query {error}"}).encode())
+                self._error(400, f"query: {error}")
+                return
+            hits = [
+                {"path": h.path, "score": h.score, "image": _thumbnail(h)} for h in search(index, query[None], k=k)[0]
+            ]
+            self._answer(200, "application/json", json.dumps({"hits": hits}).encode())
+
+        def _error(self, status: int, message: str) -> None:
+            self._answer(status, "application/json", json.dumps({"error": message}).encode())
 
         def _answer(self, status: int, kind: str, body: bytes) -> None:
             self.send_response(status)
@@ -77,23 +73,23 @@ def make_server(path: str | Path, *, port: int, k: int = 10) -> ThreadingHTTPSer
             self.wfile.write(body)
 
         def log_message(self, format: str, *arguments: object) -> None:
-            pass
+            logger.debug(format % arguments)
 
-    return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    return Server(("127.0.0.1", port), Handler)
 
 
 def serve(path: str | Path, *, port: int, k: int = 10) -> None:
-    """Serves the search page of an index until interrupted."""
+    """Serves the search page of an index until a signal stops the process."""
     with make_server(path, port=port, k=k) as server:
-        say(f"search page at http://127.0.0.1:{server.server_address[1]}/  (Ctrl-C stops it)")
+        logger.info(f"search page at http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C stops it)")
         server.serve_forever()
 
 
-def _thumbnail(hit: indexes.Hit) -> str:
-    """A data URL; only images that the index names are ever read. An image that is gone shows as nothing."""
+def _thumbnail(hit: Hit) -> str:
+    """A data URL, empty if the image no longer exists. Only images named by the index are ever read."""
     try:
-        pixels = decode(indexes.picture_of(hit), size=160)
-    except (ImageError, buckets.BucketError):
+        pixels = decode(image_of(hit), size=THUMBNAIL)
+    except (ImageError, storage.BucketError):
         return ""
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "JPEG", quality=85)
