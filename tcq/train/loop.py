@@ -1,8 +1,9 @@
-"""The loop of training: steps, logs one step late, validation, checkpoints, and what may go wrong in between."""
+"""The training loop: steps, logs one step late, validation, checkpoints, and what can go wrong in between."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +12,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tcq.models import retriever
-from tcq.runtime import devices as parallel
-from tcq.runtime import processes, signals
-from tcq.runtime.log import Journal, Progress, duration, say
+from tcq.runtime import devices, log, processes, signals
 from tcq.train import optimizer as optimizers
-from tcq.train import step as learner
+from tcq.train.speed import Speed
+from tcq.train.step import Logs, TrainState
 from tcq.workdir import checkpoint
+from tcq.workdir.journal import Journal
+
+logger = logging.getLogger(__name__)
 
 
 class TrainError(RuntimeError):
@@ -24,7 +27,7 @@ class TrainError(RuntimeError):
 
 
 class TooManySkipped(Exception):
-    """So many steps in a row had numbers that are not finite; the message names step and quantity."""
+    """Too many consecutive steps had numbers that are not finite; the message has the step and the quantity."""
 
 
 class Job(NamedTuple):
@@ -32,194 +35,226 @@ class Job(NamedTuple):
 
     config: ConfigDict
     steps: int
-    run: parallel.Step
-    data: Any  # training images that lie on the devices, or ()
-    stream: Callable[[int], Iterator[parallel.Batch]]  # batches from a step on
+    run: devices.Step
+    data: Any  # training images on the devices, or ()
+    stream: Callable[[int], Iterator[devices.Batch]]  # batches from a step on
     validate: Callable[[retriever.Variables, int], dict[str, float]]
     manager: Any
     journal: Journal
-    trace: tuple[Path, int, int] | None  # where to, the first step and the one behind the last
+    profile: tuple[Path, int, int] | None  # folder, first step, and one past the last
 
 
-def loop(job: Job, state: learner.TrainState) -> dict[str, float]:
-    """Trains from the step of a state to the last; returns the last validation.
+class Events(NamedTuple):
+    """What is due after a step."""
 
-    Raises TooManySkipped, TrainError, or Stopped where the run was asked to stop, after the state was saved.
+    last: bool
+    log: bool
+    compare: bool
+    validate: bool
+    save: bool
+
+
+class Outcome(NamedTuple):
+    """What the logs of a step say, on all processes alike."""
+
+    stop: bool = False  # a process was asked to stop
+    skipped: bool = False  # the step was not finite
+
+
+def events(config: ConfigDict, steps: int, step: int) -> Events:
+    """What is due after a step of a run of some steps."""
+    last, every = step == steps, config.eval.every_steps
+    return Events(
+        last=last,
+        log=last or step % config.train.log_every_steps == 0,
+        compare=step % config.train.compare_every_steps == 0,
+        validate=last or bool(every and step % every == 0),
+        save=last or step % config.checkpoint.every_steps == 0,
+    )
+
+
+def loop(job: Job, state: TrainState) -> dict[str, float]:
+    """Trains from the step of a state to the last one; returns the last validation.
+
+    Raises TooManySkipped, TrainError, or Stopped when a process was asked to stop, after the state was saved.
     """
-    c, start = job.config, int(state.step)
-    every, devices = c.eval.every_steps, jax.local_device_count()
-    rate = optimizers.learning_rate(c, job.steps)
-    state = parallel.replicate(state)
-    progress = Progress(step=start, total_steps=job.steps, batch_size=c.data.batch_size)
-    validated: dict[str, float] = {}
-    before: tuple[int, learner.Logs] | None = None
-
-    def due(step: int) -> bool:
-        return step == job.steps or bool(every and step % every == 0)
-
-    with signals.deferred(), _tracing(job.trace) as trace:
-        if start and due(start) and processes.on_first(lambda: not job.journal.has(start, "validation")):
-            validated = _validate(job, state, start)  # the run was stopped before it came to that
-        if validated:
-            _save(job, start, items(parallel.fetch(state)), score=_score(validated), replace=True)
-        stream = parallel.prefetch(job.stream(start))
+    start = int(state.step)
+    state = devices.replicate(state)
+    speed = Speed(step=start, total_steps=job.steps, batch_size=job.config.data.batch_size)
+    rate = optimizers.learning_rate(job.config, job.steps)
+    validated = _missed_validation(job, state, start)
+    stream, pending = devices.prefetch(job.stream(start)), None
+    with closing(_Profiler(job.profile)) as profiler:
         for step in range(start + 1, job.steps + 1):
-            processes.phase(f"step {step}, waiting for data")
-            waiting = time.monotonic()
-            batch = next(stream)
-            progress.waited(time.monotonic() - waiting)
-            processes.phase(f"step {step}")
-            trace(step)
-            asked = np.full(devices, signals.asked() is not None, np.float32)
-            state, logs = job.run(state, job.data, batch | {"stop": asked})
-            parallel.wait_on_cpu(logs)
-            # one step late, so that the device never waits for the host
-            stop, skipped = _look(job, *before) if before else (False, False)
-            before = step, logs
+            batch = _next_batch(stream, speed, step)
+            profiler.before(step)
+            state, logs = job.run(state, job.data, batch)
+            devices.wait_on_cpu(logs)
+            # Logs are read one step late, so that the device never waits for the host.
+            outcome = _outcome(job, *pending) if pending else Outcome()
+            pending = step, logs
+            due = events(job.config, job.steps, step)
             if step == start + 1:
-                progress.restart(step)  # the first step compiles
-
-            last, save = step == job.steps, stop or step % c.checkpoint.every_steps == 0
-            if last or save or due(step):
-                asked_now, skipped = _look(job, step, logs)
-                stop, before = stop or asked_now, None
-                if skipped and last:
+                speed.restart(step)  # the first step includes compilation
+            if due.save or due.validate or outcome.stop:
+                current, pending = _outcome(job, step, logs), None
+                outcome = Outcome(outcome.stop or current.stop, current.skipped)
+                if outcome.skipped and due.last:
                     raise TooManySkipped(f"step {step:,}, the last one, is not finite")
-            now = due(step) and not stop and not skipped  # a state that gives no numbers is not scored, nor kept
-            if last or step % c.train.log_every_steps == 0:
-                _log(job, step, logs, progress, rate)
-            if step % c.train.compare_every_steps == 0 or step == start + 1:
-                _compare(step, state)
-            if now:
+            if due.log:
+                _log(job, step, logs, speed, rate)
+            if due.compare or step == start + 1:
+                compare_replicas(step, state)
+            # A state whose step was not finite is neither validated nor saved.
+            validates = due.validate and not outcome.stop and not outcome.skipped
+            if validates:
                 validated = _validate(job, state, step)
-                progress.restart(step)
-            if last or stop or (save and not skipped):
-                processes.phase(f"step {step}, saving")
-                score = _score(validated) if now else None
-                _save(job, step, items(parallel.fetch(state)), score=score)
-                progress.restart(step)
-            if stop or last:
+            if due.last or outcome.stop or (due.save and not outcome.skipped):
+                _save(job, step, state, score=_score(validated) if validates else None)
+            if validates or due.save:
+                speed.restart(step)
+            if outcome.stop or due.last:
                 job.manager.wait_until_finished()
-            if stop:
-                _stopped(step)
+            if outcome.stop:
+                _raise_stopped(step)
     return validated
 
 
-def items(state: learner.TrainState) -> dict[str, Any]:
-    """The two parts of a checkpoint: what encoding needs, and what only going on needs."""
+def _next_batch(stream: Iterator[devices.Batch], speed: Speed, step: int) -> devices.Batch:
+    """The next batch, with whether this process was asked to stop."""
+    processes.set_phase(f"step {step}, waiting for data")
+    start = time.monotonic()
+    batch = next(stream)
+    speed.wait(time.monotonic() - start)
+    processes.set_phase(f"step {step}")
+    stop = np.full(jax.local_device_count(), signals.requested() is not None, np.float32)
+    return batch | devices.shard({"stop": stop})
+
+
+def items(state: TrainState) -> dict[str, Any]:
+    """The two parts of a checkpoint: what encoding needs, and what only training needs."""
     variables = {"params": state.params} | ({"batch_stats": state.batch_stats} if state.batch_stats else {})
     training = {"step": state.step, "opt_state": state.opt_state}
     return {"variables": variables, "training": training | ({"queue": state.queue} if len(state.queue) else {})}
 
 
-def from_items(parts: dict[str, Any]) -> learner.TrainState:
-    """Its inverse."""
+def from_items(parts: dict[str, Any]) -> TrainState:
+    """The inverse of `items`."""
     variables, rest = parts["variables"], parts["training"]
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
-    return learner.TrainState(rest["step"], params, batch_stats, rest["opt_state"], rest.get("queue", {}))
+    return TrainState(rest["step"], params, batch_stats, rest["opt_state"], rest.get("queue", {}))
 
 
-def _look(job: Job, step: int, logs: learner.Logs) -> tuple[bool, bool]:
-    """Whether one of the processes was asked to stop, and whether the step was skipped, which is said.
-
-    Raises TooManySkipped.
-    """
-    in_a_row, stop = (float(parallel.fetch(logs[name])) for name in ("skipped_in_a_row", "stop"))
+def _outcome(job: Job, step: int, logs: Logs) -> Outcome:
+    """Reads the logs of a step; a skipped step is logged. Raises TooManySkipped."""
+    in_a_row, stop = (float(devices.fetch(logs[name])) for name in ("skipped_in_a_row", "stop"))
     if in_a_row:
-        values = {k: float(v) for k, v in parallel.fetch(logs).items()}
+        values = {k: float(v) for k, v in devices.fetch(logs).items()}
         name = next((k for k in ("loss", *values) if not np.isfinite(values[k])), "a gradient")
-        told = f"{name} is {values.get(name, 'not finite')} at step {step:,}"
-        most = job.config.train.max_skipped
-        if in_a_row >= most:
-            raise TooManySkipped(f"{told}, and so were the {most} steps up to it")
-        say(f"{told}: skipped, nothing was changed ({values['skipped']:.0f} in all, {in_a_row:.0f} in a row)")
-    return stop > 0, in_a_row > 0
+        problem = f"{name} is {values.get(name, 'not finite')} at step {step:,}"
+        limit = job.config.train.max_skipped
+        if in_a_row >= limit:
+            raise TooManySkipped(f"{problem}, the last of {limit} consecutive steps that were not finite")
+        counts = f"{values['skipped']:.0f} skipped in all, {in_a_row:.0f} in a row"
+        logger.warning(f"{problem}: step skipped, nothing changed ({counts})")
+    return Outcome(stop > 0, in_a_row > 0)
 
 
-def _log(job: Job, step: int, logs: learner.Logs, progress: Progress, rate: Any) -> None:
-    values = {k: float(v) for k, v in parallel.fetch(logs).items() if k != "stop"}
+def _log(job: Job, step: int, logs: Logs, speed: Speed, rate: Any) -> None:
+    """Writes and shows the logs of a step."""
+    values = {k: float(v) for k, v in devices.fetch(logs).items() if k != "stop"}
     values["learning_rate"] = float(rate(step - 1 - values["skipped"]))
-    rates = progress.rates(step)
+    rates = speed.rates(step)
     job.journal.write(step, {f"train/{k}": v for k, v in values.items()} | {f"speed/{k}": v for k, v in rates.items()})
-    speed = (
-        (
-            f"  {rates['images_per_second']:,.0f} images/s  waiting for data {rates['data_wait']:.0%}  "
-            f"left {duration(rates['eta_seconds'])}"
-        )
-        if rates
-        else ""
-    )
-    say(
+    line = (
         f"step {step:,}/{job.steps:,}  loss {values['loss']:.4f}  accuracy {values['accuracy']:.3f}  "
-        f"usage {values['codeword_usage']:.1f}/{job.config.quantizer.num_codewords}{speed}"
+        f"usage {values['codeword_usage']:.1f}/{job.config.quantizer.num_codewords}"
     )
+    if rates:
+        line += f"  {rates['images_per_second']:,.0f} images/s  waiting for data {rates['data_wait']:.0%}"
+        line += f"  {log.duration(rates['eta_seconds'])} left"
+    logger.info(line)
 
 
-def _validate(job: Job, state: learner.TrainState, step: int) -> dict[str, float]:
-    processes.phase(f"step {step}, validation")
-    try:
-        validated = job.validate(parallel.fetch(items(state)["variables"]), step)
-    except signals.Stopped:
-        if step not in job.manager.all_steps():
-            _save(job, step, items(parallel.fetch(state)), score=None)
-        _stopped(step)
+def _missed_validation(job: Job, state: TrainState, step: int) -> dict[str, float]:
+    """Validates a resumed state if its validation was due and the run was stopped before it; empty otherwise."""
+    if not step or not events(job.config, job.steps, step).validate:
+        return {}
+    if not processes.on_first(lambda: not job.journal.has(step, "validation")):
+        return {}
+    validated = _validate(job, state, step)
     if validated:
-        job.journal.write(step, {f"validation/{k}": v for k, v in validated.items()})
-        listed = "  ".join(f"{k} {v:.4f}" for k, v in validated.items())
-        say(f"step {step:,}/{job.steps:,}  validation: {listed}")
+        _save(job, step, state, score=_score(validated), replace=True)
     return validated
 
 
-def _save(job: Job, step: int, parts: dict[str, Any], *, score: float | None, replace: bool = False) -> None:
-    job.journal.keep()
-    checkpoint.save(job.manager, step, parts, score=score, replace=replace)
+def _validate(job: Job, state: TrainState, step: int) -> dict[str, float]:
+    """Validates and records the results. If stopped meanwhile, saves the state first and raises Stopped."""
+    processes.set_phase(f"step {step}, validation")
+    try:
+        validated = job.validate(devices.fetch(items(state)["variables"]), step)
+    except signals.Stopped:
+        if step not in job.manager.all_steps():
+            _save(job, step, state, score=None)
+            job.manager.wait_until_finished()
+        _raise_stopped(step)
+    if validated:
+        job.journal.write(step, {f"validation/{k}": v for k, v in validated.items()})
+        listed = "  ".join(f"{k} {v:.4f}" for k, v in validated.items())
+        logger.info(f"step {step:,}/{job.steps:,}  validation: {listed}")
+    return validated
+
+
+def _save(job: Job, step: int, state: TrainState, *, score: float | None, replace: bool = False) -> None:
+    processes.set_phase(f"step {step}, saving")
+    job.journal.flush()
+    checkpoint.save(job.manager, step, items(devices.fetch(state)), score=score, replace=replace)
 
 
 def _score(validated: dict[str, float]) -> float | None:
+    """The score of a checkpoint, higher is better: mAP, or minus the loss without labels."""
     return validated.get("mAP", -validated["loss"]) if validated else None
 
 
-def _compare(step: int, state: learner.TrainState) -> None:
-    """Raises TrainError where the copies of the state on the devices are not the same bits."""
-    found = parallel.checksums(state)
-    usual = max(set(found.values()), key=list(found.values()).count)
-    others = [device for device, total in found.items() if total != usual]
-    if others:
+def compare_replicas(step: int, state: TrainState) -> None:
+    """Raises TrainError if the copies of the state on the devices differ in any bit."""
+    sums = devices.checksums(state)
+    majority = max(set(sums.values()), key=list(sums.values()).count)
+    different = [device for device, total in sums.items() if total != majority]
+    if different:
         raise TrainError(
-            f"at step {step:,} the state on {', '.join(others)} differs from that on the other {len(found) - len(others)} "
-            f"devices: its memory or arithmetic is not to be trusted. The last checkpoint is from before that was seen; "
-            f"leave that device out and start again"
+            f"at step {step:,} the state on {', '.join(different)} differs from that on the other "
+            f"{len(sums) - len(different)} devices: its memory or arithmetic may be faulty. The last checkpoint predates this "
+            f"check; restart without that device."
         )
 
 
-def _stopped(step: int) -> None:
-    name = signals.asked() or "SIGTERM"
-    raise signals.Stopped(
-        f"stopped by {name} after step {step:,}, which is saved; the same command goes on", signals.status(name)
-    )
+def _raise_stopped(step: int) -> None:
+    name = signals.requested() or "SIGTERM"
+    status = signals.status(name)
+    raise signals.Stopped(f"stopped by {name} after step {step:,}, which is saved; the same command resumes", status)
 
 
-@contextmanager
-def _tracing(trace: tuple[Path, int, int] | None) -> Iterator[Callable[[int], None]]:
-    """To be called before every step: begins and ends the trace; it also ends with the loop."""
-    on = False
+class _Profiler:
+    """Writes a trace of some steps."""
 
-    def end() -> None:
-        nonlocal on
-        on = False
-        jax.profiler.stop_trace()
-        say(f"trace: {trace and trace[0]}")
+    def __init__(self, profile: tuple[Path, int, int] | None) -> None:
+        self._profile, self._running = profile, False
 
-    def at(step: int) -> None:
-        nonlocal on
-        if on and trace and step >= trace[2]:
-            end()
-        elif not on and trace and trace[1] <= step < trace[2]:
-            jax.profiler.start_trace(trace[0])
-            on = True
+    def before(self, step: int) -> None:
+        """Starts or ends the trace before a step."""
+        if not self._profile:
+            return
+        folder, first, stop = self._profile
+        if self._running and step >= stop:
+            self.close()
+        elif not self._running and first <= step < stop:
+            jax.profiler.start_trace(folder)
+            self._running = True
 
-    try:
-        yield at
-    finally:
-        if on:
-            end()
+    def close(self) -> None:
+        """Ends the trace if it is running."""
+        if self._running and self._profile:
+            self._running = False
+            jax.profiler.stop_trace()
+            logger.info(f"trace: {self._profile[0]}")

@@ -1,4 +1,4 @@
-"""Optax update rules, and the learning rate that a config asks for at each step and in each part of the model."""
+"""The optimizer: Optax update rules, the learning-rate schedule, and the rates of the parts of the model."""
 
 import re
 from typing import Any
@@ -7,8 +7,11 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
+from tcq import config as configs
 from tcq.models import resnet, vit
 from tcq.models.retriever import Params
+
+NEVER = 2**31 - 2  # consecutive steps that are not finite before Optax applies one; the loop stops the run long before
 
 
 def make(config: ConfigDict, steps: int) -> optax.GradientTransformation:
@@ -31,19 +34,19 @@ def make(config: ConfigDict, steps: int) -> optax.GradientTransformation:
     if o.frozen_blocks:
         rule = optax.partition(
             {False: rule, True: optax.set_to_zero()},
-            lambda params: jax.tree_util.tree_map_with_path(lambda path, _: frozen(path, config), params),
+            lambda params: jax.tree_util.tree_map_with_path(lambda path, _: is_frozen(path, config), params),
         )
-    return optax.apply_if_finite(rule, max_consecutive_errors=2**31 - 2)
+    return optax.apply_if_finite(rule, max_consecutive_errors=NEVER)
 
 
 def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
-    """Linear from 0 over the warm-up, then cosine to 0 at the last step."""
-    o = config.optim
-    return optax.warmup_cosine_decay_schedule(0.0, o.learning_rate, o.warmup_steps, steps)
+    """Linear from 0 during the warm-up, then cosine to 0 at the last step."""
+    warmup = configs.warmup_steps(config, steps)
+    return optax.warmup_cosine_decay_schedule(0.0, config.optim.learning_rate, warmup, steps)
 
 
-def frozen(path: tuple[Any, ...], config: ConfigDict) -> bool:
-    """Whether the parameter at a tree path is not trained: in the first `optim.frozen_blocks` or before, or -1 and backbone."""
+def is_frozen(path: tuple[Any, ...], config: ConfigDict) -> bool:
+    """Whether `optim.frozen_blocks` excludes the parameter at a tree path from training."""
     n = config.optim.frozen_blocks
     if path[0].key != "backbone" or not n:
         return False
@@ -51,10 +54,10 @@ def frozen(path: tuple[Any, ...], config: ConfigDict) -> bool:
 
 
 def rate_of(path: tuple[Any, ...], config: ConfigDict) -> float:
-    """What the learning rate is multiplied with for the parameter at a tree path.
+    """The factor of the learning rate for the parameter at a tree path.
 
-    `optim.layer_decay` to the power of the layers behind it, which count as in BEiT (Bao et al. 2022): what comes before the
-    blocks, each block, and what comes after them.
+    In the backbone `optim.layer_decay` to the power of the number of layers above, counted as in BEiT (Bao et al. 2022):
+    the embedding, each block, and what follows the blocks.
     """
     o = config.optim
     if path[0].key != "backbone":
@@ -67,16 +70,17 @@ def _scaled(updates: Params, config: ConfigDict) -> Params:
 
 
 def _layer(name: str, config: ConfigDict) -> int:
-    """0 before the first block, 1 in it, and one above the number of blocks behind the last."""
+    """The layer of a part of the backbone: 0 below the blocks, 1 for the first block, depth + 1 above the blocks."""
     if config.model.name in resnet.NAMED:
-        found = re.fullmatch(r"stage_(\d+)_block_(\d+)", name)
-        return sum(resnet.NAMED[config.model.name].stages[: int(found[1])]) + int(found[2]) + 1 if found else 0
+        match = re.fullmatch(r"stage_(\d+)_block_(\d+)", name)
+        return sum(resnet.NAMED[config.model.name].stages[: int(match[1])]) + int(match[2]) + 1 if match else 0
     if name.startswith("block_"):
         return int(name.removeprefix("block_")) + 1
     return 0 if name in ("embed", "positions", "cls", "registers") else _depth(config) + 1
 
 
 def _depth(config: ConfigDict) -> int:
+    """The number of blocks of the backbone."""
     m = config.model
     if m.name in resnet.NAMED:
         return sum(resnet.NAMED[m.name].stages)
@@ -84,5 +88,5 @@ def _depth(config: ConfigDict) -> int:
 
 
 def _decayed(params: Params) -> Any:
-    """Which parameters decay: kernels. Not biases, norms, positions, tokens and codewords."""
+    """Which parameters have weight decay: kernels; not biases, norms, positions, tokens and codewords."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)

@@ -1,0 +1,206 @@
+"""From a config and a workdir to a job for the loop: images, split, checkpoint, initial state."""
+
+import logging
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from tcq import config as configs
+from tcq import encode
+from tcq import workdir as workdirs
+from tcq.data import protocols, splits
+from tcq.data.loader import batches
+from tcq.data.source import Source
+from tcq.data.sources import open_source
+from tcq.evaluate import held_out
+from tcq.models import retriever
+from tcq.runtime import devices, log, processes, storage
+from tcq.train import loop, step
+from tcq.train import optimizer as optimizers
+from tcq.workdir import CONFIG, checkpoint
+from tcq.workdir.journal import Journal
+
+logger = logging.getLogger(__name__)
+
+
+def read_data(config: ConfigDict) -> tuple[Source, protocols.Split]:
+    """The images and their split, checked against the config and the devices, the same in all processes."""
+    processes.set_phase("reading the images")
+    source = open_source(config.data)
+    split = splits.of_source(source, config.data)
+    configs.check_run(
+        config, num_devices=jax.device_count(), num_train=len(split.train), num_validation=len(split.validation)
+    )
+    processes.require_same("images", {"names": splits.names_digest(source), "split": protocols.digest(split)})
+    processes.require_same("config", configs.identity(config))
+    return source, split
+
+
+def claim(
+    mirror: storage.Mirror,
+    workdir: str | Path,
+    config: ConfigDict,
+    source: Source,
+    split: protocols.Split,
+    *,
+    allow_changes: bool,
+) -> list[str]:
+    """`workdir.claim` by process 0, visible to all processes; returns the allowed changes of the config."""
+
+    def claim() -> list[str]:
+        changes = workdirs.claim(mirror.folder, workdir, config, source, split, allow_changes=allow_changes)
+        mirror.upload()
+        return changes
+
+    changes = processes.on_first(claim)
+    processes.require_visible(storage.join(workdir, CONFIG))
+    return changes
+
+
+def record_changes(mirror: storage.Mirror, config: ConfigDict, changes: list[str]) -> None:
+    """`workdir.record_changes` by process 0."""
+
+    def record() -> None:
+        workdirs.record_changes(mirror.folder, config, changes)
+        mirror.upload()
+
+    if changes:
+        processes.on_first(record)
+
+
+def newest_state(
+    config: ConfigDict, model: retriever.Retriever, optimizer: optax.GradientTransformation, manager: Any
+) -> step.TrainState | None:
+    """The state of the newest intact checkpoint; None if there is no checkpoint."""
+    if not manager.all_steps():
+        return None
+    like = loop.items(step.state_like(config, model, optimizer))
+    steps = checkpoint.candidates(manager, "latest")
+    _, parts = checkpoint.restore_first_intact(manager, steps, like, move=True)
+    return loop.from_items(parts)
+
+
+def initial_state(
+    config: ConfigDict,
+    model: retriever.Retriever,
+    optimizer: optax.GradientTransformation,
+    source: Source,
+    split: protocols.Split,
+) -> step.TrainState:
+    """The state before the first step, from randomly drawn training images (folders are in the order of their classes)."""
+    processes.set_phase("initializing")
+    shuffled = np.random.RandomState(config.train.seed).permutation(split.train)
+    drawn = np.sort(shuffled[: config.quantizer.init_images])
+    return step.initial_state(config, model, optimizer, np.asarray(source.images[drawn]))
+
+
+def make_job(
+    config: ConfigDict,
+    model: retriever.Retriever,
+    optimizer: optax.GradientTransformation,
+    source: Source,
+    split: protocols.Split,
+    state: step.TrainState,
+    *,
+    manager: Any,
+    mirror: storage.Mirror,
+    profile: tuple[int, int] | None,
+) -> loop.Job:
+    """Everything the loop needs to train from a state on."""
+    steps = configs.total_steps(config, len(split.train))
+    rows: np.ndarray | None
+    rows, indices = _training_rows(config, model, source, split, state)
+    data: Any = ()
+    if len(indices) * rows[:1].nbytes <= config.data.resident * 2**20:
+        data, rows = devices.replicate(np.asarray(rows[indices])), None
+        logger.info(f"the training images are on every device ({data.nbytes / 2**20:,.1f} MiB)")
+    return loop.Job(
+        config=config,
+        steps=steps,
+        run=devices.pmap_step(step.step_body(model, optimizer, config, steps)),
+        data=data,
+        stream=partial(_batches, config, rows, indices),
+        validate=lambda variables, number: held_out.validate(
+            encode.Encoder(config, model, variables, number), source, split
+        ),
+        manager=manager,
+        journal=open_journal(mirror, state),
+        profile=(mirror.folder / "profile", *profile) if profile else None,
+    )
+
+
+def open_journal(mirror: storage.Mirror, state: step.TrainState) -> Journal:
+    """The journal of the run from a state on."""
+    return Journal(mirror.folder, step=int(state.step), writes=processes.is_first(), upload=mirror.upload)
+
+
+def _training_rows(
+    config: ConfigDict, model: retriever.Retriever, source: Source, split: protocols.Split, state: step.TrainState
+) -> tuple[np.ndarray, np.ndarray]:
+    """The training data and its rows to train on: images, or views that a frozen backbone embeds once."""
+    if config.optim.frozen_blocks >= 0 or not config.data.views:
+        return source.images, split.train
+    encoder = encode.Encoder(config, model, loop.items(state)["variables"], int(state.step))
+    start = time.monotonic()
+    rows = encode.embed_views(encoder, source.images, split.train)
+    logger.info(
+        f"the backbone is frozen: {rows.shape[0]:,} x {rows.shape[1]} views embedded once in "
+        f"{log.duration(time.monotonic() - start)} ({rows.nbytes / 2**30:,.2f} GiB)"
+    )
+    return rows, np.arange(len(rows))
+
+
+def _batches(
+    config: ConfigDict, rows: np.ndarray | None, indices: np.ndarray, first_step: int
+) -> Iterator[dict[str, np.ndarray]]:
+    return batches(
+        rows,
+        indices,
+        batch_size=config.data.batch_size,
+        seed=config.train.seed,
+        first_step=first_step,
+        num_devices=jax.local_device_count(),
+        process=jax.process_index(),
+        num_processes=jax.process_count(),
+        threads=config.data.threads,
+    )
+
+
+def introduce(config: ConfigDict, source: Source, split: protocols.Split, state: step.TrainState) -> None:
+    """Logs what is trained on what."""
+    B, q, steps = config.data.batch_size, config.quantizer, configs.total_steps(config, len(split.train))
+    rule = configs.clip_rule(config, steps)
+    labels = "no labels" if source.labels is None else f"labels of {_some(source.classes)}, used only to score"
+    logger.info(f"{config.data.source}: {len(source.images):,} images, {labels}; {len(source.skipped)} files skipped")
+    logger.info(", ".join(f"{len(part):,} {name}" for name, part in split._asdict().items()))
+    leaves = jax.tree_util.tree_leaves_with_path(state.params)
+    trained = sum(x.size for path, x in leaves if not optimizers.is_frozen(path, config))
+    logger.info(
+        f"model: {retriever.parameter_count(state.params):,} parameters, {trained:,} of them trained, "
+        f"{configs.bits(config)} bits per image ({q.num_codebooks} codebooks of {q.num_codewords} codewords), "
+        f"{rule.count(queued=config.loss.queue)} of {rule.negatives + config.loss.queue} negatives clipped"
+    )
+    logger.info(
+        f"batch: {B} global, {B // jax.process_count()} per process, {B // jax.device_count()} per device "
+        f"({jax.device_count()} x {jax.devices()[0].device_kind})"
+    )
+    warmup = configs.warmup_steps(config, steps)
+    if isinstance(config.optim.warmup_steps, int) and warmup != config.optim.warmup_steps:
+        logger.warning(
+            f"optim.warmup_steps {config.optim.warmup_steps} does not fit a run of {steps:,} steps: it is {warmup}"
+        )
+    if int(state.step):
+        logger.info(f"resuming from step {int(state.step):,} of {steps:,}")
+    else:
+        logger.info(f"{steps:,} steps; the first one compiles")
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)} classes ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
