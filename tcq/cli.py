@@ -1,40 +1,97 @@
-"""tcq: unlabelled images in, a compact searchable index out.
+"""tcq: unlabelled images to a compact, searchable index.
 
-Exit status 0: done; 1: it broke on the way; 2: a call, config or file that cannot work.
+Exit status 0: done; 1: failed on the way; 2: a call, config or file that cannot work; 128 + n: stopped by signal n.
 """
 
 import argparse
 import io
+import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tcq.runtime import log, signals
+
+LEVELS = ("debug", "info", "warning", "error")
+Commands = Any  # what argparse's add_subparsers returns
+Run = Callable[[argparse.Namespace, list[str]], int]
+
+
+def console() -> None:
+    """The console script `tcq`: handles signals, and exits with the status of the command."""
+    signals.install()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names may hold any bytes
+    sys.exit(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. What the user can mend is one message on standard error, without a traceback."""
-    parser = _parser()
+    """Runs one command and returns its exit status. A user's mistake is one message, without a traceback."""
+    parser = make_parser()
     arguments, overrides = parser.parse_known_args(argv)
-    for argument in overrides:
-        takes = "config" in arguments or arguments.command == "evaluate"
-        if not takes or not argument.startswith(("--config.", "--noconfig.")):
-            parser.error(f"unrecognized argument {argument!r} for {arguments.command}")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # file names may be any bytes
-    if "distributed" in arguments:
-        told = [f"--{name}" for name in ("processes", "process_id") if getattr(arguments, name) is not None]
-        if told and not arguments.coordinator:
-            parser.error(f"{' and '.join(told)} without --coordinator=HOST:PORT, where process 0 is")
-        if arguments.coordinator and len(told) < 2:
-            parser.error("--coordinator needs --processes=N and --process_id=I, different for each of them")
+    _check_arguments(parser, arguments, overrides)
+    log.show(logging.WARNING if arguments.quiet else getattr(logging, arguments.log_level.upper()))
     if "distributed" in arguments and (arguments.distributed or arguments.coordinator):
-        return _one_of_several(arguments, overrides)
+        return _run_as_one_of_several(arguments, overrides)
     return _run(arguments, overrides)
 
 
-def _one_of_several(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Runs a command as one process of a run. The others learn it when this one fails."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(prog="tcq", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (
+        _add_train,
+        _add_sweep,
+        _add_evaluate,
+        _add_index,
+        _add_search,
+        _add_serve,
+        _add_export,
+        _add_prepare,
+        _add_doctor,
+    ):
+        add(commands)
+    return parser
+
+
+def _add_command(commands: Commands, name: str, help: str, run: Run, *, compiles: bool = False) -> Any:
+    """A parser with the flags that all commands have; `compiles`: whether compiled programs are cached."""
+    parser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+    parser.set_defaults(run=run, compiles=compiles)
+    parser.add_argument("--quiet", action="store_true", help="log only warnings and errors")
+    parser.add_argument("--log_level", choices=LEVELS, default="info", help="least level to log (default: info)")
+    return parser
+
+
+def _add_distributed(parser: Any) -> None:
+    parser.add_argument("--distributed", action="store_true", help="join a run of several processes, found by JAX")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, if JAX cannot find the processes")
+    parser.add_argument("--processes", type=_positive, metavar="N", help="number of processes (with --coordinator)")
+    parser.add_argument(
+        "--process_id", type=int, metavar="I", help="number of this process, from 0 (with --coordinator)"
+    )
+
+
+def _check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """Exits with a message for an unknown flag, or an incomplete --coordinator."""
+    for argument in overrides:
+        takes_overrides = "config" in arguments or arguments.command == "evaluate"
+        if not takes_overrides or not argument.startswith(("--config.", "--noconfig.")):
+            parser.error(f"unknown argument {argument!r} for {arguments.command}")
+    if "distributed" in arguments:
+        given = [f"--{name}" for name in ("processes", "process_id") if getattr(arguments, name) is not None]
+        if given and not arguments.coordinator:
+            parser.error(f"{' and '.join(given)} without --coordinator=HOST:PORT of process 0")
+        if arguments.coordinator and len(given) < 2:
+            parser.error("--coordinator needs --processes=N and --process_id=I, which differs for each process")
+
+
+def _run_as_one_of_several(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Runs a command as one process of a run; the other processes learn if this one fails."""
     import jax
 
     from tcq.runtime import processes
@@ -43,18 +100,15 @@ def _one_of_several(arguments: argparse.Namespace, overrides: list[str]) -> int:
         processes.join(
             coordinator=arguments.coordinator, processes=arguments.processes, process_id=arguments.process_id
         )
-        if not processes.first():
-            sys.stdout = open(os.devnull, "w")  # the first one speaks for all
+        if not processes.is_first():
+            sys.stdout = open(os.devnull, "w")  # only process 0 prints results
         status = _run(arguments, overrides)
     except processes.ProcessError as error:
         print(f"tcq {arguments.command}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
     except jax.errors.JaxRuntimeError:
         traceback.print_exc()
-        processes.wait_for_blame()
+        processes.wait_for_diagnosis()
         processes.fail("a device or a collective failed, see its log", 1)
         return 1
     except BaseException as error:
@@ -62,7 +116,7 @@ def _one_of_several(arguments: argparse.Namespace, overrides: list[str]) -> int:
         processes.fail(f"{type(error).__name__}: {error}", 1)
         return 1
     if status > 128:
-        processes.stopped(status)
+        processes.exit_stopped(status)
     if status:
         processes.fail(f"status {status}, see its log", status)
     processes.leave()
@@ -70,22 +124,22 @@ def _one_of_several(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from tcq.runtime import processes, signals
+    """Runs a command, and turns the errors that a user can mend into one message."""
+    from tcq.runtime import processes
 
     try:
-        signals.install()
-        if arguments.command in COMPILES:
-            from tcq.runtime import devices as parallel
+        if arguments.compiles:
+            from tcq.runtime import devices
 
-            parallel.keep_compiled()
-        return RUN[arguments.command](arguments, overrides)
+            devices.cache_compilations()
+        return arguments.run(arguments, overrides)
     except signals.Stopped as stopped:
         print(f"tcq {arguments.command}: {stopped}", file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the reader of our output has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -93,131 +147,66 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return 2
     except (ValueError, RuntimeError) as error:
         if not type(error).__module__.startswith("tcq."):
-            raise  # a defect of ours: show where
+            raise  # a defect of tcq: show its traceback
         print(f"tcq {arguments.command}: {error}", file=sys.stderr)
-        return 2 if processes.refused(error) else 1
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tcq", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, help: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-
-    train = command("train", "train a model, or go on with one; --config.group.key=value overrides a key")
-    train.add_argument("--config", required=True, metavar="FILE[:ARG]", help="for example configs/digits.py")
-    train.add_argument("--workdir", type=os.path.expanduser, required=True, help="where everything of this run is kept")
-    train.add_argument("--allow_changes", action="store_true", help="go on with another config than the run began with")
-    train.add_argument(
-        "--profile", type=_steps, metavar="FIRST:BEHIND", help="write a trace of these steps to the workdir"
-    )
-    train.add_argument("--evaluate", metavar="CHECKPOINT", help="score it at the end: best (by validation) or latest")
-
-    sweep = command("sweep", "train and score a grid of configs; resumable; one table, one picture")
-    sweep.add_argument("--config", required=True, metavar="FILE[:ARG]", help="for example configs/digits.py")
-    sweep.add_argument("--grid", required=True, help="for example 'loss.clip=0,0.1; train.seed=0,1,2'")
-    sweep.add_argument(
-        "--workdir", type=os.path.expanduser, required=True, help="table.csv, table.md, sweep.png, cells/"
-    )
-    sweep.add_argument("--jobs", type=_positive, default=1, help="cells at a time (default 1)")
-    sweep.add_argument("--checkpoint", default="best", help="which is scored: best (by validation) or latest")
-
-    evaluate = command(
-        "evaluate", "score a trained model under its protocol; --config.eval.key=value overrides a convention"
-    )
-    evaluate.add_argument(
-        "--workdir",
-        type=os.path.expanduser,
-        required=True,
-        help="of the training run; results.json and pictures go there",
-    )
-    evaluate.add_argument("--checkpoint", default="best", help="best (by validation), latest, or a step")
-    evaluate.add_argument("--recorded", metavar="JSON", help='a file {"mAP": {name: value}} of figures to show beside')
-
-    index = command("index", "encode a folder of images into an index; or add to one, or remove from it")
-    index.add_argument("--workdir", type=os.path.expanduser, help="of the training run whose model encodes")
-    index.add_argument("--checkpoint", default="best", help="best (by validation), latest, or a step")
-    index.add_argument("--images", type=os.path.expanduser, help="folder of images, with all that is below it")
-    index.add_argument(
-        "--out", type=os.path.expanduser, required=True, help="the index: a folder that does not exist yet"
-    )
-    index.add_argument("--add", action="store_true", help="add --images to the existing index --out")
-    index.add_argument(
-        "--remove", nargs="+", metavar="PATH", help="remove these images or folders from the index --out"
-    )
-
-    search = command("search", "the indexed images nearest to a query image")
-    search.add_argument("--index", type=os.path.expanduser, required=True, help="made by tcq index")
-    search.add_argument(
-        "--query", type=os.path.expanduser, required=True, nargs="+", metavar="IMAGE", help="one image or more"
-    )
-    search.add_argument("--k", type=_positive, default=10, help="how many (default 10)")
-    search.add_argument("--gallery", type=os.path.expanduser, metavar="PNG", help="also draw the answers")
-
-    export = command("export", "write an index for FAISS, or as NumPy arrays")
-    export.add_argument("--index", type=os.path.expanduser, required=True)
-    export.add_argument("--out", type=os.path.expanduser, required=True)
-    export.add_argument("--format", choices=("faiss", "npz"), default="faiss")
-
-    serve = command("serve", "a search page for an index, on this machine only")
-    serve.add_argument("--index", type=os.path.expanduser, required=True)
-    serve.add_argument("--port", type=int, default=8000)
-    serve.add_argument("--k", type=_positive, default=10)
-
-    prepare = command("prepare", "prepare a dataset once from its published files, without network")
-    prepare.add_argument("--dataset", required=True, help="cifar10, mirflickr25k, nus_wide or nus_wide/concepts81")
-    prepare.add_argument(
-        "--files",
-        type=os.path.expanduser,
-        default="",
-        help="folder of the files (default: <data_dir>/downloads/manual)",
-    )
-    prepare.add_argument(
-        "--data_dir", type=os.path.expanduser, default="", help="where TFDS keeps datasets (default: its own choice)"
-    )
-    prepare.add_argument(
-        "--unverified", action="store_true", help="take other files than the published ones, of the same layout"
-    )
-
-    doctor = command("doctor", "check versions, devices, and whether a config and its images fit them")
-    doctor.add_argument("--config", metavar="FILE[:ARG]")
-    doctor.add_argument("--workdir", type=os.path.expanduser, help="is it shared and writable, what does it hold")
-    doctor.add_argument("--expect_processes", type=_positive, metavar="N", help="a problem if there are more or fewer")
-    doctor.add_argument("--expect_devices", type=_positive, metavar="N", help="of all processes, likewise")
-
-    for joined in (train, evaluate, index, doctor):
-        joined.add_argument("--distributed", action="store_true", help="one process of several, as JAX detects it")
-        joined.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where JAX does not detect it")
-        joined.add_argument("--processes", type=_positive, metavar="N", help="how many, then")
-        joined.add_argument("--process_id", type=int, metavar="I", help="which of them this is, from 0")
-    return parser
+        return 2 if processes.is_refusal(error) else 1
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 1 on")
     return int(text)
 
 
 def _steps(text: str) -> tuple[int, int]:
-    first, _, behind = text.partition(":")
-    if not (first.isdecimal() and behind.isdecimal() and 0 < int(first) < int(behind)):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not of the form 10:20, the first step and the one behind the last"
-        )
-    return int(first), int(behind)
+    first, _, stop = text.partition(":")
+    if not (first.isdecimal() and stop.isdecimal() and 0 < int(first) < int(stop)):
+        raise argparse.ArgumentTypeError(f"{text!r} must have the form 10:20, the first step and one past the last")
+    return int(first), int(stop)
+
+
+_path = os.path.expanduser
+
+
+# train -------------------------------------------------------------------------------------------------------------
+
+
+def _add_train(commands: Commands) -> None:
+    help = "train a model, or resume training; --config.group.key=value overrides a key"
+    parser = _add_command(commands, "train", help, _train, compiles=True)
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="for example configs/digits.py")
+    parser.add_argument("--workdir", type=_path, required=True, help="folder, or gs:// URL, of everything of this run")
+    parser.add_argument("--allow_changes", action="store_true", help="resume with another config than the run had")
+    parser.add_argument(
+        "--profile", type=_steps, metavar="START:STOP", help="write a trace of these steps to the workdir"
+    )
+    parser.add_argument("--evaluate", metavar="CHECKPOINT", help="score at the end: best (by validation) or latest")
+    _add_distributed(parser)
 
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from tcq import config, train
 
-    found = config.load(arguments.config, overrides, workdir=arguments.workdir)
-    train.train(found, arguments.workdir, profile=arguments.profile, allow_changes=arguments.allow_changes)
+    loaded = config.load(arguments.config, overrides, workdir=arguments.workdir)
+    train.train(loaded, arguments.workdir, profile=arguments.profile, allow_changes=arguments.allow_changes)
     print(f"trained: {arguments.workdir}")
     if arguments.evaluate:
         _score(arguments.workdir, arguments.evaluate)
     return 0
+
+
+# sweep -------------------------------------------------------------------------------------------------------------
+
+
+def _add_sweep(commands: Commands) -> None:
+    parser = _add_command(
+        commands, "sweep", "train and score a grid of configs, with a table and a plot; resumable", _sweep
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="for example configs/digits.py")
+    parser.add_argument("--grid", required=True, help="for example 'loss.clip=0,0.1; train.seed=0,1,2'")
+    parser.add_argument("--workdir", type=_path, required=True, help="gets table.csv, table.md, sweep.png and cells/")
+    parser.add_argument("--jobs", type=_positive, default=1, help="cells at a time (default: 1)")
+    parser.add_argument("--checkpoint", default="best", help="to score: best (by validation) or latest (default: best)")
 
 
 def _sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -225,9 +214,23 @@ def _sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     a = arguments
     sweep.sweep(a.config, a.grid, a.workdir, overrides=overrides, jobs=a.jobs, checkpoint=a.checkpoint)
-    for name in ("table.csv", "table.md", "sweep.png"):
+    for name in (sweep.TABLE, sweep.MARKDOWN, sweep.PLOT):
         print(f"{a.workdir}/{name}")
     return 0
+
+
+# evaluate ----------------------------------------------------------------------------------------------------------
+
+
+def _add_evaluate(commands: Commands) -> None:
+    help = "score a trained model under its protocol; --config.eval.key=value overrides a convention"
+    parser = _add_command(commands, "evaluate", help, _evaluate, compiles=True)
+    parser.add_argument(
+        "--workdir", type=_path, required=True, help="of the training run; gets results.json and pictures"
+    )
+    parser.add_argument("--checkpoint", default="best", help="best (by validation), latest, or a step (default: best)")
+    parser.add_argument("--recorded", metavar="JSON", help='file {"mAP": {name: value}} of figures to show beside')
+    _add_distributed(parser)
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -237,12 +240,28 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _score(workdir: str, checkpoint: str, *, overrides: Sequence[str] = (), recorded: str | None = None) -> None:
     from tcq import evaluate
+    from tcq.evaluate import report
 
-    beside = evaluate.read_recorded(recorded) if recorded else None
+    figures = evaluate.read_recorded(recorded) if recorded else None
     results = evaluate.evaluate(workdir, which=checkpoint, overrides=overrides)
-    print(evaluate.table(results, beside))
-    for name in ("results.json", "curves.png", "gallery.png"):
+    print(evaluate.table(results, figures))
+    for name in (report.RESULTS, report.CURVES, report.GALLERY):
         print(f"{workdir}/{name}")
+
+
+# index -------------------------------------------------------------------------------------------------------------
+
+
+def _add_index(commands: Commands) -> None:
+    help = "encode a folder of images into an index; or add images to one, or remove them"
+    parser = _add_command(commands, "index", help, _index, compiles=True)
+    parser.add_argument("--workdir", type=_path, help="of the training run whose model encodes the images")
+    parser.add_argument("--checkpoint", default="best", help="best (by validation), latest, or a step (default: best)")
+    parser.add_argument("--images", type=_path, help="folder of images, with all folders below it")
+    parser.add_argument("--out", type=_path, required=True, help="the index: a folder that does not exist yet")
+    parser.add_argument("--add", action="store_true", help="add --images to the existing index --out")
+    parser.add_argument("--remove", nargs="+", metavar="PATH", help="remove images or folders from the index --out")
+    _add_distributed(parser)
 
 
 def _index(arguments: argparse.Namespace, _: list[str]) -> int:
@@ -252,7 +271,7 @@ def _index(arguments: argparse.Namespace, _: list[str]) -> int:
         print(f"removed {index.remove(arguments.out, arguments.remove):,} images from {arguments.out}")
         return 0
     if not arguments.images:
-        raise index.IndexFileError("--images is missing: the folder whose images are to be indexed")
+        raise index.IndexFileError("--images is missing: the folder of the images to index")
     if arguments.add:
         count, skipped = index.add(arguments.out, arguments.images)
         print(f"added {count:,} images to {arguments.out}")
@@ -264,6 +283,19 @@ def _index(arguments: argparse.Namespace, _: list[str]) -> int:
     if skipped:
         print(f"{len(skipped):,} files skipped, listed with reasons in {arguments.out}/skipped.jsonl")
     return 0
+
+
+# search ------------------------------------------------------------------------------------------------------------
+
+
+def _add_search(commands: Commands) -> None:
+    parser = _add_command(
+        commands, "search", "show the indexed images nearest to a query image", _search, compiles=True
+    )
+    parser.add_argument("--index", type=_path, required=True, help="as tcq index wrote it")
+    parser.add_argument("--query", type=_path, required=True, nargs="+", metavar="IMAGE", help="one or more images")
+    parser.add_argument("--k", type=_positive, default=10, help="number of answers (default: 10)")
+    parser.add_argument("--gallery", type=_path, metavar="PNG", help="write a picture of the answers")
 
 
 def _search(arguments: argparse.Namespace, _: list[str]) -> int:
@@ -283,11 +315,16 @@ def _search(arguments: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
-def _export(arguments: argparse.Namespace, _: list[str]) -> int:
-    from tcq.index import export
+# serve -------------------------------------------------------------------------------------------------------------
 
-    print(export.export(arguments.index, arguments.out, format=arguments.format))
-    return 0
+
+def _add_serve(commands: Commands) -> None:
+    parser = _add_command(
+        commands, "serve", "serve a search page for an index, on this machine only", _serve, compiles=True
+    )
+    parser.add_argument("--index", type=_path, required=True, help="as tcq index wrote it")
+    parser.add_argument("--port", type=int, default=8000, help="(default: 8000)")
+    parser.add_argument("--k", type=_positive, default=10, help="number of answers (default: 10)")
 
 
 def _serve(arguments: argparse.Namespace, _: list[str]) -> int:
@@ -297,14 +334,61 @@ def _serve(arguments: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
+# export ------------------------------------------------------------------------------------------------------------
+
+
+def _add_export(commands: Commands) -> None:
+    parser = _add_command(commands, "export", "export an index to FAISS, or as NumPy arrays", _export)
+    parser.add_argument("--index", type=_path, required=True, help="as tcq index wrote it")
+    parser.add_argument("--out", type=_path, required=True, help="a file that does not exist yet")
+    parser.add_argument("--format", choices=("faiss", "npz"), default="faiss", help="(default: faiss)")
+
+
+def _export(arguments: argparse.Namespace, _: list[str]) -> int:
+    from tcq.index import export
+
+    print(export.export(arguments.index, arguments.out, format=arguments.format))
+    return 0
+
+
+# prepare -----------------------------------------------------------------------------------------------------------
+
+
+def _add_prepare(commands: Commands) -> None:
+    parser = _add_command(
+        commands, "prepare", "prepare a dataset once from its published files, without network", _prepare
+    )
+    parser.add_argument("--dataset", required=True, help="cifar10, mirflickr25k, nus_wide or nus_wide/concepts81")
+    parser.add_argument(
+        "--files", type=_path, default="", help="folder of the files (default: <data_dir>/downloads/manual)"
+    )
+    parser.add_argument("--data_dir", type=_path, default="", help="folder of TFDS datasets (default: that of TFDS)")
+    parser.add_argument("--unverified", action="store_true", help="accept other files than the published ones")
+
+
 def _prepare(arguments: argparse.Namespace, _: list[str]) -> int:
     from tcq.data.datasets import prepare
 
-    made = prepare.prepare(
+    folder = prepare.prepare(
         arguments.dataset, files=arguments.files, data_dir=arguments.data_dir, verify=not arguments.unverified
     )
-    print(f"prepared: {made}")
+    print(f"prepared: {folder}")
     return 0
+
+
+# doctor ------------------------------------------------------------------------------------------------------------
+
+
+def _add_doctor(commands: Commands) -> None:
+    help = "check versions and devices, and whether a config, its images and a workdir fit them"
+    parser = _add_command(commands, "doctor", help, _doctor)
+    parser.add_argument("--config", metavar="FILE[:ARG]", help="for example configs/digits.py")
+    parser.add_argument("--workdir", type=_path, help="check whether it is shared and writable, and what it holds")
+    parser.add_argument("--expect_processes", type=_positive, metavar="N", help="fail for another number of processes")
+    parser.add_argument(
+        "--expect_devices", type=_positive, metavar="N", help="fail for another total number of devices"
+    )
+    _add_distributed(parser)
 
 
 def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -312,28 +396,9 @@ def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from tcq.runtime import processes
 
     expected = doctor.Expected(arguments.expect_processes, arguments.expect_devices)
-    lines, problems = doctor.report(arguments.config, overrides, workdir=arguments.workdir, expected=expected)
-    print("\n".join(lines))
-    if processes.first():
-        for problem in problems:
+    findings = doctor.report(arguments.config, overrides, workdir=arguments.workdir, expected=expected)
+    print("\n".join(findings.lines))
+    if processes.is_first():
+        for problem in findings.problems:
             print(f"tcq doctor: {problem}", file=sys.stderr)
-    return 2 if problems else 0
-
-
-COMPILES = ("train", "evaluate", "index", "search", "serve")
-RUN = {
-    "train": _train,
-    "sweep": _sweep,
-    "evaluate": _evaluate,
-    "index": _index,
-    "search": _search,
-    "export": _export,
-    "serve": _serve,
-    "prepare": _prepare,
-    "doctor": _doctor,
-}
-
-
-def console() -> None:
-    """The console script `tcq`."""
-    sys.exit(main())
+    return 2 if findings.problems else 0

@@ -1,4 +1,4 @@
-"""The check before money is spent: versions, devices, memory and disk, and whether a config and its images fit them."""
+"""The check before a long run: versions, devices, memory, disk, and whether a config and its images fit them."""
 
 import os
 import platform
@@ -11,10 +11,9 @@ from typing import NamedTuple
 import jax
 
 from tcq import config as configs
-from tcq.data import protocols, sources, splits
+from tcq.data import protocols, source, sources, splits
 from tcq.models import retriever
-from tcq.runtime import processes
-from tcq.runtime import storage as buckets
+from tcq.runtime import processes, storage
 
 PACKAGES = (
     "jax",
@@ -27,13 +26,21 @@ PACKAGES = (
     "ml-collections",
     "numpy",
 )
+GIB = 2**30
 
 
 class Expected(NamedTuple):
-    """What a run was paid for; None is not checked."""
+    """What a run was allocated; None is not checked."""
 
     processes: int | None = None
     devices: int | None = None  # of all processes
+
+
+class Findings(NamedTuple):
+    """Lines to show, and problems."""
+
+    lines: list[str]
+    problems: list[str]
 
 
 def report(
@@ -41,161 +48,159 @@ def report(
     overrides: Sequence[str] = (),
     *,
     workdir: str | Path | None = None,
-    expected: Expected = Expected(),  # noqa: B008  # it cannot be changed
-) -> tuple[list[str], list[str]]:
-    """What is found, one line each; and the problems. With a config the images are opened (and decoded, once) too.
+    expected: Expected = Expected(),  # noqa: B008  # it is immutable
+) -> Findings:
+    """Checks the machine, and a workdir, a config and its images (which are decoded and cached) if given.
 
-    In a run of several processes all of them call it, and all get all of their problems.
+    In a run of several processes all of them call it, and all get the problems of each.
     """
-    lines, problems = [], []
-    for part in (
-        lambda: _machine(expected),
-        lambda: _workdir(workdir, config, overrides) if workdir else ([], []),
-        lambda: _config(config, overrides) if config else ([], []),
-    ):
-        found, wrong = part()
-        lines += found
-        problems += wrong
-    return lines, _of_all(processes.exchange(problems))
+    findings = [_machine(expected)]
+    if workdir:
+        findings.append(_workdir(workdir, config, overrides))
+    if config:
+        findings.append(_config(config, overrides, workdir))
+    lines = [line for part in findings for line in part.lines]
+    problems = [problem for part in findings for problem in part.problems]
+    return Findings(lines, _merged(processes.exchange(problems)))
 
 
-def _of_all(listed: Sequence[Sequence[str]]) -> list[str]:
-    """The problems of all processes, each once, with whose it is unless it is everybody's."""
-    whose = {p: [str(i) for i, mine in enumerate(listed) if p in mine] for problems in listed for p in problems}
-    return [p if len(i) == len(listed) else f"process {', '.join(i)}: {p}" for p, i in whose.items()]
+def _merged(problems: Sequence[Sequence[str]]) -> list[str]:
+    """The problems of all processes, each once, with the processes that have it unless all do."""
+    owners = {p: [str(i) for i, own in enumerate(problems) if p in own] for listed in problems for p in listed}
+    return [p if len(i) == len(problems) else f"process {', '.join(i)}: {p}" for p, i in owners.items()]
 
 
-def _machine(expected: Expected) -> tuple[list[str], list[str]]:
+def _machine(expected: Expected) -> Findings:
     """Versions, devices, processes, memory."""
     versions = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    lines = [f"python {platform.python_version()} on {platform.platform()}"]
-    lines.append(", ".join(f"{name} {versions[name]}" for name in PACKAGES))
     kinds = sorted({d.device_kind for d in jax.devices()})
-    lines.append(f"{jax.device_count()} devices ({', '.join(kinds)}) in {jax.process_count()} processes")
-    lines.append(f"memory {_memory():,.0f} GiB of this host{_device_memory()}, {os.cpu_count()} CPU cores")
+    lines = [
+        f"python {platform.python_version()} on {platform.platform()}",
+        ", ".join(f"{name} {versions[name]}" for name in PACKAGES),
+        f"{jax.device_count()} devices ({', '.join(kinds)}) in {jax.process_count()} processes",
+        f"memory {_free_memory():,.0f} GiB free on this host{_device_memory()}, {os.cpu_count()} CPU cores",
+    ]
     problems = [
-        f"{found} {what} are here, {want} are expected"
-        for what, found, want in (
+        f"{count} {what} found, {number} expected"
+        for what, count, number in (
             ("processes", jax.process_count(), expected.processes),
             ("devices", jax.device_count(), expected.devices),
         )
-        if want is not None and found != want
+        if number is not None and count != number
     ]
-    counts = processes.exchange([platform.node(), jax.local_device_count(), versions])
+    hosts = processes.exchange([platform.node(), jax.local_device_count(), versions])
     if processes.several():
-        lines += [f"  process {i} on {host}: {count} devices" for i, (host, count, _) in enumerate(counts)]
-    for i, (host, count, other) in enumerate(counts):
-        if other != counts[0][2]:
-            odd = ", ".join(f"{k} {v} (not {counts[0][2][k]})" for k, v in other.items() if v != counts[0][2][k])
-            problems.append(f"process {i} on {host} has other versions than process 0: {odd}")
-        if count != counts[0][1]:
-            problems.append(f"process {i} on {host} has {count} devices, process 0 has {counts[0][1]}")
-    return lines, problems
+        lines += [f"process {i} on {host}: {count} devices" for i, (host, count, _) in enumerate(hosts)]
+    _, first_count, first_versions = hosts[0]
+    for i, (host, count, other) in enumerate(hosts):
+        if other != first_versions:
+            differing = [f"{k} {v} (not {first_versions[k]})" for k, v in other.items() if v != first_versions[k]]
+            problems.append(f"process {i} on {host} has other versions than process 0: {', '.join(differing)}")
+        if count != first_count:
+            problems.append(f"process {i} on {host} has {count} devices, process 0 has {first_count}")
+    return Findings(lines, problems)
 
 
-def _workdir(workdir: str | Path, config: str | None, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Whether all processes can write to a workdir, and what it holds."""
-    if buckets.is_url(workdir):
-        lines, problems = _bucket(str(workdir))
-    else:
-        lines, problems = _shared(Path(workdir))
+def _workdir(workdir: str | Path, config: str | None, overrides: Sequence[str]) -> Findings:
+    """Whether all processes can write to a workdir, and whether it holds a run of the config."""
+    lines, problems = _bucket(str(workdir)) if storage.is_url(workdir) else _folder(Path(workdir))
     try:
-        stored = buckets.read(buckets.join(workdir, "config.json"))
+        stored = storage.read(storage.join(workdir, "config.json"))
         if config and stored is not None:
-            changed = configs.differences(
-                configs.from_json(stored.decode()), configs.load(config, overrides, workdir=workdir)
-            )
-            if changed:
+            loaded = configs.load(config, overrides, workdir=workdir)
+            changes = configs.differences(configs.from_json(stored.decode()), loaded)
+            if changes:
                 problems.append(
-                    f"{str(workdir)!r} holds a run with another config, which train refuses unless --allow_changes: "
-                    f"{'; '.join(changed)}"
+                    f"{str(workdir)!r} holds a run with another config, which train refuses without --allow_changes: "
+                    f"{'; '.join(changes)}"
                 )
             else:
-                lines.append("  it holds a run of this config, which will go on")
-    except (configs.ConfigError, buckets.BucketError) as error:
+                lines.append("it holds a run of this config, which train resumes")
+    except (configs.ConfigError, storage.BucketError) as error:
         problems.append(f"{workdir}: {error}")
-    return lines, problems
+    return Findings(lines, problems)
 
 
-def _bucket(url: str) -> tuple[list[str], list[str]]:
+def _bucket(url: str) -> Findings:
     """Whether a bucket can be written and read."""
-    name = str(buckets.join(url, f".doctor-{jax.process_index()}"))
+    name = str(storage.join(url, f".doctor-{jax.process_index()}"))
     try:
-        buckets.write(name, b"written")
-        written = buckets.read(name) == b"written"
-        buckets.remove(name)
-    except buckets.BucketError as error:
-        return [], [f"--workdir {url!r} cannot be written on {platform.node()}: {error}"]
-    return ([f"workdir {url}: written and read"], []) if written else ([], [f"{name!r} was written, and is not there"])
+        storage.write(name, b"written")
+        readable = storage.read(name) == b"written"
+        storage.remove(name)
+    except storage.BucketError as error:
+        return Findings([], [f"--workdir {url!r} cannot be written on {platform.node()}: {error}"])
+    if not readable:
+        return Findings([], [f"{name!r} was written, but is not found"])
+    return Findings([f"workdir {url}: writable and readable"], [])
 
 
-def _shared(workdir: Path) -> tuple[list[str], list[str]]:
-    """Whether a folder can be written by all processes and seen by them, and how much room it has."""
+def _folder(workdir: Path) -> Findings:
+    """Whether a folder is writable and shared by all processes, and how much disk is free."""
     lines, problems = [], []
-    folder, mine = workdir / ".doctor", f"{jax.process_index()}"
+    folder = workdir / ".doctor"
     existed = any(processes.exchange(workdir.is_dir()))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / mine).write_text(platform.node())
+        (folder / f"{jax.process_index()}").write_text(platform.node())
         written = True
     except OSError as error:
         written = False
         problems.append(f"--workdir {str(workdir)!r} cannot be written on {platform.node()}: {error.strerror}")
     processes.exchange(written)
-    seen = sorted(int(p.name) for p in folder.iterdir()) if written else []
-    missing = sorted(set(range(jax.process_count())) - set(seen))
+    visible = sorted(int(p.name) for p in folder.iterdir()) if written else []
+    missing = sorted(set(range(jax.process_count())) - set(visible))
     if written and missing:
         problems.append(
-            f"--workdir {str(workdir)!r} is not shared: on {platform.node()} what process {', '.join(map(str, missing))} wrote "
-            f"is not seen"
+            f"--workdir {str(workdir)!r} is not shared: {platform.node()} does not see the files of process "
+            f"{', '.join(map(str, missing))}"
         )
     if written:
-        room = f"{shutil.disk_usage(workdir).free / 2**30:,.0f} GiB free"
-        lines.append(f"workdir {workdir}: {room}{'' if missing else ', seen by all processes'}")
-    processes.exchange(seen)
+        free = f"{shutil.disk_usage(workdir).free / GIB:,.0f} GiB free"
+        lines.append(f"workdir {workdir}: {free}{'' if missing else ', visible to all processes'}")
+    processes.exchange(visible)
     shutil.rmtree(folder, ignore_errors=True)
     processes.exchange(None)
-    if written and not existed and processes.first() and not any(workdir.iterdir()):
+    if written and not existed and processes.is_first() and not any(workdir.iterdir()):
         workdir.rmdir()
-    return lines, problems
+    return Findings(lines, problems)
 
 
-def _config(config: str, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Whether a config and its images fit each other and the devices."""
+def _config(config: str, overrides: Sequence[str], workdir: str | Path | None) -> Findings:
+    """Whether a config and its images fit each other and the devices, as `train` would find."""
     lines = []
     try:
-        c = configs.load(config, overrides)
-        B, negatives = c.data.batch_size, 2 * c.data.batch_size - 2 + c.loss.queue
+        c = configs.load(config, overrides, workdir=workdir)
+        B, rule = c.data.batch_size, configs.clip_rule(c, 1)
         lines.append(
             f"config {config}: batch {B} global, {B // jax.process_count()} per process, {B // jax.device_count()} per device, "
-            f"{configs.bits(c)} bits, clip {configs.clip_count(c.loss.clip, B, queue=c.loss.queue)} of {negatives}"
+            f"{configs.bits(c)} bits, clip {rule.count(queued=c.loss.queue)} of {rule.negatives + c.loss.queue}"
         )
-        found = retriever.shapes(retriever.from_config(c), c.data.image_size)
-        lines.append(
-            f"model: {retriever.parameter_count(found['params']):,} parameters, weights {c.model.weights or 'drawn'}"
-        )
-        source = sources.open_source(c.data)
-        lines.append(f"{c.data.source}: {len(source.images):,} images, {len(source.skipped)} skipped")
-        split = splits.of_source(source, c.data)
+        params = retriever.shapes(retriever.from_config(c), c.data.image_size)["params"]
+        lines.append(f"model: {retriever.parameter_count(params):,} parameters, weights {c.model.weights or 'random'}")
+        images = sources.open_source(c.data)
+        lines.append(f"{c.data.source}: {len(images.images):,} images, {len(images.skipped)} skipped")
+        split = splits.of_source(images, c.data)
         lines.append(", ".join(f"{len(part):,} {name}" for name, part in split._asdict().items()))
         configs.check_run(
             c, num_devices=jax.device_count(), num_train=len(split.train), num_validation=len(split.validation)
         )
-        cache = Path(c.data.cache_dir or "~/.cache").expanduser()
+        cache = Path(c.data.cache_dir).expanduser() if c.data.cache_dir else storage.cache_home()
         if cache.is_dir():
-            lines.append(f"cache of decoded images: {shutil.disk_usage(cache).free / 2**30:,.0f} GiB free")
-    except (configs.ConfigError, sources.SourceError, protocols.ProtocolError) as error:
-        return lines, [str(error)]
-    return lines, []
+            lines.append(f"cache of decoded images: {shutil.disk_usage(cache).free / GIB:,.0f} GiB free")
+    except (configs.ConfigError, source.SourceError, protocols.ProtocolError) as error:
+        return Findings(lines, [str(error)])
+    return Findings(lines, [])
 
 
-def _memory() -> float:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+def _free_memory() -> float:
+    """In GiB."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
 
 
 def _device_memory() -> str:
-    found = jax.local_devices()[0].memory_stats() or {}
-    return f", {found['bytes_limit'] / 2**30:,.0f} GiB of each device" if "bytes_limit" in found else ""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return f", {stats['bytes_limit'] / GIB:,.0f} GiB on each device" if "bytes_limit" in stats else ""
 
 
 def _version(name: str) -> str:

@@ -1,11 +1,12 @@
-"""A grid of configs, each trained and scored in a process of its own: resumable, with one table and one picture.
+"""A grid of configs, each trained and scored in a process of its own: resumable, with one table and one plot.
 
-A cell is a training run like any other, in `<workdir>/cells/<its values>`; what is done is not done again.
+A cell is an ordinary training run in `<workdir>/cells/<its values>`. Cells that are done are not run again.
 """
 
 import csv
 import itertools
 import json
+import logging
 import os
 import re
 import subprocess
@@ -13,17 +14,19 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tcq import config as configs
-from tcq import plots as pictures
-from tcq.runtime.log import duration, say
+from tcq import plots
+from tcq.runtime import log, signals, storage
 
 SEED = "train.seed"
+TABLE, MARKDOWN, PLOT = "table.csv", "table.md", "sweep.png"
+POLL = 0.5  # seconds between two looks at running cells
 MEASURED = (
     "validation_mAP",
     "test_mAP",
@@ -35,13 +38,15 @@ MEASURED = (
     "distinct_codes",
 )
 
+logger = logging.getLogger(__name__)
+
 
 class SweepError(ValueError):
     """This sweep cannot be run; the message says why."""
 
 
 class CellsFailed(RuntimeError):
-    """Some cells did not come to an end; the message says which, and where their output is."""
+    """Some cells failed; the message says which, and where their output is."""
 
 
 class Cell(NamedTuple):
@@ -49,6 +54,17 @@ class Cell(NamedTuple):
 
     values: dict[str, str]  # of the keys of the grid
     folder: Path
+
+
+class Grid(NamedTuple):
+    """A sweep: what its cells share, and the cells."""
+
+    config: str
+    overrides: Sequence[str]
+    checkpoint: str
+    keys: dict[str, list[str]]
+    cells: list[Cell]
+    workdir: Path
 
 
 def sweep(
@@ -60,62 +76,67 @@ def sweep(
     jobs: int = 1,
     checkpoint: str = "best",
 ) -> list[dict[str, Any]]:
-    """Trains and scores every cell that is not done, `jobs` at a time; the rows of the table.
+    """Trains and scores every cell that is not done, `jobs` at a time; returns the rows of the table.
 
-    Leaves table.csv, table.md and sweep.png in the workdir, after every cell, and log.txt in the folder of a cell.
-    Raises SweepError or ConfigError before anything is trained where a cell cannot work, and CellsFailed at the end.
+    Writes table.csv, table.md and sweep.png to the workdir after every cell, and log.txt to the folder of a cell.
+    Raises SweepError or ConfigError before training if a cell cannot work, and CellsFailed at the end.
     """
     import jax
 
     if not any(name in os.environ for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")):
-        jax.config.update("jax_platforms", "cpu")  # the accelerator is for the processes of the cells
-    workdir = Path(workdir)
+        jax.config.update("jax_platforms", "cpu")  # leaves the accelerator to the processes of the cells
     keys = parse_grid(grid)
-    cells = [
-        Cell(dict(zip(keys, values, strict=True)), workdir / "cells" / _name(dict(zip(keys, values, strict=True))))
-        for values in itertools.product(*keys.values())
-    ]
-    _check(config, overrides, cells)
+    settings = [dict(zip(keys, values, strict=True)) for values in itertools.product(*keys.values())]
+    cells = [Cell(values, Path(workdir) / "cells" / _name(values)) for values in settings]
+    whole = Grid(config, overrides, checkpoint, keys, cells, Path(workdir))
+    _check(whole)
     waiting = [cell for cell in cells if not (cell.folder / "results.json").is_file()]
-    say(f"{len(cells)} cells, {len(cells) - len(waiting)} of them done; {jobs} at a time")
+    logger.info(f"{len(cells)} cells, {len(cells) - len(waiting)} of them done; {jobs} at a time")
+    failed = _run_all(whole, waiting, jobs)
+    rows = _report(whole)
+    if failed:
+        listed = "\n".join(f"  - {cell.folder}/log.txt: {_last_line(cell.folder / 'log.txt')}" for cell in failed)
+        raise CellsFailed(f"{len(failed)} of {len(cells)} cells failed:\n{listed}")
+    return rows
+
+
+def _run_all(grid: Grid, waiting: Sequence[Cell], jobs: int) -> list[Cell]:
+    """Runs cells, `jobs` at a time; returns those that failed. If stopped, stops the running ones, which save."""
     start, lock, ended = time.monotonic(), threading.Lock(), 0
     running: set[subprocess.Popen[bytes]] = set()
 
     def run(cell: Cell) -> bool:
         nonlocal ended
-        done, seconds = _run(config, overrides, cell, checkpoint, running)
+        done, seconds = _run(grid, cell, running)
         with lock:
             ended += 1
             left = (time.monotonic() - start) / ended * (len(waiting) - ended)
             row = _row(cell)
-            told = "failed" if not done else "  ".join(f"{k} {row[k]:.4f}" for k in MEASURED[:2] if row[k] is not None)
-            say(f"{ended}/{len(waiting)}  {cell.folder.name}: {told}  in {duration(seconds)}, left {duration(left)}")
-            _report(workdir, keys, cells)
+            scores = "  ".join(f"{k} {row[k]:.4f}" for k in MEASURED[:2] if row[k] is not None)
+            took = f"in {log.duration(seconds)}, {log.duration(left)} left"
+            logger.info(f"{ended}/{len(waiting)}  {cell.folder.name}: {scores if done else 'failed'}  {took}")
+            _report(grid)
         return done
 
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(run, cell) for cell in waiting]
+        futures: list[Future[bool]] = [pool.submit(run, cell) for cell in waiting]
         try:
-            results = [future.result() for future in futures]
+            while wait(futures, timeout=POLL).not_done:
+                signals.poll()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(running):
                 process.terminate()
             for process in list(running):
-                process.wait()  # each saves where it is
+                process.wait()
             raise
-    rows = _report(workdir, keys, cells)
-    failed = [cell for cell, done in zip(waiting, results, strict=True) if not done]
-    if failed:
-        listed = "\n".join(f"  - {cell.folder}/log.txt: {_last_words(cell.folder / 'log.txt')}" for cell in failed)
-        raise CellsFailed(f"{len(failed)} of {len(cells)} cells failed:\n{listed}")
-    return rows
+    return [cell for cell, future in zip(waiting, futures, strict=True) if not future.result()]
 
 
 def parse_grid(text: str) -> dict[str, list[str]]:
-    """{"loss.clip": ["0", "0.1"], ...} of "loss.clip=0,0.1; train.seed=0,1". Commas in brackets do not separate.
+    """{"loss.clip": ["0", "0.1"], ...} from "loss.clip=0,0.1; train.seed=0,1". Commas in brackets do not separate.
 
-    Raises SweepError for anything else, a key or a value that stands twice, or a key without values.
+    Raises SweepError for any other text, a key or value that is given twice, or a key without values.
     """
     keys: dict[str, list[str]] = {}
     for part in filter(None, (p.strip() for p in re.split(r"[;\n]", text))):
@@ -123,11 +144,11 @@ def parse_grid(text: str) -> dict[str, list[str]]:
         key = key.strip().removeprefix("--").removeprefix("config.")
         values = [v.strip() for v in re.split(r",(?![^(\[]*[)\]])", listed)]
         if not equals or not key or not all(values):
-            raise SweepError(f"--grid: {part!r} is not of the form key=value,value,...; keys are separated by ;")
+            raise SweepError(f"--grid: {part!r} must have the form key=value,value,...; separate keys by ;")
         if key in keys:
-            raise SweepError(f"--grid: {key} stands twice")
+            raise SweepError(f"--grid: {key} is given twice")
         if len(set(values)) < len(values):
-            raise SweepError(f"--grid: a value of {key} stands twice in {listed.strip()!r}")
+            raise SweepError(f"--grid: a value of {key} is given twice in {listed.strip()!r}")
         keys[key] = values
     if not keys:
         raise SweepError("--grid is empty: write for example 'loss.clip=0,0.1; train.seed=0,1,2'")
@@ -135,26 +156,26 @@ def parse_grid(text: str) -> dict[str, list[str]]:
 
 
 def _name(values: Mapping[str, str]) -> str:
-    """A folder's name for a cell: the last words of the keys where these tell them apart, and the values."""
+    """The folder of a cell: the last words of the keys, if these differ, and the values."""
     last = [key.rpartition(".")[2] for key in values]
     short = last if len(set(last)) == len(last) else list(values)
     return ",".join(f"{k}={re.sub(r'[^A-Za-z0-9.+()-]', '_', v)}" for k, v in zip(short, values.values(), strict=True))
 
 
-def _check(config: str, overrides: Sequence[str], cells: Sequence[Cell]) -> None:
-    """Raises where a cell's config does not work, or its folder holds a run of another one."""
-    names = [cell.folder.name for cell in cells]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise SweepError(f"--grid: different values give one folder, {sorted(twice)[0]!r}")
-    for cell in cells:
-        now = configs.load(config, [*overrides, *_overrides(cell)], workdir=cell.folder)
+def _check(grid: Grid) -> None:
+    """Raises if the config of a cell does not work, or its folder holds a run with another config."""
+    names = [cell.folder.name for cell in grid.cells]
+    duplicates = {name for name in names if names.count(name) > 1}
+    if duplicates:
+        raise SweepError(f"--grid: different values give the same folder, {min(duplicates)!r}")
+    for cell in grid.cells:
+        config = configs.load(grid.config, [*grid.overrides, *_overrides(cell)], workdir=cell.folder)
         stored = cell.folder / "config.json"
-        changed = configs.differences(configs.from_json(stored.read_text()), now) if stored.is_file() else []
-        if changed:
-            listed = "\n".join(f"  - {c}" for c in changed)
+        changes = configs.differences(configs.from_json(stored.read_text()), config) if stored.is_file() else []
+        if changes:
+            listed = "\n".join(f"  - {c}" for c in changes)
             raise SweepError(
-                f"{cell.folder} holds a run with another config; use another --workdir, or the same:\n{listed}"
+                f"{cell.folder} holds a run with another config: use another --workdir, or the same values\n{listed}"
             )
 
 
@@ -162,33 +183,31 @@ def _overrides(cell: Cell) -> list[str]:
     return [f"--config.{key}={value}" for key, value in cell.values.items()]
 
 
-def _run(
-    config: str, overrides: Sequence[str], cell: Cell, checkpoint: str, running: set[subprocess.Popen[bytes]]
-) -> tuple[bool, float]:
-    """Trains and scores a cell; whether it came to its end, and the seconds it took."""
-    command = [sys.executable, "-m", "tcq", "train", f"--config={config}", f"--workdir={cell.folder}"]
-    command += [f"--evaluate={checkpoint}", *overrides, *_overrides(cell)]
+def _run(grid: Grid, cell: Cell, running: set[subprocess.Popen[bytes]]) -> tuple[bool, float]:
+    """Trains and scores a cell; returns whether it is done, and the seconds it took."""
+    command = [sys.executable, "-m", "tcq", "train", f"--config={grid.config}", f"--workdir={cell.folder}"]
+    command += [f"--evaluate={grid.checkpoint}", *grid.overrides, *_overrides(cell)]
     cell.folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    with open(cell.folder / "log.txt", "ab") as log:
-        log.write((" ".join(command) + "\n").encode())
-        log.flush()
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_environment(cell))
+    with open(cell.folder / "log.txt", "ab") as output:
+        output.write((" ".join(command) + "\n").encode())
+        output.flush()
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=_environment(grid))
         running.add(process)
-        code = process.wait()
+        status = process.wait()
         running.discard(process)
     seconds = time.monotonic() - start
     facts = _facts(cell)
     facts["seconds"] = facts.get("seconds", 0) + seconds  # of all attempts
     facts |= {"command": command[1:], "commit": _commit()}
-    (cell.folder / "sweep.json").write_text(json.dumps(facts, indent=2) + "\n")
-    return code == 0 and (cell.folder / "results.json").is_file(), seconds
+    storage.write_text(cell.folder / "sweep.json", json.dumps(facts, indent=2) + "\n")
+    return status == 0 and (cell.folder / "results.json").is_file(), seconds
 
 
-def _environment(cell: Cell) -> dict[str, str]:
-    """Cells share what was compiled."""
-    folder = {"JAX_COMPILATION_CACHE_DIR": str((cell.folder.parent.parent / "compiled").resolve())}
-    return {**folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5", **os.environ}
+def _environment(grid: Grid) -> dict[str, str]:
+    """The environment of the cells, which share compiled programs."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str((grid.workdir / "compiled").resolve())}
+    return {**cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5", **os.environ}
 
 
 def _facts(cell: Cell) -> dict[str, Any]:
@@ -197,35 +216,35 @@ def _facts(cell: Cell) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Of the checkout that this code lies in, with + where it was changed since; else the version of the package."""
+    """The commit of the checkout with this code, followed by + if files differ from it; else the version of the package."""
     import tcq
 
-    here = Path(tcq.__file__).resolve().parent
-    git = ["git", "-C", str(here)]
+    folder = Path(tcq.__file__).resolve().parent
+    git = ["git", "-C", str(folder)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "--", "."], capture_output=True, text=True, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain", "--", "."], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return f"tcq {tcq.__version__}"
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
 
 
-def _last_words(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines()
+def _last_line(output: Path) -> str:
+    lines = output.read_text(errors="replace").strip().splitlines()
     return lines[-1] if lines else "no output"
 
 
 def _row(cell: Cell) -> dict[str, Any]:
-    """What is known of a cell; None for what is not."""
+    """The row of a cell in the table; None for what is not known yet."""
     facts, path = _facts(cell), cell.folder / "results.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
-    scores, held_out, machine = (results.get(k, {}) for k in ("mAP", "validation", "machine"))
+    scores, validation, machine = (results.get(k, {}) for k in ("mAP", "validation", "machine"))
     measured = {
-        "validation_mAP": held_out.get("mAP"),
+        "validation_mAP": validation.get("mAP"),
         "test_mAP": scores.get("asymmetric"),
         "symmetric_mAP": scores.get("symmetric"),
         "float_mAP": scores.get("float"),
-        **{k: held_out.get(k) for k in ("clip_precision", "clip_recall", "false_negative_rate")},
+        **{k: validation.get(k) for k in ("clip_precision", "clip_recall", "false_negative_rate")},
         "distinct_codes": results.get("distinct_codes"),
     }
     about = {
@@ -239,24 +258,24 @@ def _row(cell: Cell) -> dict[str, Any]:
     return {**cell.values, **measured, **about}
 
 
-def _report(workdir: Path, keys: Mapping[str, Sequence[str]], cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Writes table.csv (a row for each cell), table.md (also means over the seeds) and sweep.png."""
-    rows = [_row(cell) for cell in cells]
-    for name, write in (("table.csv", _write_csv), ("table.md", _write_markdown)):
-        half = workdir / f"{name}.half"
-        write(half, keys, rows)
-        half.replace(workdir / name)
-    groups = summary(keys, rows)
+def _report(grid: Grid) -> list[dict[str, Any]]:
+    """Writes table.csv (a row for each cell), table.md (also means over the seeds) and sweep.png; returns the rows."""
+    rows = [_row(cell) for cell in grid.cells]
+    with storage.atomic(grid.workdir / TABLE) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    groups = summary(grid.keys, rows)
+    storage.write_text(grid.workdir / MARKDOWN, _markdown(grid.keys, rows, groups))
     if any(group["n"] for group in groups):
-        others = [k for k in keys if k != SEED] or [SEED]
-        x = max(others, key=lambda k: len(keys[k]))
-        pictures.sweep(workdir / "sweep.png", groups, x=x, lines=[k for k in others if k != x])
+        others = [k for k in grid.keys if k != SEED] or [SEED]
+        x = max(others, key=lambda k: len(grid.keys[k]))
+        plots.sweep(grid.workdir / PLOT, groups, x=x, lines=[k for k in others if k != x])
     return rows
 
 
 def summary(keys: Mapping[str, Sequence[str]], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each setting without its seed the number n of cells that are done, and mean and standard deviation of what was
-    measured: {key: (mean, sd)}."""
+    """For each setting apart from its seed: the number n of cells that are done, and {measured: (mean, deviation)}."""
     others = [k for k in keys if k != SEED] or [SEED]
     groups = []
     for values in itertools.product(*(keys[k] for k in others)):
@@ -264,35 +283,29 @@ def summary(keys: Mapping[str, Sequence[str]], rows: Sequence[Mapping[str, Any]]
         done = [r for r in same if r["test_mAP"] is not None]
         spread = {}
         for name in MEASURED:
-            found = [r[name] for r in done if r[name] is not None]
-            spread[name] = (float(np.mean(found)), float(np.std(found))) if found else None
+            numbers = [r[name] for r in done if r[name] is not None]
+            spread[name] = (float(np.mean(numbers)), float(np.std(numbers))) if numbers else None
         groups.append({**dict(zip(others, values, strict=True)), "n": len(done), **spread})
     return groups
 
 
-def _write_csv(path: Path, keys: Mapping[str, Sequence[str]], rows: Sequence[Mapping[str, Any]]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _write_markdown(path: Path, keys: Mapping[str, Sequence[str]], rows: Sequence[Mapping[str, Any]]) -> None:
+def _markdown(
+    keys: Mapping[str, Sequence[str]], rows: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
+) -> str:
     def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
         return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
 
     def spread(value: tuple[float, float] | None) -> str:
         return "" if value is None else f"{value[0]:.4g} +- {value[1]:.2g}"
 
-    def one(value: Any) -> str:
+    def number(value: Any) -> str:
         return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
-    groups = summary(keys, rows)
     others = [k for k in groups[0] if k in keys]
     text = ["Mean and standard deviation over the seeds (n cells).", ""]
     text += table(
         [*others, "n", *MEASURED],
         [[*(g[k] for k in others), str(g["n"]), *(spread(g[m]) for m in MEASURED)] for g in groups],
     )
-    text += ["", "Every cell.", "", *table(list(rows[0]), [[one(v) for v in row.values()] for row in rows])]
-    path.write_text("\n".join(text) + "\n")
+    text += ["", "Every cell.", "", *table(list(rows[0]), [[number(v) for v in row.values()] for row in rows])]
+    return "\n".join(text) + "\n"
