@@ -1,15 +1,21 @@
-"""Every test runs with jaxtyping checks on tcq, and 8 simulated devices."""
+"""All tests run with jaxtyping checks of tcq, strict rank promotion, and 8 simulated devices."""
 
 import os
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+_flags = ["--xla_force_host_platform_device_count=8"]
+if version("jaxlib") < "0.11":  # newer ones do not know this flag, which halves the time of compilation
+    _flags.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_flags])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling takes most of the time; `make test-slow` has XLA's optimisations.
+# Compilation takes most of the time; `make test-slow` has all optimizations of XLA.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # for this run and the processes it starts: what is compiled is kept
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+os.environ.setdefault("TCQ_SILENT_SECONDS", "4")  # otherwise the tests of processes wait for 20 s
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # shared by the workers and the processes that they start
     _cache = tempfile.TemporaryDirectory(prefix="tcq-compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
@@ -21,7 +27,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _few_programs() -> Iterator[None]:
-    """Programs for 8 devices take many memory maps, of which Linux gives a process 65,530; XLA crashes where they end."""
+    """Clears compiled programs: those for 8 devices take many memory maps, and Linux allows a process 65,530."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_text().count("\n") > 15_000:
@@ -33,17 +39,32 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def _no_signal() -> Iterator[None]:
+    yield
+    from tcq.runtime import signals
+
+    signals.reset()
+
+
 @pytest.fixture
 def untyped() -> Iterator[None]:
-    """Without jaxtyping's checks, as users run it: for our own messages about shapes."""
+    """Without jaxtyping's checks, as users run tcq: for its own messages about shapes."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def logs(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """The log lines of tcq from "info" on; `logs.text` has them all."""
+    caplog.set_level("INFO", logger="tcq")
+    return caplog
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 real digits as PNG files in a folder for each class, and five files that are no images."""
+    """120 real digits as PNG files in a folder for each class, and five files that are not images."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -64,14 +85,37 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The workdir of a short training run on these images, made by the command line on 2 devices."""
+    """The workdir of a short run on these images, trained by the command line. Tests must not change it."""
     import small
 
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    flags = small.small_flags(
+    flags = small.flags(
         "data.image_size=8", "data.batch_size=32", "eval.k=0", "eval.score=l2", "quantizer.num_codewords=8"
     )
-    done = small.tcq("train", f"--config=configs/folder.py:{images}", f"--workdir={workdir}", *flags, devices=2)
+    done = small.main("train", f"--config=configs/folder.py:{images}", f"--workdir={workdir}", *flags)
     assert done.returncode == 0, done.stderr
-    assert "images/s" in done.stderr and "left 0:00:00" in done.stderr
+    assert "images/s" in done.stderr and "0:00:00 left" in done.stderr
     return workdir
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a run of `small.shared()` with checkpoints at steps 6, 9 and 12. Tests must not change it."""
+    import small
+    from tcq import train
+
+    workdir = tmp_path_factory.mktemp("runs") / "digits"
+    train.train(small.shared(), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def index(run: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of these images, built by the command line. Tests must not change it."""
+    import small
+
+    out = tmp_path_factory.mktemp("indexes") / "index"
+    done = small.main("index", f"--workdir={run}", f"--images={images}", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    assert "indexed 120 images" in done.stdout and "5 files skipped" in done.stdout
+    return out

@@ -116,12 +116,12 @@ def test_flip_is_a_mirror(image):
 
 @pytest.mark.parametrize("turn", [-0.5, -0.1, 0.0, 0.2, 0.5])
 def test_hue_equals_colorsys(image, turn):
-    ours = np.asarray(augment.turn_hue(image, jnp.float32(turn)))
+    ours = np.asarray(augment.rotate_hue(image, jnp.float32(turn)))
     for y, x in [(0, 0), (3, 7), (15, 15)]:
         h, s, v = colorsys.rgb_to_hsv(*np.asarray(image[y, x], np.float64))
         np.testing.assert_allclose(ours[y, x], colorsys.hsv_to_rgb((h + turn) % 1, s, v), atol=1e-5)
     gray = jnp.full((2, 2, 3), 0.3)
-    np.testing.assert_allclose(augment.turn_hue(gray, jnp.float32(turn)), gray, atol=1e-6)
+    np.testing.assert_allclose(augment.rotate_hue(gray, jnp.float32(turn)), gray, atol=1e-6)
 
 
 def test_blur_keeps_the_mean_of_a_flat_image_and_smooths_noise(image):

@@ -25,7 +25,7 @@ def test_expected_ap_equals_the_mean_over_all_orders(ranking, denominator):
 
 @settings(deadline=None, max_examples=150)
 @given(rankings(), st.sampled_from(metrics.DENOMINATORS))
-def test_best_and_worst_are_those_orders(ranking, denominator):
+def test_best_and_worst_rank_ties_so(ranking, denominator):
     scores, relevance, k = ranking
     n, k = len(scores), min(k, len(scores))
     for ties, sign in (("best", -1), ("worst", 1)):
@@ -71,7 +71,7 @@ def test_queries_with_nothing_relevant_may_be_left_out():
     assert metrics.mean_average_precision(scores, relevance, k=1, empty="skip") == 0.0  # no hit, but something relevant
     assert metrics.mean_average_precision(scores, relevance, k=2, empty="skip") == 0.5
     assert metrics.mean_average_precision(scores, relevance, k=2, empty="zero") == 0.25
-    with pytest.raises(ValueError, match="relevant to any of the 1 queries"):
+    with pytest.raises(ValueError, match="no item of the database is relevant to any of the 1 queries"):
         metrics.mean_average_precision(scores[1:], relevance[1:], k=2, empty="skip")
 
 
@@ -119,7 +119,7 @@ def test_without_ties_all_rules_agree():
 
 @pytest.mark.parametrize("kind", ["smooth", "few values", "outlier", "infinite", "constant", "huge"])
 def test_many_items_give_what_a_full_sort_gives(kind, monkeypatch):
-    """Above 10,000 items rows are not sorted as a whole."""
+    """Rows of 10,000 items and more are not sorted as a whole."""
     random = np.random.RandomState(0)
     scores = random.randn(4, 12_000)
     scores = {
@@ -196,5 +196,5 @@ def test_errors_carry_the_numbers(untyped):
         metrics.mean_average_precision(np.zeros((1, 3)), np.zeros((1, 3), bool), k=1, ties="random")
     with pytest.raises(ValueError, match="denominator 'k' is unknown"):
         metrics.average_precision(np.zeros((1, 3)), np.zeros((1, 3), bool), k=1, denominator="k")
-    with pytest.raises(ValueError, match="cut-off 4 is not within the 3 items"):
+    with pytest.raises(ValueError, match="cut-off 4 must be from 1 to the number of items, 3"):
         metrics.hits(np.zeros((1, 3)), np.zeros((1, 3), bool), ks=[1, 4])

@@ -1,4 +1,4 @@
-"""The built wheel, installed in a place of its own, does the whole job."""
+"""The wheel, installed in an empty folder, trains, evaluates, indexes and searches."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def site(tmp_path_factory):
     (wheel,) = where.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    assert "tcq/configs/base.py" in names
+    assert {"tcq/configs/base.py", "tcq/index/page/page.html", "tcq/py.typed"} <= set(names)
     assert not [n for n in names if n.startswith(("tests", "configs", "build"))]
     install = [
         sys.executable,
@@ -55,7 +55,7 @@ def test_train_evaluate_index_and_search_with_the_installed_wheel(site, images, 
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    flags = small.small_flags("data.image_size=8", "train.total_steps=4", "eval.k=0")
+    flags = small.flags("data.image_size=8", "train.total_steps=4", "eval.k=0")
     tcq("train", f"--config=folder.py:{images}", "--workdir=run", *flags)
     assert "random order" in tcq("evaluate", "--workdir=run")
     assert json.loads((tmp_path / "run" / "results.json").read_text())["mAP"]["asymmetric"] > 0

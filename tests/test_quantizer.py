@@ -95,7 +95,7 @@ def test_codeword_usage_counts_perplexity():
 
 def test_errors_carry_the_numbers(x_and_codebooks, untyped):
     x, codebooks = x_and_codebooks
-    with pytest.raises(ValueError, match=r"\(7, 11\) do not fit codebooks \(3, 8, 4\): want \(N, 12\)"):
+    with pytest.raises(ValueError, match=r"\(7, 11\) do not fit codebooks \(3, 8, 4\): must be \(N, 12\)"):
         quantizer.soft_assign(x[:, :11], codebooks, scale=1.0, metric="l2")
     with pytest.raises(ValueError, match="'cos' is unknown: use one of l2, ip"):
         quantizer.hard_assign(x, codebooks, metric="cos")

@@ -82,7 +82,7 @@ def test_faiss_gives_the_same_ranking(world, metric):
 
 def test_errors_carry_the_numbers(world, untyped):
     queries, codes, codebooks = world
-    with pytest.raises(ValueError, match=r"\(5, 11\) do not fit codebooks \(4, 16, 3\): want \(Q, 12\)"):
+    with pytest.raises(ValueError, match=r"\(5, 11\) do not fit codebooks \(4, 16, 3\): must be \(Q, 12\)"):
         ranking.lookup_table(queries[:, :11], codebooks, metric="l2")
     with pytest.raises(ValueError, match="'dot' is unknown"):
         ranking.lookup_table(queries, codebooks, metric="dot")

@@ -1,6 +1,7 @@
-"""The rules of the layout that a machine can check; docs/architecture.md explains them."""
+"""The rules of docs/architecture.md that a test can check."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ FLOORS = (
     {"train"},
     {"cli"},
 )
-PEERS = {("workdir", "config"), ("index", "evaluate")}  # the only imports between two rooms of one floor
+PEERS = {("workdir", "config")}  # the only imports between two packages of one floor
 PURE = {"quantizer", "augment", "metrics", "ranking", "losses"}
 PURE_IMPORTS = {"jax", "numpy", "jaxtyping", "math", "typing", "collections", "functools", "tcq"}
 ONLY_IN = {
@@ -89,7 +90,25 @@ def test_optional_libraries_are_imported_where_they_are_used():
     assert done.stdout.strip() == "[]"
 
 
-def test_pmap_stands_in_one_file():
+def test_pmap_is_called_in_one_file():
     for path in Path("tcq").rglob("*.py"):
         if path.name != "devices.py":
             assert "jax.pmap" not in path.read_text(), path
+
+
+def test_modules_import_each_other_in_no_circle():
+    known = modules()
+    graph = {
+        name: {other for other in imported(tree, known) if other in known} - {name} for name, tree in known.items()
+    }
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def test_files_and_functions_are_short():
+    for path in Path("tcq").rglob("*.py"):
+        text = path.read_text()
+        assert text.count("\n") <= 420, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                assert lines <= 60, f"{path}:{node.lineno}: {node.name} has {lines} lines"

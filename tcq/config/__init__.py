@@ -172,7 +172,7 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """The keys of `identity` that differ between two configs, one line each."""
     before, after = identity(old), identity(new)
     return [
-        f"{key}: {before.get(key)!r} there, {after.get(key)!r} here"
+        f"{key}: {before.get(key)!r} stored, {after.get(key)!r} given"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]

@@ -52,6 +52,7 @@ def join(*, coordinator: str | None = None, processes: int | None = None, proces
     To be called before anything uses a device. Only process 0 logs below the level of errors from then on.
     Raises ProcessError if the processes cannot come together.
     """
+    jax.config.update("jax_enable_preemption_service", False)  # it would replace the handler of SIGTERM
     try:
         jax.distributed.initialize(
             coordinator_address=coordinator,

@@ -1,4 +1,4 @@
-"""Published weights: read exactly as their makers' code computes with them, and strictly."""
+"""Published weights: computed with as the code of their authors does, and checked strictly."""
 
 import json
 import shutil
@@ -17,9 +17,9 @@ import small
 from tcq import config as configs
 from tcq import encode, index, train
 from tcq.models import retriever
-from tcq.models import weights as pretrained
+from tcq.models import weights as published
 from tcq.models.weights import positions
-from tcq.train import step as learner
+from tcq.train.step import backbone_from_weights
 
 FAMILIES = recorded.families()
 VIT = "timm ViT with registers"
@@ -33,7 +33,7 @@ def test_features_are_those_of_the_library_that_defines_the_format(tmp_path, nam
 
 
 @pytest.mark.parametrize("side", recorded.SIDES)
-def test_googles_weights_compute_what_flaxs_own_layers_do(tmp_path, side):
+def test_weights_of_google_agree_with_the_layers_of_flax(tmp_path, side):
     family = FAMILIES["Google ViT, as timm reads it"]
     folder = recorded.write(family, tmp_path / "weights")
     recorded.assert_close(
@@ -42,14 +42,14 @@ def test_googles_weights_compute_what_flaxs_own_layers_do(tmp_path, side):
 
 
 @pytest.mark.parametrize(("old", "new"), [(4, 7), (7, 4), (5, 5), (1, 3), (6, 1)])
-def test_linear_resampling_is_scipys(old, new):
+def test_linear_resampling_equals_scipy(old, new):
     grid = np.random.RandomState(0).randn(old, old, 3).astype("f4")
     want = ndimage.zoom(grid, (new / old, new / old, 1), order=1)
     got = positions.resample(grid.reshape(1, -1, 3), (new, new), rule="linear")
     np.testing.assert_allclose(got.reshape(new, new, 3), want, atol=1e-6)
 
 
-def test_resampling_keeps_constants_and_refuses_what_is_no_grid():
+def test_resampling_keeps_constants_and_refuses_other_grids():
     flat = np.ones((1, 25, 2), np.float32)
     for rule in positions.RULES:
         np.testing.assert_allclose(positions.resample(flat, (3, 8), rule=rule), 1, atol=1e-6)
@@ -59,7 +59,7 @@ def test_resampling_keeps_constants_and_refuses_what_is_no_grid():
         positions.resample(flat, (3, 3), rule="cubic")
 
 
-def test_what_the_family_wants_is_set(tmp_path):
+def test_the_family_sets_keys_of_the_config(tmp_path):
     folder = recorded.write(FAMILIES["Hugging Face DINOv2 with registers"], tmp_path / "dinov2")
     c = configs.load("configs/digits.py", [f"model.weights={folder}", "data.image_size=32"])
     m = c.model
@@ -82,11 +82,11 @@ def test_what_the_family_wants_is_set(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "eps"), [("Hugging Face ViT", 1e-12), ("Hugging Face DINOv2", 1e-6)])
-def test_epsilon_is_the_familys_where_the_file_does_not_tell(tmp_path, name, eps):
+def test_epsilon_is_that_of_the_family_unless_the_file_has_one(tmp_path, name, eps):
     family = FAMILIES[name]
-    for told, want in (({}, eps), ({"layer_norm_eps": 1e-4}, 1e-4)):
-        folder = recorded.write(family | {"beside": {"config.json": {"num_attention_heads": 4} | told}}, tmp_path)
-        assert pretrained.read(folder).model["norm_eps"] == want
+    for facts, want in (({}, eps), ({"layer_norm_eps": 1e-4}, 1e-4)):
+        folder = recorded.write(family | {"beside": {"config.json": {"num_attention_heads": 4} | facts}}, tmp_path)
+        assert published.read(folder).model["norm_eps"] == want
 
 
 def changed(tmp_path, change, name=VIT):
@@ -101,8 +101,8 @@ def test_every_missing_unexpected_and_misshaped_tensor_is_named(tmp_path):
     lost = ["blocks.1.attn.qkv.weight", "blocks.1.mlp.fc1.bias", "norm.weight"]
     with pytest.raises(configs.ConfigError) as error:
         recorded.ours(changed(tmp_path / "a", lambda t: [t.pop(k) for k in lost]), 32)
-    named = [line.strip().removeprefix("missing: ") for line in str(error.value).splitlines()[1:]]
-    assert sorted(named) == lost
+    missing = [line.strip().removeprefix("missing: ") for line in str(error.value).splitlines()[1:]]
+    assert sorted(missing) == lost
 
     def more(t):
         t["dist_token"] = np.zeros((1, 1, 32), np.float32)
@@ -148,19 +148,19 @@ def test_any_length_of_header_is_safetensors(tmp_path):
         save_file(tensors, tmp_path / "model.safetensors", metadata={"x": "y" * length})
         starts.add((tmp_path / "model.safetensors").read_bytes()[0])
         (tmp_path / "config.json").write_text(json.dumps(FAMILIES[VIT]["beside"]["config.json"]))
-        pretrained.read(tmp_path)
+        published.read(tmp_path)
     assert 0x80 in starts and len(starts) == 32
 
 
 @pytest.mark.parametrize(("width", "heads"), [(192, 3), (384, 6), (768, 12), (1024, 16), (1280, 16)])
-def test_heads_of_published_widths_are_known_and_of_others_asked_for(tmp_path, width, heads):
+def test_heads_of_published_widths_are_known(tmp_path, width, heads):
     from tcq.models.weights import layouts
 
     assert layouts._heads(width, {}) == heads
     assert layouts._heads(width, {"num_attention_heads": 2}) == 2
-    with pytest.raises(pretrained.WeightsError, match="width of 1408 is not told"):
+    with pytest.raises(published.WeightsError, match="the number of attention heads for width 1408 is unknown"):
         layouts._heads(1408, {})
-    with pytest.raises(pretrained.WeightsError, match="told as 5"):
+    with pytest.raises(published.WeightsError, match="width 192 cannot be 5"):
         layouts._heads(192, {"num_attention_heads": 5})
 
 
@@ -170,7 +170,9 @@ def test_a_distilled_deit_is_refused_with_its_second_token(tmp_path):
         tensors["pos_embed"] = np.zeros((1, 18, 32), "f4")
 
     folder = changed(tmp_path, distil, "timm ViT")
-    with pytest.raises(configs.ConfigError, match="unexpected: dist_token(.|\n)*17 positions are not of a square grid"):
+    with pytest.raises(
+        configs.ConfigError, match="unexpected: dist_token(.|\n)*17 positions do not form a square grid"
+    ):
         recorded.ours(folder, 32)
 
 
@@ -183,12 +185,12 @@ def test_a_distilled_deit_is_refused_with_its_second_token(tmp_path):
         (lambda t: t.update({"cls_token": np.zeros(32, "f4")}), r"other shape: cls_token \(32,\) .* \(1, 1, 32\) expected"),
         (lambda t: t.update({"pos_embed": np.zeros((32, 16, 1), "f4")}), "other shape: pos_embed"),
         (lambda t: t.update({"blocks.0.attn.proj.weight": np.zeros(1024, "f4")}), "other shape: blocks.0.attn.proj.weight"),
-        (lambda t: t.update({"patch_embed.proj.weight": np.zeros(9, "f4")}), "4 dimensions were expected"),
+        (lambda t: t.update({"patch_embed.proj.weight": np.zeros(9, "f4")}), "must have 4 dimensions"),
         (lambda t: t.update({"blocks.3000.x": np.zeros(1, "f4")}), "missing: blocks.2.attn.qkv.weight"),
-        (lambda t: [t.pop(k) for k in list(t) if k.startswith("blocks")], "none of the families"),
+        (lambda t: [t.pop(k) for k in list(t) if k.startswith("blocks")], "is not of a known family"),
     ],
 )  # fmt: skip
-def test_odd_tensors_are_named(tmp_path, change, words):
+def test_bad_tensors_are_named(tmp_path, change, words):
     with pytest.raises(configs.ConfigError, match=words):
         recorded.ours(changed(tmp_path, change), 32)
 
@@ -201,24 +203,24 @@ def test_odd_tensors_are_named(tmp_path, change, words):
         ({"pretrained_cfg": "x"}, "not a JSON object"),
         ({"model_args": [1]}, "model_args is"),
         ({"model_args": {"num_heads": True}}, "num_attention_heads is True"),
-        ({"model_args": {"num_heads": 4.5}}, "told as 4.5"),
-        ({"num_attention_heads": 4, "mean": 0.5}, "mean is 0.5, three numbers"),
+        ({"model_args": {"num_heads": 4.5}}, "width 32 cannot be 4.5"),
+        ({"num_attention_heads": 4, "mean": 0.5}, "mean is 0.5, must be three numbers"),
         ({"num_attention_heads": 4, "std": [1, 1, 0]}, "std is 0"),
         ({"num_attention_heads": 4, "interpolation": ["x"]}, "interpolation"),
         ({"num_attention_heads": 4, "crop_pct": "0.9"}, "crop_pct is '0.9'"),
         ({"num_attention_heads": 4, "crop_pct": 0.9, "crop_mode": "border"}, "crop_mode 'border'"),
         ({"num_attention_heads": 4, "do_resize": True, "do_center_crop": True, "crop_size": {}}, "a crop of"),
-        ({"num_attention_heads": 4, "hidden_size": 768}, "of another model: hidden_size 768, not 32"),
+        ({"num_attention_heads": 4, "hidden_size": 768}, "describes another model: hidden_size 768, not 32"),
     ],
 )
-def test_odd_facts_beside_the_weights_are_named(tmp_path, facts, words):
-    with pytest.raises(pretrained.WeightsError, match=words):
-        pretrained.read(with_facts(tmp_path, VIT, facts))
+def test_bad_json_beside_the_weights_is_named(tmp_path, facts, words):
+    with pytest.raises(published.WeightsError, match=words):
+        published.read(with_facts(tmp_path, VIT, facts))
 
 
-def test_facts_of_hugging_face_and_architectures_that_compute_something_else(tmp_path):
+def test_json_of_hugging_face_and_other_architectures(tmp_path):
     def resizing(facts):
-        family = pretrained.read(with_facts(tmp_path, "Hugging Face ViT", facts, "preprocessor_config.json")).family
+        family = published.read(with_facts(tmp_path, "Hugging Face ViT", facts, "preprocessor_config.json")).family
         return family.resize, family.interpolation, family.crop_share
 
     assert resizing({"do_resize": True, "size": 224, "resample": 2}) == ("squash", "bilinear", 1)
@@ -230,13 +232,13 @@ def test_facts_of_hugging_face_and_architectures_that_compute_something_else(tmp
     assert resizing({"do_resize": True, "size": {"shortest_edge": 256}, "resample": 3}) == ("crop", "bicubic", 1)
     cut = {"do_resize": True, "size": 256, "do_center_crop": True, "crop_size": 192}
     assert resizing(cut) == ("crop", "bilinear", 0.75)
-    with pytest.raises(pretrained.WeightsError, match="architecture 'resnetblur18' is none of resnet18"):
-        pretrained.read(with_facts(tmp_path, "ResNet-18", {"architecture": "resnetblur18"}))
+    with pytest.raises(published.WeightsError, match="architecture 'resnetblur18' is unknown: must be one of resnet18"):
+        published.read(with_facts(tmp_path, "ResNet-18", {"architecture": "resnetblur18"}))
     for name in ("resnet18", "resnet18.a1_in1k", "tv_resnet18"):
-        pretrained.read(with_facts(tmp_path, "ResNet-18", {"architecture": name}))
+        published.read(with_facts(tmp_path, "ResNet-18", {"architecture": name}))
 
 
-def test_a_workdir_that_is_none(tmp_path):
+def test_a_workdir_without_a_run(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     for text, words in (("[]", "is a list"), ("{", "cannot be read"), (b"\xff", "model.weights")):
         (tmp_path / "run" / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -245,7 +247,7 @@ def test_a_workdir_that_is_none(tmp_path):
 
 
 class TestRefused:
-    def test_pickles_with_the_line_that_converts_them(self, tmp_path):
+    def test_pickles_are_refused_with_a_line_that_converts_them(self, tmp_path):
         import pickle
 
         (tmp_path / "old.pth").write_bytes(pickle.dumps({"a": 1}))
@@ -254,32 +256,32 @@ class TestRefused:
         with zipfile.ZipFile(tmp_path / "new.pt", "w") as archive:
             archive.writestr("archive/data.pkl", b"x")
         for name in ("old.pth", "new.pt"):
-            with pytest.raises(pretrained.WeightsError, match=r"safetensors\.torch import save_file"):
-                pretrained.read(tmp_path / name)
+            with pytest.raises(published.WeightsError, match=r"safetensors\.torch import save_file"):
+                published.read(tmp_path / name)
 
     def test_object_arrays(self, tmp_path):
         np.savez(tmp_path / "vit.npz", a=np.array([{"b": 1}], dtype=object))
-        with pytest.raises(pretrained.WeightsError, match="cannot be read as .npz or safetensors"):
-            pretrained.read(tmp_path / "vit.npz")
+        with pytest.raises(published.WeightsError, match="cannot be read as .npz or safetensors"):
+            published.read(tmp_path / "vit.npz")
 
     @pytest.mark.parametrize(
         ("make", "words"),
         [
             (lambda p: (p / "a.safetensors").write_bytes(b"garbage" * 9), "cannot be read"),
             (lambda p: (p / "a.safetensors").write_bytes(b""), "cannot be read"),
-            (lambda p: save_file({"x": np.zeros(1, "f4")}, p / "a.safetensors"), "none of the families"),
+            (lambda p: save_file({"x": np.zeros(1, "f4")}, p / "a.safetensors"), "is not of a known family"),
             (lambda p: None, "must hold one .npz or .safetensors file, it holds none"),
             (lambda p: [(p / n).write_bytes(b"") for n in ("a.npz", "b.npz")], "it holds a.npz, b.npz"),
         ],
     )
-    def test_files_that_are_no_weights(self, tmp_path, make, words):
+    def test_other_files(self, tmp_path, make, words):
         make(tmp_path)
-        with pytest.raises(pretrained.WeightsError, match=words):
-            pretrained.read(tmp_path)
+        with pytest.raises(published.WeightsError, match=words):
+            published.read(tmp_path)
 
-    def test_a_missing_path_with_what_lies_beside_it(self, tmp_path):
+    def test_a_missing_path_lists_the_files_of_its_folder(self, tmp_path):
         recorded.write(FAMILIES[VIT], tmp_path)
-        with pytest.raises(configs.ConfigError, match="in that folder are model.safetensors"):
+        with pytest.raises(configs.ConfigError, match="not found; its folder has model.safetensors"):
             configs.load("configs/digits.py", [f"model.weights={tmp_path}/b16.npz"])
 
     def test_another_named_size_and_a_contradiction(self, tmp_path):
@@ -294,7 +296,7 @@ class TestRefused:
             configs.load(
                 "configs/digits.py", [f"model.weights={folder}", "data.image_size=32", "model.pooling=attention"]
             )
-        with pytest.raises(configs.ConfigError, match="model.depth is 3, the weights .* have 2"):
+        with pytest.raises(configs.ConfigError, match="model.depth is 3, but 2 in the weights"):
             configs.load("configs/digits.py", [f"model.weights={folder}", "model.depth=3"])
         with pytest.raises(configs.ConfigError, match="20 is not divisible by model.patch 8: use for example 16"):
             configs.load("configs/digits.py", [f"model.weights={folder}", "data.image_size=20"])
@@ -303,12 +305,12 @@ class TestRefused:
         folder = recorded.write(FAMILIES["Hugging Face ViT"], tmp_path)
         facts = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(facts | {"hidden_act": "relu"}))
-        with pytest.raises(pretrained.WeightsError, match="activation 'relu'"):
-            pretrained.read(folder)
+        with pytest.raises(published.WeightsError, match="activation 'relu'"):
+            published.read(folder)
 
 
 @pytest.mark.parametrize("name", [VIT, pytest.param("ResNet-18, CIFAR stem", marks=pytest.mark.slow)])
-def test_a_run_starts_from_weights_and_another_from_that_run(tmp_path, name, images):
+def test_a_run_is_initialized_from_weights_and_another_from_that_run(tmp_path, name, images):
     folder = recorded.write(FAMILIES[name], tmp_path / "weights")
     side = 16 if name == VIT else 8
     flags = [
@@ -322,30 +324,30 @@ def test_a_run_starts_from_weights_and_another_from_that_run(tmp_path, name, ima
     plain = [f for f in small.SMALL if not f.startswith("model.")]
     c = configs.load("configs/digits.py", [*plain, *flags, f"model.weights={folder}"])
     train.train(c, tmp_path / "run")
-    shutil.rmtree(folder)  # a run needs its weights no more, also to go on
+    shutil.rmtree(folder)  # a run can be resumed without its weights
     arguments = [*plain, *flags, f"model.weights={folder}"]
-    with pytest.raises(configs.ConfigError, match="do not exist"):
+    with pytest.raises(configs.ConfigError, match="not found"):
         configs.load("configs/digits.py", arguments)
     assert configs.load("configs/digits.py", arguments, workdir=tmp_path / "run").to_dict() == c.to_dict()
     (newest,) = (p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name == "3")
     shutil.rmtree(newest)
-    if name == VIT:  # goes on from step 2
-        with pytest.raises(pretrained.WeightsError, match="do not exist"):
-            learner.backbone_from_weights(c, retriever.from_config(c))
+    if name == VIT:
+        with pytest.raises(published.WeightsError, match="not found"):
+            backbone_from_weights(c, retriever.from_config(c))
     train.train(c, tmp_path / "run")
     first = encode.load(tmp_path / "run")
     again = configs.load("configs/digits.py", [*plain, *flags, f"model.weights={tmp_path / 'run'}"])
     kept = ("name", "width", "depth", "registers", "layer_scale", "mean", "std", "stem", "pooling")
     assert [again.model[k] for k in kept] == [c.model[k] for k in kept]
     model = retriever.from_config(again)
-    got = traverse_util.flatten_dict(learner.backbone_from_weights(again, model), sep="/")
+    got = traverse_util.flatten_dict(backbone_from_weights(again, model), sep="/")
     for collection, values in first.variables.items():
         if "backbone" in values:
             for key, value in traverse_util.flatten_dict(values["backbone"], sep="/").items():
                 np.testing.assert_array_equal(got[f"{collection}/{key}"], value)
     assert len(got) == sum(len(jax.tree.leaves(v["backbone"])) for v in first.variables.values())
 
-    index.build(tmp_path / "run", images, tmp_path / "index")  # batch statistics go into an index too
+    index.build(tmp_path / "run", images, tmp_path / "index")  # an index also holds batch statistics
     opened = index.open_index(tmp_path / "index")
     query = next(p for p in opened.paths if p.endswith("017.png"))
     assert index.search(opened, index.read_queries(opened, [query]), k=3)[0][0].path

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 import oracle
 from tcq import losses
-from tcq.losses import _blocked as anchors
 
 
 def views(b=6, d=5, seed=0):
@@ -20,7 +19,7 @@ def views(b=6, d=5, seed=0):
 
 
 def loss_and_gradients(a, b, queue=None, *, clip, **options):
-    """As the oracle gives them. A clip above 0 is traced, so that it need not be compiled anew."""
+    """In the form of the oracle. A clip above 0 is traced, so that another one needs no compilation."""
     vectors = np.zeros((0, a.shape[1]), "f4") if queue is None else queue
     run = compiled(clip=None if clip else 0, **options)
     return run(a, b, vectors, jnp.int32(clip))
@@ -60,14 +59,14 @@ def test_the_size_of_a_block_does_not_matter(clip, block_size):
 
 
 def corners(b, seed=0):
-    """Views whose unit vectors and similarities are exact in float32, with few values: many equal."""
+    """Views whose unit vectors and similarities are exact in float32, with few values: many ties."""
     random = np.random.RandomState(seed)
     return random.choice([-0.5, 0.5], (b, 4)).astype("f4"), random.choice([-0.5, 0.5], (b, 4)).astype("f4")
 
 
 @pytest.mark.parametrize("clip", range(0, 23, 2))
 @pytest.mark.parametrize("block_size", [None, 5])
-def test_of_equals_the_first_go(clip, block_size):
+def test_ties_are_clipped_in_column_order(clip, block_size):
     a, b = corners(12)
     got = loss_and_gradients(a, b, temperature=0.3, clip=clip, block_size=block_size)
     assert_equals_the_oracle(got, oracle.nt_xent_and_gradients(a, b, 0.3, clip))
@@ -86,7 +85,7 @@ def test_debiased_and_with_a_queue(clip, debias, entries, temperature):
 
 
 def test_debiased_at_its_floor():
-    """Where the estimate falls below what N negatives at similarity -1 would give, it is that, and has no gradient."""
+    """An estimate below that of N negatives with similarity -1 is replaced by it, and has no gradient."""
     a = np.concatenate([np.eye(3), -np.eye(3)]).astype("f4")
     b = a + 0.1 * views(6, 3)[0]
     got = loss_and_gradients(a, b, temperature=0.5, debias=0.9, clip=0)
@@ -94,20 +93,20 @@ def test_debiased_at_its_floor():
     np.testing.assert_allclose(oracle.nt_xent(a, a, 0.5, 0, 0.9), np.log(1 + 10 * np.exp(-4)), rtol=1e-6)
 
 
-def test_only_what_is_in_the_queue_counts():
+def test_only_valid_entries_of_the_queue_count():
     a, b = views(4, 5)
     vectors = np.concatenate([views(3, 5, 1)[0], np.zeros((2, 5), "f4")])
     for filled in (0, 3):
         loss, _ = losses.nt_xent(a, b, temperature=0.2, clip=2, queue=losses.Queue(vectors, jnp.int32(filled)))
         np.testing.assert_allclose(loss, oracle.nt_xent(a, b, 0.2, 2, queue=vectors[:filled]), rtol=1e-5)
     loss, _ = losses.nt_xent(a, b, temperature=0.2, clip=9, queue=losses.Queue(vectors, jnp.int32(0)))
-    assert float(loss) == 0  # all 6 that are there
+    assert float(loss) == 0  # all 6 negatives are clipped
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_properties(data):
-    """No NaN, nothing grows with the clip, and the order of the batch does not matter, whatever the numbers."""
+    """For any numbers there is no NaN, a larger clip has no larger loss, and the order of the batch does not matter."""
     b, size = data.draw(st.sampled_from([(2, 1), (5, 4), (9, 7)]))
     numbers = st.one_of(st.sampled_from([0.0, 1.0, -1.0, 1e-30, 1e-15, 1e18]), st.floats(-3, 3, width=32))
     rows = st.lists(st.lists(numbers, min_size=3, max_size=3), min_size=b, max_size=b)
@@ -168,8 +167,8 @@ def test_loss_never_grows_with_clip():
 
 
 @pytest.mark.parametrize("clip", [1, 2, 5, 9])
-def test_exactly_clip_pairs_go_among_ties(clip):
-    """All images equal: every similarity is 1, so a row keeps 10 - clip negatives of the same value as its positive."""
+def test_exactly_clip_ties_are_dropped(clip):
+    """All images are equal, so every similarity is 1 and a row keeps 10 - clip negatives like its positive."""
     a = np.ones((6, 4), "f4")
     loss, _ = losses.nt_xent(a, a, temperature=0.5, clip=clip)
     np.testing.assert_allclose(loss, np.log(1 + 10 - clip), rtol=1e-6)
@@ -203,12 +202,12 @@ def test_loss_logs_and_gradients_do_not_depend_on_the_devices(devices, gather, p
     np.testing.assert_allclose(value, np.full(devices, one), rtol=1e-5)
     for name in one_logs:
         np.testing.assert_allclose(logs[name][0], one_logs[name], rtol=1e-5, atol=1e-7, err_msg=name)
-    # Each device holds the gradient of its own rows' inputs, summed over the rows of all: the mean loss is their 1/devices.
+    # Each device has the gradient of its own inputs, summed over the rows of all devices: divide for the mean loss.
     for ours, truth in zip(grads, one_grads, strict=True):
         np.testing.assert_allclose(np.asarray(ours).reshape(16, 8) / devices, truth, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("gather", anchors.GATHERS)
+@pytest.mark.parametrize("gather", losses.GATHERS)
 @pytest.mark.parametrize("clip", [0, 1, 9, 25, 34])
 def test_ties_and_a_queue_on_four_devices(clip, gather):
     a, b = corners(16)
@@ -227,7 +226,7 @@ def test_ties_and_a_queue_on_four_devices(clip, gather):
 
 
 def memory(batch, devices=8, **options):
-    """Bytes of temporary memory of loss and gradient on each of some devices, as XLA plans it."""
+    """Bytes of temporary memory on each device that XLA plans for loss and gradient."""
 
     def body(a, b):
         return jax.grad(lambda a, b: losses.nt_xent(a, b, temperature=0.2, axis_name="i", **options)[0], (0, 1))(a, b)
@@ -237,7 +236,7 @@ def memory(batch, devices=8, **options):
     return mapped.lower(*views).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("gather", anchors.GATHERS)
+@pytest.mark.parametrize("gather", losses.GATHERS)
 def test_memory_grows_no_faster_than_the_batch(gather):
     sizes = [2**14, 2**15, 2**16]
     found = [memory(n, gather=gather, clip=n // 50) for n in sizes]
@@ -251,7 +250,7 @@ ORDERS = r"\bsort\(|hlo\.sort|top_?k"
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-def test_no_backend_has_to_order_rows(platform):
+def test_no_backend_sorts(platform):
     a = jax.ShapeDtypeStruct((64, 16), jnp.float32)
     f = jax.jit(jax.value_and_grad(lambda a, b: losses.nt_xent(a, b, temperature=0.2, clip=20)[0]))
     lowered = f.trace(a, a).lower(lowering_platforms=(platform,))
@@ -260,7 +259,7 @@ def test_no_backend_has_to_order_rows(platform):
         assert "while" in program
         assert not re.search(ORDERS, program, re.IGNORECASE)
     asked = jax.jit(lambda a: jax.lax.top_k(a, 3)).trace(a).lower(lowering_platforms=(platform,)).as_text()
-    assert re.search(ORDERS, asked, re.IGNORECASE)  # the pattern knows one when it sees one
+    assert re.search(ORDERS, asked, re.IGNORECASE)  # the pattern matches a program that sorts
 
 
 def test_logs_say_what_was_clipped():
@@ -304,17 +303,28 @@ def test_low_precision_and_low_temperature_stay_finite(dtype):
     assert np.isfinite(float(value)) and np.isfinite(np.asarray(grad, np.float32)).all()
 
 
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize(("clip", "block_size", "entries"), [(0, None, 0), (3, None, 0), (3, 4, 5)])
+def test_where_jax_defaults_to_float64(clip, block_size, entries, dtype):
+    a, b, queue = *views(), views(seed=1)[0][:entries]
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(x, dtype) for x in (a, b, queue)]
+        got = loss_and_gradients(*arrays, temperature=0.2, clip=clip, block_size=block_size)
+        assert got[0].dtype == "f4" and got[1][0].dtype == dtype
+    assert_equals_the_oracle(got, oracle.nt_xent_and_gradients(a, b, 0.2, clip, queue=queue))
+
+
 def test_errors_carry_the_numbers(untyped):
     a, b = views()
     queue = losses.Queue(a, 6)
     for message, arguments in {
-        "clip 11 is not within the 10 negatives of a global batch of 6": {"clip": 11},
-        "clip 17 is not within the 16 negatives": {"clip": 17, "queue": queue},
+        "clip 11 must be from 0 to the 10 negatives of a batch of 6": {"clip": 11},
+        "clip 17 must be from 0 to the 16 negatives": {"clip": 17, "queue": queue},
         "temperature 0": {"temperature": 0.0},
         "debias 1.0 is a share": {"debias": 1.0},
         "block_size 0 must be": {"block_size": 0},
         "gather 'some' is unknown": {"gather": "some"},
-        "a ring needs the axis_name": {"gather": "ring"},
+        "gather 'ring' needs the axis_name": {"gather": "ring"},
         "a queue has none": {"queue": queue, "labels": np.zeros(6, int)},
         r"one shape \(B, D\), got \(5, 5\), \(6, 5\)": {"b": b[:5]},
     }.items():

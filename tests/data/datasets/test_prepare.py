@@ -1,4 +1,4 @@
-"""Datasets prepared from small files in the published layouts, and refused where the files are not as they should be."""
+"""Datasets prepared from small files in the published layouts, and refused for other files."""
 
 import shutil
 import subprocess
@@ -12,8 +12,7 @@ import small
 import upstream
 from tcq import config as configs
 from tcq.data import images, sources
-from tcq.data.datasets import archives, cifar10, mirflickr25k, prepare
-from tcq.data.datasets import reader as prepared
+from tcq.data.datasets import archives, cifar10, mirflickr25k, prepare, reader
 
 
 def source(dataset, home, protocol="folder", size=16):
@@ -44,21 +43,21 @@ class TestCifar10:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=small.environment())
         assert done.stdout.splitlines()[-2:] == [f"prepared: {tmp_path}/tfds/cifar10/3.0.2", "False"], done.stderr
 
-    def test_what_is_not_the_published_file(self, tmp_path):
+    def test_other_files_than_the_published_one(self, tmp_path):
         upstream.write_cifar10(tmp_path)
         path = tmp_path / cifar10.TARBALL
         with pytest.raises(prepare.PrepareError, match=r"bytes, the published file has 170,052,171"):
             prepare.prepare("cifar10", files=tmp_path, data_dir=tmp_path / "tfds")
         path.write_bytes(path.read_bytes()[:-2000])
-        with pytest.raises(prepare.PrepareError, match=r"is truncated or no tar.gz file"):
+        with pytest.raises(prepare.PrepareError, match=r"is truncated or not a tar.gz file"):
             make("cifar10", tmp_path, tmp_path / "tfds")
         path.unlink()
-        with pytest.raises(prepare.PrepareError, match=r"is missing. CIFAR-10, .*\n.*put it there as it is"):
+        with pytest.raises(prepare.PrepareError, match=r"not found. CIFAR-10, .*\n.*put it into that folder"):
             make("cifar10", tmp_path, tmp_path / "tfds")
         assert not list((tmp_path / "tfds" / "cifar10").glob("*"))
 
-    def test_a_label_that_is_none(self):
-        with pytest.raises(archives.ArchiveError, match=r"holds the label 12, expected 0 to 9"):
+    def test_bad_labels_and_sizes(self):
+        with pytest.raises(archives.ArchiveError, match=r"has the label 12, expected 0 to 9"):
             cifar10._check("x", "y", bytes([12]) + bytes(3072), exact=False)
         with pytest.raises(archives.ArchiveError, match=r"has 3,074 bytes, expected images of 3,073 bytes"):
             cifar10._check("x", "y", bytes(3074), exact=False)
@@ -85,12 +84,12 @@ class TestMirflickr:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"sky.txt": None}, r"sky.txt, is missing"),
-            ({"sky.txt": "1\n13\n"}, r"sky.txt, line 2, is '13', expected an image number from 1 to 12"),
+            ({"sky.txt": None}, r"sky.txt: not found"),
+            ({"sky.txt": "1\n13\n"}, r"sky.txt, line 2: '13' must be an image number from 1 to 12"),
             ({"sky_r1.txt": "x"}, r"sky_r1.txt"),
-            ({"sea_r1.txt": "1\nx\n"}, r"sea_r1.txt, line 2, is 'x'"),
+            ({"sea_r1.txt": "1\nx\n"}, r"sea_r1.txt, line 2: 'x'"),
             ({"sea.txt": "3\n\n3\n"}, r"sea.txt, line 3: image 3 is listed twice"),
-            ({"sea.txt": "99999999999999999999"}, r"sea.txt, line 1, is '9{20}'"),
+            ({"sea.txt": "99999999999999999999"}, r"sea.txt, line 1: '9{20}'"),
         ],
     )
     def test_bad_annotations(self, tmp_path, change, message):
@@ -99,7 +98,7 @@ class TestMirflickr:
         with zipfile.ZipFile(path) as archive:
             members = {name: archive.read(name) for name in archive.namelist()} | change
         if "sky_r1.txt" in change:
-            members["copy/sea.txt"], message = b"1", "sea.txt, is there twice"
+            members["copy/sea.txt"], message = b"1", "sea.txt: is there twice"
         with zipfile.ZipFile(path, "w") as archive:
             for name, data in members.items():
                 if data is not None:
@@ -115,16 +114,16 @@ class TestMirflickr:
         upstream.write_mirflickr(tmp_path)
         whole = path.read_bytes()
         path.write_bytes(whole[:-100])
-        with pytest.raises(prepare.PrepareError, match=r"mirflickr25k.zip' is truncated or no zip file"):
+        with pytest.raises(prepare.PrepareError, match=r"mirflickr25k.zip' is truncated or not a zip file"):
             make("mirflickr25k", tmp_path, tmp_path / "tfds")
         place = whole.index(upstream.jpeg(5)) + 500
         path.write_bytes(whole[:place] + b"\0" * 60 + whole[place + 60 :])
-        with pytest.raises(prepare.PrepareError, match=r"im5.jpg', cannot be read: Bad CRC"):
+        with pytest.raises(prepare.PrepareError, match=r"im5.jpg': cannot be read: Bad CRC"):
             make("mirflickr25k", tmp_path, tmp_path / "tfds")
         with zipfile.ZipFile(path, "w") as archive:
             for i in (1, 3):
                 archive.writestr(f"mirflickr/im{i}.jpg", upstream.jpeg(i))
-        with pytest.raises(prepare.PrepareError, match=r"holds 2 images .*; im2.jpg is missing"):
+        with pytest.raises(prepare.PrepareError, match=r"has 2 images .*, but not im2.jpg"):
             make("mirflickr25k", tmp_path, tmp_path / "tfds")
         assert not list((tmp_path / "tfds" / "mirflickr25k").glob("*"))
 
@@ -136,10 +135,10 @@ class TestMirflickr:
         with pytest.raises(prepare.PrepareError, match=r"has md5 \w+, the published file has a23d0a8564ee"):
             prepare.prepare("mirflickr25k", files=tmp_path, data_dir=tmp_path / "tfds")
         monkeypatch.setattr(archives, "verify", lambda *_: None)
-        with pytest.raises(prepare.PrepareError, match=r"holds 12 images, expected 25,000"):
+        with pytest.raises(prepare.PrepareError, match=r"has 12 images, expected 25,000"):
             prepare.prepare("mirflickr25k", files=tmp_path, data_dir=tmp_path / "tfds")
         monkeypatch.setattr(mirflickr25k, "NUM_IMAGES", 12)
-        with pytest.raises(prepare.PrepareError, match=r"animals.txt, lists \d images, expected 3,216"):
+        with pytest.raises(prepare.PrepareError, match=r"animals.txt: lists \d images, expected 3,216"):
             prepare.prepare("mirflickr25k", files=tmp_path, data_dir=tmp_path / "tfds")
 
 
@@ -186,7 +185,7 @@ class TestNusWide:
         ):
             prepare.prepare("nus_wide/concepts81", files=tmp_path, data_dir=tmp_path / "b")
         (tmp_path / "Flickr" / "actor" / "0004_1004.jpg").write_bytes(upstream.jpeg(4))
-        with pytest.raises(prepare.PrepareError, match=r"0007_1007.jpg': the file is empty; every protocol is for all"):
+        with pytest.raises(prepare.PrepareError, match=r"0007_1007.jpg': the file is empty; the protocols need all"):
             prepare.prepare("nus_wide/concepts81", files=tmp_path, data_dir=tmp_path / "b")
         with pytest.raises(prepare.PrepareError, match=r"24 images have one of the 21 .*expected 195,834"):
             prepare.prepare("nus_wide", files=tmp_path, data_dir=tmp_path / "b")
@@ -200,12 +199,12 @@ class TestNusWide:
                 "1\n0\n",
                 r"has 2 lines, expected 30, one for each image of",
             ),
-            ("Groundtruth/AllLabels/Labels_concept03.txt", "0\n" * 29 + "7\n", r"line 30, is '7', expected 0 or 1"),
+            ("Groundtruth/AllLabels/Labels_concept03.txt", "0\n" * 29 + "7\n", r"line 30: '7' must be 0 or 1"),
             ("ImageList/Imagelist.txt", None, r"Imagelist.txt' cannot be read: No such file"),
-            ("ImageList/Imagelist.txt", "", r"line 1, is '', expected a path|are missing|has 30 lines, expected 0"),
-            ("ConceptsList/Concepts81.txt", "sky\nsky\n", r"lists 'sky', expected 81 different names"),
-            ("ConceptsList/Concepts81.txt", "../x\n", r"lists '../x', expected 81 different names"),
-            ("ImageList/Imagelist.txt", "..\\x.jpg\n" * 30, r"line 1, is '../x.jpg', expected a path below"),
+            ("ImageList/Imagelist.txt", "", r"line 1: '' must be a path|are missing|has 30 lines, expected 0"),
+            ("ConceptsList/Concepts81.txt", "sky\nsky\n", r"lists 'sky', must have 81 different names"),
+            ("ConceptsList/Concepts81.txt", "../x\n", r"lists '../x', must have 81 different names"),
+            ("ImageList/Imagelist.txt", "..\\x.jpg\n" * 30, r"line 1: '../x.jpg' must be a path below"),
             ("ImageList/Imagelist.txt", "a\\x.jpg\n" * 30, r"lists 29 images twice"),
             ("ConceptsList/Concepts81.txt", "sky\n", r"has 1 concepts, expected 81"),
         ],
@@ -223,7 +222,9 @@ class TestNusWide:
     def test_photos_that_are_all_missing_or_shared(self, tmp_path):
         upstream.write_nus_wide(tmp_path)
         (tmp_path / "Flickr").rename(tmp_path / "photos")
-        with pytest.raises(prepare.PrepareError, match=r"none of the 30 images is there, looked in Flickr, images"):
+        with pytest.raises(
+            prepare.PrepareError, match=r"none of the 30 images found; the first, .* is in none of Flickr, images"
+        ):
             make("nus_wide/concepts81", tmp_path, tmp_path / "tfds")
         (tmp_path / "photos").rename(tmp_path / "Flickr")
         names = (tmp_path / "ImageList" / "Imagelist.txt").read_text().splitlines()
@@ -232,7 +233,9 @@ class TestNusWide:
         (tmp_path / "ImageList" / "Imagelist.txt").write_text("\n".join(names))
         for name in names[1:3]:
             (tmp_path / "Flickr" / name.split("\\")[1]).write_bytes(upstream.jpeg(1))
-        with pytest.raises(prepare.PrepareError, match=r"would be two images, 'more/0002_1002.jpg' is one of them"):
+        with pytest.raises(
+            prepare.PrepareError, match=r"would be the file of two images, one of them 'more/0002_1002.jpg'"
+        ):
             make("nus_wide/concepts81", tmp_path, tmp_path / "tfds")
 
     def test_published_counts(self, tmp_path):
@@ -241,12 +244,12 @@ class TestNusWide:
             prepare.prepare("nus_wide", files=tmp_path, data_dir=tmp_path / "tfds")
 
 
-def test_what_is_prepared_is_not_taken_for_something_else(tmp_path):
+def test_a_prepared_dataset_is_not_overwritten_nor_its_cache_reused(tmp_path):
     upstream.write_mirflickr(tmp_path / "files")
     made = make("mirflickr25k", tmp_path / "files", tmp_path / "tfds")
     before = source("mirflickr25k", tmp_path / "tfds")
     for verify in (True, False):
-        with pytest.raises(prepare.PrepareError, match=r"mirflickr25k/1.0.0' is there already"):
+        with pytest.raises(prepare.PrepareError, match=r"mirflickr25k/1.0.0' exists: use it"):
             prepare.prepare("mirflickr25k", files=tmp_path, data_dir=tmp_path / "tfds", verify=verify)
     shutil.rmtree(made)
     upstream.write_mirflickr(tmp_path / "files", photos={3: upstream.jpeg(99)})
@@ -260,14 +263,14 @@ def test_a_cached_dataset_is_not_read_again(tmp_path, monkeypatch):
     upstream.write_mirflickr(tmp_path / "files")
     make("mirflickr25k", tmp_path / "files", tmp_path / "tfds")
     first = source("mirflickr25k", tmp_path / "tfds", "flickr25k_mecoq")
-    monkeypatch.setattr(prepared, "_rows", None)  # must not be called
+    monkeypatch.setattr(reader, "_rows", None)  # must not be called
     second = source("mirflickr25k", tmp_path / "tfds", "flickr25k_mecoq")
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "info"])
-def test_a_damaged_dataset_is_named(tmp_path, damage):
+def test_a_corrupted_dataset_is_named(tmp_path, damage):
     upstream.write_mirflickr(tmp_path / "files")
     made = make("mirflickr25k", tmp_path / "files", tmp_path / "tfds")
     (shard,) = made.glob("*array_record*")
@@ -295,10 +298,10 @@ def test_archives_are_read_with_bounds(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb", bytes(10_000_000))
     with archives.open_zip(tmp_path / "x.zip") as archive:
-        with pytest.raises(archives.ArchiveError, match=r"member 'bomb', is above the limit of 1,000 bytes"):
+        with pytest.raises(archives.ArchiveError, match=r"member 'bomb': above the limit of 1,000 bytes"):
             archives.read_member(archive, "bomb")
     upstream.write_cifar10(tmp_path)
-    with pytest.raises(archives.ArchiveError, match=r"data_batch_1.bin', is above the limit of 1,000 bytes"):
+    with pytest.raises(archives.ArchiveError, match=r"data_batch_1.bin': above the limit of 1,000 bytes"):
         archives.read_tar(tmp_path / cifar10.TARBALL, {*cifar10.TRAIN})
 
 
@@ -307,19 +310,19 @@ def test_unknown_names_and_missing_folders(tmp_path):
         make("coco", tmp_path, tmp_path)
     with pytest.raises(prepare.PrepareError, match=r"concepts12"):
         make("nus_wide/concepts12", tmp_path, tmp_path)
-    with pytest.raises(prepare.PrepareError, match=r"/none' does not exist. NUS-WIDE, unpacked"):
+    with pytest.raises(prepare.PrepareError, match=r"/none' not found. NUS-WIDE, unpacked"):
         make("nus_wide", tmp_path / "none", tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(prepare.PrepareError, match=r"/file' is not a folder. CIFAR-10"):
         make("cifar10", tmp_path / "file", tmp_path)
 
 
-def test_doctor_says_what_is_found_and_what_is_missing(tmp_path):
+def test_doctor_lists_the_files_that_are_missing(tmp_path):
     manual = tmp_path / "downloads" / "manual"
     upstream.write_mirflickr(manual)
     (manual / mirflickr25k.ANNOTATIONS).unlink()
     flags = ["--config.data.source=tfds:mirflickr25k", f"--config.data.tfds_dir={tmp_path}"]
-    done = small.tcq("doctor", "--config=configs/cifar10.py", *flags)
+    done = small.main("doctor", "--config=configs/cifar10.py", *flags)
     assert done.returncode == 2
     for text in (
         "mirflickr25k.zip: has ",

@@ -4,6 +4,7 @@ import pytest
 
 import recorded
 from tcq import config as configs
+from tcq.config import checks
 
 
 def refused(overrides, file="configs/digits.py"):
@@ -15,45 +16,51 @@ def refused(overrides, file="configs/digits.py"):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("loss.tempreture=1", "config.loss.tempreture: there is no such key: did you mean loss.temperature?"),
-        ("lr=1", "config.lr: there is no such key"),
-        ("optim.warmup_steps=soon", "invalid literal for int"),
-        ("optim.warmup_steps=2.5", "invalid literal for int"),
-        ("loss.temperature=hot", "could not convert string to float"),
+        ("loss.tempreture=1", "--config.loss.tempreture is unknown: did you mean loss.temperature?"),
+        ("lr=1", "--config.lr is unknown"),
+        (
+            "optim.warmup_steps=soon",
+            "--config.optim.warmup_steps=soon: must be a count such as 64 or a share such as 0.1",
+        ),
+        ("optim.warmup_steps=2.5", "optim.warmup_steps 2.5 is a share of the run and must be in [0, 1)"),
+        ("optim.warmup_steps=-1", "optim.warmup_steps -1 must be at least 0"),
+        ("train.seed=2.5", "--config.train.seed=2.5: must be int"),
+        ("model.scan=maybe", "--config.model.scan=maybe: must be bool"),
+        ("model.mean=x", "--config.model.mean=x: must be tuple"),
+        ("loss.temperature=hot", "--config.loss.temperature=hot: must be float"),
         ("loss.temperature=0", "loss.temperature 0.0 must be above 0"),
         ("loss.temperature=nan", "loss.temperature nan must be above 0"),
         (
             "loss.clip=254",
             "loss.clip 254 must be from 0 to 253: a batch of 128 has 2 x 128 - 2 = 254 negatives per anchor",
         ),
-        ("loss.clip=1.0", "a count is written without a point"),
-        ("loss.clip=many", "'many' must be a count such as 64 or a fraction such as 0.1"),
+        ("loss.clip=1.0", "loss.clip 1.0 is a share and must be in [0, 1); write a count without a point"),
+        ("loss.clip=many", "--config.loss.clip=many: must be a count such as 64 or a share such as 0.1"),
         ("loss.clip=-1", "loss.clip -1 must be from 0 to 253"),
         ("loss.debias=1.0", "loss.debias 1.0 must be in [0, 1)"),
         ("loss.queue=-1", "loss.queue -1 must be at least 0"),
         ("loss.clip_ramp=exp", "loss.clip_ramp 'exp' is unknown: use one of 'linear', 'cosine'"),
         ("loss.gather=none", "loss.gather 'none' is unknown: use one of 'all', 'ring'"),
         ("train.microbatches=0", "train.microbatches 0 must be at least 1"),
-        ("quantizer.num_codewords=24", "24 is not a power of two from 2 to 65536: use for example 32"),
-        ("quantizer.num_codewords=131072", "131072 is not a power of two from 2 to 65536"),
+        ("quantizer.num_codewords=24", "24 must be a power of two: use for example 32"),
+        ("quantizer.num_codewords=131072", "131072 must be from 2 to 65536"),
         ("quantizer.bits=16", "8 codebooks x 4 bits (16 codewords) = 32; set quantizer.num_codebooks=4"),
         ("quantizer.metric=cos", "quantizer.metric 'cos' is unknown: use one of 'l2', 'ip'"),
         ("model.heads=3", "model.width 64 is not divisible by model.heads 3"),
         ("model.std=(1.0,0.0,1.0)", "model.std (1.0, 0.0, 1.0) must be three finite numbers, above 0"),
         ("model.mean=('a','b','c')", "model.mean ('a', 'b', 'c') must be three finite numbers"),
         ("model.mlp_ratio=0.001", "leaves the MLP no hidden unit"),
-        ("data.crop_share=0.0", "data.crop_share 0.0 must be above 0"),
+        ("data.crop_share=0.0", "data.crop_share 0.0 must be in (0, 1]"),
         ("model.attention=cudnn", "model.attention cudnn needs model.dtype bfloat16"),
         ("model.patch=3", "data.image_size 8 is not divisible by model.patch 3"),
         ("model.name=XL", "model.name 'XL' is unknown"),
         ("data.augment.crop=1.0", "data.augment.crop 1.0 must be in [0, 1)"),
         ("data.batch_size=1", "data.batch_size 1 must be at least 2"),
-        ("train.total_epochs=3", "set one of train.total_steps (4500) and train.total_epochs (3.0)"),
-        ("train.total_steps=50", "optim.warmup_steps 50 must be below train.total_steps 50"),
+        ("train.total_epochs=3", "train.total_steps (4500) and train.total_epochs (3.0): one must be set"),
         ("data.source=", "data.source is not set"),
         ("train.seed=-1", "train.seed -1 must be from 0"),
         ("checkpoint.every_steps=0", "checkpoint.every_steps 0 must be at least 1"),
-        ("loss.clip", "a value is missing"),
+        ("loss.clip", "--config.loss.clip has no value: write --config.loss.clip=..."),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_numbers(override, message):
@@ -66,14 +73,14 @@ def test_all_problems_are_listed_at_once():
 
 
 def test_files_that_do_not_work(tmp_path):
-    assert "does not exist; those that come with tcq: base.py, cifar10.py" in refused([], str(tmp_path / "none.py"))
+    assert "not found; tcq comes with base.py, cifar10.py" in refused([], str(tmp_path / "none.py"))
     for text, message in {
         "def get_config(: pass": "SyntaxError",
-        "def get_config(): return 3": "returned a int, not an ml_collections.ConfigDict",
-        "from configs import base\ndef get_config():\n  c = base.get_config()\n  c.loss.clipp = 3\n  return c": (
-            "loss.clipp: there is no such key: did you mean loss.clip?"
+        "def get_config(): return 3": "returned int, must be an ml_collections.ConfigDict",
+        "from tcq.config import base\ndef get_config():\n  c = base.get_config()\n  c.loss.clipp = 3\n  return c": (
+            "loss.clipp is unknown: did you mean loss.clip?"
         ),
-        "from configs import base\ndef get_config():\n  c = base.get_config()\n  c.loss.temperature = '3'\n  return c": "TypeError",
+        "from tcq.config import base\ndef get_config():\n  c = base.get_config()\n  c.loss.temperature = '3'\n  return c": "TypeError",
         "from ml_collections import ConfigDict\ndef get_config(): return ConfigDict()": "data.source is missing",
     }.items():
         (tmp_path / "mine.py").write_text(text)
@@ -93,7 +100,7 @@ def test_overrides_and_arguments():
     )
     assert "argument 'bakbone=x' is unknown" in refused([], "configs/folder.py:/a,b,bakbone=x")
     assert "model.name 'vit_x16' is unknown: use one of" in refused([], "configs/flickr25k.py:backbone=vit_x16")
-    assert "model.weights: weights '/nowhere/b16.npz' do not exist" in refused(
+    assert "model.weights: weights '/nowhere/b16.npz' not found" in refused(
         [], "configs/nus_wide.py:weights=/nowhere/b16.npz"
     )
 
@@ -110,31 +117,19 @@ def test_configs_take_bits_backbone_and_weights(name, tmp_path):
     assert configs.from_json(configs.to_json(c)).to_dict() == c.to_dict()
     assert configs.load("configs/folder.py:/a/b").data.source == "folder:/a/b"
     assert configs.load("configs/folder.py:photos").data.source == f"folder:{Path.cwd() / 'photos'}"
-    assert "does not exist" in refused([], "experiments/digits.py")
+    assert "not found" in refused([], "experiments/digits.py")
     assert configs.load("digits").data.source == "digits"  # by name, from anywhere
 
 
-def test_the_rivals_are_set_as_their_papers_mean_them():
+def test_spq_and_mecoq_are_as_their_papers_describe():
     c = configs.load("configs/spq.py:bits=64")
     assert (configs.bits(c), c.loss.pairing, c.quantizer.metric, c.quantizer.scale) == (64, "cross", "l2", 5.0)
     assert (c.loss.temperature, c.loss.clip, c.loss.debias, c.loss.queue) == (0.5, 0, 0.0, 0)
     c = configs.load("configs/mecoq.py:bits=16", ["loss.clip=0.1"])
     assert (configs.bits(c), c.loss.pairing, c.quantizer.metric, c.loss.temperature) == (16, "quantized", "ip", 0.25)
     assert (c.loss.debias, c.loss.queue, c.loss.queue_from, c.quantizer.num_codewords) == (0.1, 384, 0.06, 256)
-    assert configs.clip_count(c.loss.clip, 128, queue=384) == 63
+    assert configs.clip_rule(c, 1).count(queued=384) == 63
     assert "bits=24 must be one of 16, 32, 64" in refused([], "configs/mecoq.py:bits=24")
-
-
-def test_clip_is_a_count_or_a_floored_fraction():
-    assert configs.clip_count(64, 128) == 64
-    assert configs.clip_count(0.1, 128) == 25
-    assert configs.clip_count(0.5, 2) == 1
-    assert configs.clip_count(0.0, 128) == 0
-
-
-def test_steps_from_epochs():
-    c = configs.load("configs/digits.py", ["train.total_steps=0", "train.total_epochs=2.5"])
-    assert configs.total_steps(c, 1197) == 24  # ceil(2.5 * 1197 / 128)
 
 
 def test_json_round_trip_keeps_types():
@@ -145,7 +140,7 @@ def test_json_round_trip_keeps_types():
         assert type(again.loss.clip) is type(c.loss.clip)
         assert configs.differences(c, again) == []
     other = configs.load("configs/digits.py", ["loss.clip=4", "data.threads=9"])
-    assert configs.differences(c, other) == ["loss.clip: 0.25 there, 4 now"]
+    assert configs.differences(c, other) == ["loss.clip: 0.25 stored, 4 given"]
     with pytest.raises(configs.ConfigError, match="cannot be read"):
         configs.from_json("{")
 
@@ -156,6 +151,27 @@ def test_run_checks_carry_the_numbers():
         configs.check_run(c, num_devices=3, num_train=1000, num_validation=0)
     with pytest.raises(configs.ConfigError, match="128 is above the 100 training images .*use at most 96"):
         configs.check_run(c, num_devices=8, num_train=100, num_validation=0)
+
+
+def test_a_config_file_finds_base_in_any_directory(tmp_path, monkeypatch):
+    """Also in one with a package of the same name."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "__init__.py").write_text("raise ImportError('another package')")
+    text = "from tcq.config import base\ndef get_config():\n  c = base.get_config()\n  c.data.source = 'digits'\n"
+    (tmp_path / "mine.py").write_text(text + "  c.train.total_steps = 7\n  return c")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert configs.load("mine.py").train.total_steps == 7
+    assert configs.load("configs/digits.py").data.source == "digits"
+
+
+def test_all_keys_with_a_range_or_choices_are_in_one_table():
+    """Those that are not are bools, or texts and numbers that another rule checks."""
+    other = {"data.source", "data.tfds_dir", "data.cache_dir", "model.weights", "model.mean", "model.std"}
+    other |= {"loss.clip", "optim.warmup_steps"}
+    known = configs.flatten(configs.base.get_config())
+    assert set(checks.ALLOWED) <= set(known)
+    assert {k for k in known if k not in checks.ALLOWED and not isinstance(known[k], bool)} == other
 
 
 def test_every_shipped_config_is_valid_and_says_its_command():

@@ -5,7 +5,7 @@ import pytest
 
 import peers
 from tcq import metrics, quantizer, ranking
-from tcq.evaluate import held_out as validation
+from tcq.evaluate import retrieval
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def world():
 
 
 def relevance(query_labels, database_labels):
-    return validation.relevance(query_labels.astype(bool), database_labels.astype(bool))
+    return retrieval.relevance(query_labels.astype(bool), database_labels.astype(bool))
 
 
 @pytest.mark.parametrize("k", [1, 10, 300])

@@ -1,7 +1,7 @@
-"""Recipes for weights: tensors of given names and shapes, the same on any machine, and files of them in published formats.
+"""Weights from recipes: tensors by names and shapes, the same on any machine, written in published formats.
 
-activations.json holds for each family the names and shapes, the JSON files beside the weights, and the features that the
-library which defines the format computed from them. It is made by tests/peer_models.py.
+activations.json has for each family the names and shapes, the JSON files beside the weights, and the features that the
+library of the format computes from them. tests/helpers/peer_models.py writes it.
 """
 
 import io
@@ -14,7 +14,7 @@ import numpy as np
 
 from tcq import config as configs
 from tcq.models import retriever
-from tcq.train import step as learner
+from tcq.train.step import backbone_from_weights
 
 PATH = Path(__file__).with_name("activations.json")
 SIDES = (32, 48, 24)  # pixels; the weights are for the first
@@ -41,7 +41,7 @@ def tensor(name, shape):
 
 
 def images(side):
-    """What the backbone sees, (3, side, side, 3)."""
+    """Input of the backbone, (3, side, side, 3)."""
     return np.random.RandomState(side).randn(3, side, side, 3).astype("f4")
 
 
@@ -50,7 +50,7 @@ def families():
 
 
 def write(family, folder):
-    """The weights of a family, as its makers would publish them; the folder."""
+    """Writes the weights of a family in its published format; returns the folder."""
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,10 +65,10 @@ def write(family, folder):
 
 
 def ours(path, side, *overrides):
-    """What our backbone computes from `images(side)`, set up by a config as a user does."""
+    """The output of our backbone for `images(side)`, set up by a config as a user does."""
     c = configs.load("configs/digits.py", [f"model.weights={path}", f"data.image_size={side}", *overrides])
     model = retriever.from_config(c)
-    return jax.jit(model.backbone.apply)(learner.backbone_from_weights(c, model), images(side))
+    return jax.jit(model.backbone.apply)(backbone_from_weights(c, model), images(side))
 
 
 def photo(size):

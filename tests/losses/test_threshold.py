@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcq.losses import _threshold as selection
+from tcq.losses import _threshold
 
 NUMBERS = [-np.inf, -3e38, -2.0, -1e-30, -0.0, 0.0, 1e-30, 0.5, np.nextafter(np.float32(0.5), 1), 3e38, np.inf]
 
@@ -15,12 +15,12 @@ def take(values, count):
     low = -3.4e38
     reach = jnp.sum(values >= low, axis=1, dtype=jnp.int32)
     low = jnp.full(len(values), low, jnp.float32)
-    cut = selection.cut(values, count, low=low, reach=reach, high=jnp.max(values, axis=1))
-    return selection.selected(values, cut), cut.value
+    cut = _threshold.threshold(values, count, low=low, reach=reach, high=jnp.max(values, axis=1))
+    return _threshold.selected(values, cut), cut.value
 
 
 def want(row, count):
-    """Sorted by Python: the largest first, the first column first among equals."""
+    """By sorting in Python: the largest first, the first column first among ties."""
     mask = np.zeros(len(row), bool)
     mask[sorted(range(len(row)), key=lambda j: (-row[j], j))[:count]] = True
     return mask
@@ -28,7 +28,7 @@ def want(row, count):
 
 @settings(deadline=None, max_examples=150)
 @given(st.data())
-def test_exactly_count_and_the_first_of_equals(data):
+def test_exactly_count_values_and_the_first_ties(data):
     width = data.draw(st.sampled_from([1, 2, 5, 8, 11, 19]))
     rows = st.lists(st.sampled_from(NUMBERS), min_size=width, max_size=width)
     values = np.array(data.draw(st.lists(rows, min_size=3, max_size=3)), np.float32)
@@ -59,7 +59,7 @@ def test_long_rows(kind, width):
 def test_rows_are_searched_a_few_at_a_time_and_their_number_does_not_matter(monkeypatch):
     values = np.random.RandomState(0).randn(24, 64).astype("f4")
     whole = take(values, 7)
-    monkeypatch.setattr(selection, "CACHED", 64 * 4)
+    monkeypatch.setattr(_threshold, "CACHED", 64 * 4)
     jax.clear_caches()
     assert "f32[4,64]" in str(jax.make_jaxpr(take)(values, 7))
     for a, b in zip(whole, take(values, 7), strict=True):
@@ -67,11 +67,11 @@ def test_rows_are_searched_a_few_at_a_time_and_their_number_does_not_matter(monk
 
 
 def test_a_search_always_ends():
-    """Also where nothing can be found: NaN, a high that is too low, and a count that is too large."""
-    nan = jnp.full((2, 16), jnp.nan)
-    few = jnp.ones((2, 16)).at[:, 3:].set(-jnp.inf)
+    """Also for NaN, a `high` that is too low, and a count that is too large."""
+    nan = jnp.full((2, 16), jnp.nan, "f4")
+    few = jnp.ones((2, 16), "f4").at[:, 3:].set(-jnp.inf)
     for values, count in ((nan, 3), (few, 9)):
-        cut = selection.cut(
-            values, count, low=jnp.full(2, -2.0), reach=jnp.full(2, 16, jnp.int32), high=jnp.full(2, 0.5)
+        cut = _threshold.threshold(
+            values, count, low=jnp.full(2, -2.0, "f4"), reach=jnp.full(2, 16, jnp.int32), high=jnp.full(2, 0.5, "f4")
         )
         assert jax.block_until_ready(cut.value).shape == (2,)

@@ -1,0 +1,102 @@
+import os
+
+import numpy as np
+import pytest
+
+from tcq import config as configs
+from tcq.data import cache, images, sources
+from tcq.data.source import SourceError
+from write_images import png, write_images
+
+
+def test_labels_are_sub_folders_and_bad_files_are_listed(tmp_path):
+    write_images(tmp_path, ["cat/b.png", "cat/deep/a.png", "dog/c.png", ".hidden/x.png", "dog/.y.png"])
+    (tmp_path / "dog" / "notes.txt").write_text("not an image")
+    (tmp_path / "cat" / "empty.png").write_bytes(b"")
+    found = sources.folder(tmp_path, size=8)
+    assert found.names == ["cat/b.png", "cat/deep/a.png", "dog/c.png"]
+    assert found.classes == ["cat", "dog"]
+    np.testing.assert_array_equal(found.labels, [0, 0, 1])
+    assert {s["path"]: s["reason"].split(":")[0] for s in found.skipped} == {
+        "cat/empty.png": "the file is empty",
+        "dog/notes.txt": "not an image of a known format (JPEG, PNG, GIF, BMP, WEBP, TIFF, PPM)",
+    }
+    for name, pixels in zip(found.names, found.images, strict=True):
+        np.testing.assert_array_equal(pixels, images.decode(tmp_path / name, size=8))
+
+
+def test_classes_below_one_common_folder_and_behind_links(tmp_path):
+    write_images(tmp_path / "elsewhere", ["c.png"])
+    write_images(tmp_path / "images", ["train/cat/b.png", "train/dog/c.png"])
+    (tmp_path / "images" / "train" / "fox").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images" / "train" / "loop").symlink_to(tmp_path / "images")
+    found = sources.folder(tmp_path / "images", size=8)
+    assert found.classes == ["cat", "dog", "fox"]
+    assert found.names == ["train/cat/b.png", "train/dog/c.png", "train/fox/c.png"]
+
+
+def test_without_sub_folders_there_are_no_labels(tmp_path):
+    write_images(tmp_path, ["a.png", "cat/b.png", "dog/c.png"])
+    assert sources.folder(tmp_path, size=8).labels is None
+
+
+def test_the_cache_is_used_until_a_file_changes(tmp_path, monkeypatch):
+    write_images(tmp_path, ["a.png", "b.png"])
+    first = sources.folder(tmp_path, size=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "decode", None)  # must not be called
+        np.testing.assert_array_equal(sources.folder(tmp_path, size=8).images, first.images)
+    write_images(tmp_path, ["b.png"], seed=5)
+    os.utime(tmp_path / "b.png", ns=(1, 1))
+    assert not np.array_equal(sources.folder(tmp_path, size=8).images, first.images)
+
+
+@pytest.mark.parametrize("file", ["images.u8", "names.json", "arrays.npz"])
+def test_a_corrupted_entry_is_made_again(tmp_path, file):
+    write_images(tmp_path / "images", ["a.png", "b.png"])
+    options = {"size": 8, "cache_dir": str(tmp_path / "cache")}
+    first = np.array(sources.folder(tmp_path / "images", **options).images)
+    (entry,) = (tmp_path / "cache").iterdir()
+    (entry / file).write_bytes(b"{")
+    np.testing.assert_array_equal(sources.folder(tmp_path / "images", **options).images, first)
+
+
+def test_a_killed_decoding_leaves_no_entry(tmp_path, monkeypatch):
+    write_images(tmp_path / "images", ["a.png", "b.png"])
+    home = tmp_path / "cache"
+
+    def broken(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(cache, "decode", broken)
+    with pytest.raises(MemoryError):
+        sources.folder(tmp_path / "images", size=8, cache_dir=str(home))
+    assert list(home.iterdir()) == []
+
+
+def test_odd_names(tmp_path):
+    write_images(tmp_path, ["sp ace/ü\n.png", "sp ace/'quote\".png"])
+    (tmp_path / os.fsdecode(b"sp ace/\xff.png")).write_bytes(png(np.zeros((4, 4, 3), np.uint8)))
+    assert len(sources.folder(tmp_path, size=8).names) == 3
+    assert len(sources.folder(tmp_path, size=8).names) == 3  # again, from the cache
+
+
+def test_errors(tmp_path):
+    with pytest.raises(SourceError, match="not found"):
+        sources.folder(tmp_path / "none", size=8)
+    with pytest.raises(SourceError, match="holds no files"):
+        sources.folder(tmp_path, size=8)
+    (tmp_path / "x.txt").write_text("x")
+    with pytest.raises(SourceError, match=r"holds no image among its 1 files; the first is x.txt"):
+        sources.folder(tmp_path, size=8)
+    with pytest.raises(SourceError, match="is not a folder"):
+        sources.folder(tmp_path / "x.txt", size=8)
+
+
+def test_digits_are_the_real_scans():
+    from sklearn.datasets import load_digits
+
+    found = sources.open_source(configs.load("configs/digits.py").data)
+    assert found.images.shape == (1797, 8, 8, 3) and found.images.dtype == np.uint8
+    np.testing.assert_allclose(found.images[..., 1] / 255 * 16, load_digits().images, atol=0.04)
+    np.testing.assert_array_equal(found.labels, load_digits().target)

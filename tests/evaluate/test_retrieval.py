@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+
+from tcq import encode
+from tcq.data import sources
+from tcq.evaluate import retrieval
+
+
+@pytest.fixture(scope="module")
+def world(run):
+    """The labels of all images, and scores of each against all."""
+    encoder = encode.load(run)
+    source = sources.open_source(encoder.config.data)
+    both = encode.encode(encoder, source.images)
+    return source.labels, retrieval.scorers(encoder, both, both)
+
+
+def test_the_block_size_does_not_matter(world):
+    labels, scorers = world
+    results = [
+        retrieval.retrieve(scorers["asymmetric"], labels, labels, k=50, ks=[1, 50], max_scores=120 * b)
+        for b in (1, 7, 1000)
+    ]
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_query_can_be_excluded_from_its_answers(world):
+    labels, scorers = world
+    score, places = scorers["float"], np.arange(len(labels))
+    options = {"k": 119, "ks": [1, 119]}
+    kept = retrieval.retrieve(score, labels, labels, **options)
+    excluded = retrieval.retrieve(score, labels, labels, own=places, **options)
+    assert kept.precision[0] == 1 > excluded.precision[0]
+    np.testing.assert_array_equal(excluded.relevant, kept.relevant - 1)
+    for q in (0, 50):  # equals a database without it
+        others = np.delete(places, q)
+        one = retrieval.retrieve(
+            lambda block, q=q, others=others: score(slice(q, q + 1))[:, others],
+            labels[q : q + 1],
+            labels[others],
+            **options,
+        )
+        np.testing.assert_allclose(one.average_precision, excluded.average_precision[q], atol=1e-12)

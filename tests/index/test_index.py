@@ -1,0 +1,145 @@
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import small
+from tcq import encode
+from tcq import index as indexes
+
+
+def test_ranked_paths_with_scores(index, images, tmp_path):
+    query, gallery = images / "class 3" / "003.png", tmp_path / "out.png"
+    done = small.main("search", f"--index={index}", f"--query={query}", "--k=120", f"--gallery={gallery}")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [int(r[0]) for r in rows] == list(range(1, 121))
+    scores = [float(r[1]) for r in rows]
+    assert scores == sorted(scores, reverse=True) and scores[0] > scores[-1]
+    assert all(r[2].startswith(str(images)) for r in rows)
+    with Image.open(gallery) as picture:
+        assert picture.size[0] > 200
+
+
+def test_search_ranks_all_codes(index, images):
+    opened = indexes.open_index(index)
+    query = indexes.read_queries(opened, [images / "class 3" / "003.png"])
+    q = encode.encode(opened.encoder, query).features[0].astype(np.float64)
+    items = np.concatenate([opened.encoder.codebooks[m][opened.codes[:, m]] for m in range(2)], axis=1)
+    truth = -((q - items) ** 2).sum(1)
+    hits = indexes.search(opened, query, k=120)[0]
+    np.testing.assert_allclose([h.score for h in hits], np.sort(truth)[::-1], atol=1e-4)
+    by_path = dict(zip(opened.paths, truth, strict=True))
+    np.testing.assert_allclose([h.score for h in hits], [by_path[h.path] for h in hits], atol=1e-4)
+
+
+def test_skipped_files_have_reasons(index):
+    skipped = [json.loads(x) for x in (index / "skipped.jsonl").read_text().splitlines()]
+    names = {"empty.png", "truncated.png", "text.png", "page.html", "zeros.jpg"}
+    assert {s["path"].split("/")[1] for s in skipped} == names
+    assert all(s["reason"] for s in skipped)
+
+
+def test_an_index_needs_nothing_else(run, images, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    indexes.build(tmp_path / "run", images, tmp_path / "a" / "index")
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert len(indexes.open_index(tmp_path / "b" / "index").paths) == 120
+
+
+def test_any_file_name_is_printed_and_drawn(run, images, tmp_path):
+    folder = tmp_path / "names"
+    folder.mkdir()
+    for name in (b"cost_$5_$6.png", b"\xff.png", "\u00fc \u6f22.png".encode(), b"line\nbreak.png"):
+        shutil.copy(images / "class 3" / "003.png", os.fsdecode(os.fsencode(folder) + b"/" + name))
+    indexes.build(run, folder, tmp_path / "index")
+    query, gallery = images / "class 3" / "003.png", tmp_path / "gallery.png"
+    done = small.tcq("search", f"--index={tmp_path / 'index'}", f"--query={query}", f"--gallery={gallery}")
+    assert done.returncode == 0, done.stderr
+    assert "cost_$5_$6.png" in done.stdout
+    assert gallery.stat().st_size > 1000
+
+
+def test_add_and_remove(run, images, tmp_path):
+    out = tmp_path / "index"
+    indexes.build(run, images / "class 1", out)
+    before = indexes.open_index(out)
+    done = small.main("index", f"--out={out}", "--add", f"--images={images}")
+    assert done.returncode == 0 and f"added {120 - len(before.paths)} images" in done.stdout, done.stderr
+    after = indexes.open_index(out)
+    np.testing.assert_array_equal(after.codes[: len(before.codes)], before.codes)
+    assert sorted(set(after.paths)) == sorted(after.paths) and len(after.paths) == 120
+    removed = indexes.remove(out, [str(images / "class 1"), str(images / "class 3" / "003.png")])
+    assert removed == len(before.paths) + 1
+    left = indexes.open_index(out)
+    assert not [p for p in left.paths if "class 1" in p or p.endswith("003.png")]
+    by_path = dict(zip(after.paths, after.codes.tolist(), strict=True))
+    assert [by_path[p] for p in left.paths] == left.codes.tolist()
+    with pytest.raises(indexes.IndexFileError, match="none of nowhere is in"):
+        indexes.remove(out, ["nowhere"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".index.previous", "index"]
+
+
+def test_a_refusal_leaves_nothing_behind(run, index, images, tmp_path):
+    out = tmp_path / "out"
+
+    def refused(command, *arguments):
+        return lambda *messages: small.assert_refused(small.main(command, *arguments), *messages)
+
+    refused("index", f"--workdir={tmp_path}", f"--images={images}", f"--out={out}")("holds no config.json")
+    refused("index", f"--workdir={run}", "--images=/no/such", f"--out={out}")("'/no/such' not found")
+    refused("index", f"--workdir={run}", f"--images={images}", f"--out={index}")("exists: choose another --out")
+    refused("index", f"--workdir={run}", f"--out={out}")("--images is missing")
+    refused("index", f"--images={images}", f"--out={out}")("--workdir is missing")
+    refused("search", f"--index={tmp_path}", f"--query={images}")("is not an index")
+    refused("search", f"--index={index}", f"--query={images / 'none.png'}")("none.png", "No such file")
+    refused("search", f"--index={index}", f"--query={images / 'class 2' / 'text.png'}")("not an image")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("key", "value"), [("width", 32), ("depth", 2), ("pooling", "cls")])
+def test_a_checkpoint_that_does_not_fit_its_config(run, images, tmp_path, key, value):
+    shutil.copytree(run, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["model"][key] = value
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    done = small.main("index", f"--workdir={tmp_path / 'run'}", f"--images={images}", f"--out={tmp_path / 'out'}")
+    small.assert_refused(done, "does not fit the model")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["codes.npy", "encoder.npz", "paths.json", "meta.json"])
+def test_corruption_is_noticed(index, tmp_path, name):
+    shutil.copytree(index, tmp_path / "index")
+    file = tmp_path / "index" / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    try:
+        opened = indexes.open_index(tmp_path / "index")
+        assert name == "meta.json" and len(opened.paths) == 120  # a flipped bit in a number that nothing reads
+    except indexes.IndexFileError as error:
+        assert str(tmp_path / "index") in str(error)
+    file.unlink()
+    with pytest.raises(indexes.CorruptedError, match="missing|is not an index"):
+        indexes.open_index(tmp_path / "index")
+
+
+def test_a_corrupted_index_falls_back_to_the_one_before_its_last_change(run, images, tmp_path, logs):
+    indexes.build(run, images / "class 3", tmp_path / "index")
+    before = indexes.open_index(tmp_path / "index")
+    indexes.add(tmp_path / "index", images / "class 4")
+    assert len(indexes.open_index(tmp_path / "index").paths) > len(before.paths)
+    for name in ("codes.npy", "encoder.npz", "paths.json", "config.json", "meta.json"):
+        copy = shutil.copytree(tmp_path / "index", tmp_path / "copy" / "index")
+        shutil.copytree(tmp_path / ".index.previous", tmp_path / "copy" / ".index.previous")
+        (copy / name).unlink()
+        logs.clear()
+        assert indexes.open_index(copy).paths == before.paths
+        assert f"corrupted: '{copy}" in logs.text
+        assert f"falling back to the index before its last change, with {len(before.paths)} images" in logs.text
+        shutil.rmtree(tmp_path / "copy")
