@@ -47,7 +47,7 @@ def site(tmp_path_factory):
 
 
 def test_train_evaluate_index_and_search_with_the_installed_wheel(site, images, tmp_path):
-    environment = small.environment() | {"PYTHONPATH": str(site), "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    environment = small.environment() | {"PYTHONPATH": str(site)}
 
     def tcq(*arguments):
         command = [sys.executable, str(site / "bin" / "tcq"), *arguments]

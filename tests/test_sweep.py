@@ -59,7 +59,7 @@ def test_cells_that_are_done_stay_and_those_that_fail_are_named(tmp_path):
     workdir = tmp_path / "sweep"
 
     def run(grid=GRID, *more):
-        return small.tcq(
+        return small.main(
             "sweep", "--config=configs/digits.py", f"--grid={grid}", f"--workdir={workdir}", "--jobs=2", *FLAGS, *more
         )
 

@@ -16,9 +16,9 @@ from write_images import write_images
 
 @pytest.fixture(scope="module")
 def scored(run, tmp_path_factory):
-    """A copy of the run that was scored, in one process with two devices; its results, and what was printed."""
+    """A copy of the run, its results, and what evaluate printed."""
     workdir = shutil.copytree(run, tmp_path_factory.mktemp("scored") / "run")
-    done = small.tcq("evaluate", f"--workdir={workdir}", devices=2)
+    done = small.main("evaluate", f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
     return workdir, json.loads((workdir / "results.json").read_text()), done.stdout
 

@@ -65,7 +65,7 @@ def test_stochastic_depth_keeps_the_expectation():
     np.testing.assert_array_equal(y[..., 0], y[..., 1])
 
 
-def test_the_first_block_is_never_dropped_and_the_last_as_often_as_told(images):
+def test_the_first_block_is_never_dropped_and_the_last_at_the_given_rate(images):
     model = vit.ViT(**SMALL, drop_path=0.999)
     params = model.init(jax.random.key(0), images)
     run = jax.jit(lambda p: model.apply(p, images, train=True, rngs={"dropout": jax.random.key(0)}))

@@ -21,17 +21,17 @@ from tcq.runtime import processes
 from tcq.workdir import checkpoint
 from write_images import write_images
 
-STEPS, FIRST = 36, 6
+STEPS, FIRST = 16, 4
 FLAGS = small.flags(
     "data.image_size=8",
     "data.batch_size=32",
     "eval.k=0",
     "optim.name=sgd",
-    "optim.learning_rate=0.05",
+    "optim.learning_rate=0.03",
     "loss.clip=0.2",
     "loss.queue=20",
     f"train.total_steps={STEPS}",
-    "eval.every_steps=18",
+    f"eval.every_steps={STEPS}",
     f"checkpoint.every_steps={FIRST}",
     "checkpoint.keep=9",
 )
@@ -47,35 +47,66 @@ def train_arguments(images, workdir):
 
 @pytest.fixture(scope="module")
 def two(images, tmp_path_factory):
-    """A run of two processes with two devices each, trained and scored."""
-    home = tmp_path_factory.mktemp("two")
-    done = small.several(2, *train_arguments(images, home / "run"), "--evaluate=latest", devices=2)
+    """A run of two processes with two devices each, stopped by a signal to one of them, resumed, and scored."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    command = small.launcher(2, *train_arguments(images, workdir), "--evaluate=latest", devices=2)
+    process = subprocess.Popen(command, env=small.environment(), stdout=subprocess.PIPE, text=True)
+    output = ""
+    for line in process.stdout:
+        output += line
+        if "step 5/" in line:
+            process.send_signal(signal.SIGTERM)
+            sent = time.monotonic()
+    process.stdout.close()
+    assert process.wait(60) == 128 + signal.SIGTERM, output
+    assert time.monotonic() - sent < 30
+    done = subprocess.run(command, env=small.environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
-    assert "batch: 32 global, 16 per process, 8 per device (4 x cpu)" in done.stdout
-    assert done.stdout.count("the first one compiles") == done.stdout.count("trained: ") == 1
-    return home / "run"
+    return workdir, output, done.stdout
+
+
+def test_when_one_is_asked_all_stop_after_the_same_step_and_resume(two):
+    workdir, stopped, resumed = two
+    steps = re.findall(r"\[(\d)\] tcq train: stopped by SIGTERM after step (\d+), which is saved", stopped)
+    assert sorted(i for i, _ in steps) == ["0", "1"] and len({step for _, step in steps}) == 1, stopped
+    assert 5 <= int(steps[0][1]) < STEPS
+    assert f"resuming from step {steps[0][1]}" in resumed, resumed
+    assert "batch: 32 global, 16 per process, 8 per device (4 x cpu)" in resumed
+    assert stopped.count("the first one compiles") == resumed.count("trained: ") == 1
+    assert [line["step"] for line in lines(workdir) if "train/loss" in line] == list(range(1, STEPS + 1))
 
 
 def test_many_processes_train_as_one(two, images, tmp_path):
     done = small.main(*train_arguments(images, tmp_path / "run"))
     assert done.returncode == 0, done.stderr
-    many, one = (encode.load(workdir, which=str(FIRST)).variables for workdir in (two, tmp_path / "run"))
+    many, one = (encode.load(workdir, which=str(FIRST)).variables for workdir in (two[0], tmp_path / "run"))
     for x, y in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)  # sums in another order
-    for line, other in zip(lines(two)[:FIRST], lines(tmp_path / "run")[:FIRST], strict=True):
+    for line, other in zip(lines(two[0])[:FIRST], lines(tmp_path / "run")[:FIRST], strict=True):
         for key in other.keys() - {k for k in other if k.startswith("speed/")}:
             assert line[key] == pytest.approx(other[key], rel=1e-3, abs=1e-4), key
 
 
+@pytest.mark.slow
+def test_a_resumed_run_of_many_has_the_bits_of_an_uninterrupted_one(two, images, tmp_path):
+    done = small.several(2, *train_arguments(images, tmp_path / "run"), devices=2)
+    assert done.returncode == 0, done.stdout
+    a, b = (encode.load(workdir, which="latest").variables for workdir in (tmp_path / "run", two[0]))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    logged = [[(line["step"], line.get("train/loss")) for line in lines(w)] for w in (tmp_path / "run", two[0])]
+    assert logged[0] == logged[1]
+
+
 def test_many_processes_evaluate_and_index_as_one(two, images, tmp_path):
-    by_two = json.loads((two / "results.json").read_text())
-    done = small.main("evaluate", f"--workdir={two}", "--checkpoint=latest")
+    workdir, *_ = two
+    by_two = json.loads((workdir / "results.json").read_text())
+    done = small.main("evaluate", f"--workdir={workdir}", "--checkpoint=latest")
     assert done.returncode == 0, done.stderr
-    by_one = json.loads((two / "results.json").read_text())
+    by_one = json.loads((workdir / "results.json").read_text())
     assert by_two.pop("machine")["device"] == "4 x cpu" and by_one.pop("machine")["device"] == "8 x cpu"
     assert by_one.pop("validation") == pytest.approx(by_two.pop("validation"), rel=1e-5)
     assert by_one == by_two
-    arguments = "index", f"--workdir={two}", f"--images={images}"
+    arguments = "index", f"--workdir={workdir}", f"--images={images}"
     done = small.several(2, *arguments, f"--out={tmp_path / 'two'}", devices=2)
     assert done.returncode == 0 and done.stdout.count("indexed 120 images") == 1, done.stdout
     assert small.main(*arguments, f"--out={tmp_path / 'one'}").returncode == 0
@@ -84,35 +115,11 @@ def test_many_processes_evaluate_and_index_as_one(two, images, tmp_path):
     np.testing.assert_array_equal(many.codes, one.codes)
 
 
-def test_when_one_is_asked_all_stop_after_the_same_step_and_resume(two, images, tmp_path):
-    command = small.launcher(2, *train_arguments(images, tmp_path / "run"), devices=2)
-    process = subprocess.Popen(command, env=small.environment(), stdout=subprocess.PIPE, text=True)
-    output = ""
-    for line in process.stdout:
-        output += line
-        if "step 8/" in line:
-            process.send_signal(signal.SIGTERM)
-            sent = time.monotonic()
-    process.stdout.close()
-    assert process.wait(60) == 128 + signal.SIGTERM, output
-    assert time.monotonic() - sent < 30
-    steps = re.findall(r"\[(\d)\] tcq train: stopped by SIGTERM after step (\d+), which is saved", output)
-    assert sorted(i for i, _ in steps) == ["0", "1"] and len({step for _, step in steps}) == 1, output
-    stopped = int(steps[0][1])
-    assert encode.load(tmp_path / "run", which="latest").step == stopped < STEPS
-    again = subprocess.run(command, env=small.environment(), capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0 and f"resuming from step {stopped}" in again.stdout, again.stdout
-    a, b = (encode.load(workdir, which="latest").variables for workdir in (tmp_path / "run", two))
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-    logged = [[(line["step"], line.get("train/loss")) for line in lines(w)] for w in (tmp_path / "run", two)]
-    assert logged[0] == logged[1]
-
-
 @pytest.mark.slow
 def test_four_processes_train_as_two(two, images, tmp_path):
     done = small.several(4, *train_arguments(images, tmp_path / "run"), devices=1)
     assert done.returncode == 0, done.stdout
-    four, other = (encode.load(workdir, which=str(FIRST)).variables for workdir in (tmp_path / "run", two))
+    four, other = (encode.load(workdir, which=str(FIRST)).variables for workdir in (tmp_path / "run", two[0]))
     for x, y in zip(jax.tree.leaves(four), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
 
@@ -162,7 +169,8 @@ class Running:
         return status, "".join(self.output[i])
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_others_which_name_it(tmp_path, victim):
     endless = (
         "--config.train.total_steps=1000000",
@@ -182,7 +190,7 @@ def test_a_killed_process_ends_the_others_which_name_it(tmp_path, victim):
         assert gone in output or "leader (usually slice 0 task 0)" in output, output
 
 
-HANGS = """
+SCRIPT = """
 import os, signal, sys, time
 from tcq.runtime import log, processes
 coordinator, count, number = (argument.partition("=")[2] for argument in sys.argv[1:])
@@ -191,19 +199,19 @@ processes.join(coordinator=coordinator, processes=int(count), process_id=int(num
 processes.exchange(number)
 processes.set_phase("step 812")
 time.sleep(2)
-if number == "1" and {hangs}:
-    os.kill(os.getpid(), signal.SIGSTOP)
+if number == "1" and {event}:
+    os.kill(os.getpid(), {event})
 time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("hangs", [True, False])
-def test_a_process_that_hangs_or_stalls_ends_the_others_which_name_it(monkeypatch, hangs):
-    monkeypatch.setenv("TCQ_STALLED_SECONDS", "60" if hangs else "3")
-    with Running([[sys.executable, "-c", HANGS.format(hangs=hangs)]] * 2) as run:
+@pytest.mark.parametrize("event", [signal.SIGSTOP, signal.SIGKILL, 0], ids=["hangs", "is killed", "stalls"])
+def test_a_process_that_fails_ends_the_others_which_name_it(monkeypatch, event):
+    monkeypatch.setenv("TCQ_STALLED_SECONDS", "60" if event else "3")
+    with Running([[sys.executable, "-c", SCRIPT.format(event=int(event))]] * 2) as run:
         status, output = run.end(0)
         assert status == 1, output
-        if hangs:
+        if event:
             assert f"process 1 (pid {run.processes[1].pid} on " in output and "its last phase: step 812" in output, (
                 output
             )

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT in any phase: the state is saved, the process ends soon, and the same command resumes."""
+"""SIGTERM, SIGINT and SIGKILL in any phase: the same command resumes, and the run ends with the same bits."""
 
 import json
 import os
@@ -23,10 +23,17 @@ from tcq.workdir import checkpoint
 FLAGS = small.flags("train.total_steps=40", "eval.every_steps=10", "checkpoint.every_steps=15", "loss.queue=8")
 
 
-def start(workdir, *more, command="train"):
-    arguments = [command, "--config=configs/digits.py", f"--workdir={workdir}", *FLAGS, *more]
+def start(workdir, *more):
+    arguments = ["train", "--config=configs/digits.py", f"--workdir={workdir}", *FLAGS, *more]
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(small.command(*arguments), env=small.environment(), **options)
+    return subprocess.Popen(small.command(*arguments), env=small.environment(8), **options)
+
+
+def finish(workdir, *more):
+    """The same command in this process, which has as many devices; returns its output."""
+    done = small.main("train", "--config=configs/digits.py", f"--workdir={workdir}", *FLAGS, *more)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 def stop_when(process, text, number, delay=0.0):
@@ -55,8 +62,7 @@ def records(workdir):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    output, _ = stop_when(start(workdir), "never", signal.SIGTERM)
-    assert encode.load(workdir, which="latest").step == 40, output
+    finish(workdir)
     return workdir
 
 
@@ -71,6 +77,7 @@ def assert_same_run(workdir, whole, steps=40):
 @pytest.mark.parametrize(
     ("phase", "text", "delay"),
     [
+        ("killed", "step 23/40", 0.0),
         pytest.param("start-up", "300 query", 0.0, marks=pytest.mark.slow),
         pytest.param("compile", "the first one compiles", 0.3, marks=pytest.mark.slow),
         ("train", "step 23/40", 0.0),
@@ -80,20 +87,22 @@ def assert_same_run(workdir, whole, steps=40):
     ],
 )
 def test_any_phase(tmp_path, whole, phase, text, delay):
-    number = signal.SIGINT if phase == "train" else signal.SIGTERM
+    number = {"train": signal.SIGINT, "killed": signal.SIGKILL}.get(phase, signal.SIGTERM)
     process = start(tmp_path)
     output, seconds = stop_when(process, text, number, delay)
     assert seconds < 30 and "Traceback" not in output, output
     if phase == "train":  # 17 more steps follow: there is time to stop
         assert process.returncode == 128 + number and "is saved" in output, output
-    assert process.returncode in (128 + number, 0), output  # 0: the run had ended
+    if phase == "killed":
+        assert process.returncode == -number, output
+    else:
+        assert process.returncode in (128 + number, 0), output  # 0: the run had ended
     if process.returncode and "is saved" in output:
         saved = int(output.rpartition(" after step ")[2].split(",")[0])
         assert encode.load(tmp_path, which="latest").step == saved
     elif process.returncode:
-        assert phase in ("start-up", "compile"), output
-    again, _ = stop_when(start(tmp_path), "never", number)
-    assert "Traceback" not in again
+        assert phase in ("start-up", "compile", "killed"), output
+    finish(tmp_path)
     assert_same_run(tmp_path, whole)
 
 
@@ -104,7 +113,7 @@ def test_a_validation_that_was_interrupted_is_repeated(tmp_path, whole):
     output, seconds = stop_when(process, "step 10/40  loss", signal.SIGTERM, 0.05)
     assert process.returncode == 128 + signal.SIGTERM and seconds < 30, output
     assert "after step 10, which is saved" in output and "step 10/40  validation" not in output, output
-    again, _ = stop_when(start(tmp_path), "never", signal.SIGTERM)
+    again = finish(tmp_path)
     assert again.index("step 10/40  validation") < again.index("step 11/40")
     assert_same_run(tmp_path, whole)
 
@@ -215,7 +224,7 @@ def test_signals_and_kills_at_random_moments(tmp_path):
     """TCQ_KILLS times (40), at any moment after the start of the process; a run that ends equals the uninterrupted one."""
     flags = ["--config.train.total_steps=4000", "--config.train.log_every_steps=100", "--config.eval.every_steps=400"]
     flags += ["--config.checkpoint.every_steps=150"]
-    stop_when(start(tmp_path / "whole", *flags), "never", signal.SIGTERM)
+    finish(tmp_path / "whole", *flags)
     chance, killed, ended = random.Random(os.environ.get("TCQ_SEED", "0")), Counter(), 0
     while killed.total() < int(os.environ.get("TCQ_KILLS", "40")):
         process = start(tmp_path / "parts", *flags)
@@ -229,7 +238,7 @@ def test_signals_and_kills_at_random_moments(tmp_path):
         assert code in (0, -number, 128 + number) and (code in (-2, -15) or "Traceback" not in output), (code, output)
         killed += Counter({} if code == 0 else {number.name: 1})
         if code == 0 or killed.total() == int(os.environ.get("TCQ_KILLS", "40")):
-            stop_when(start(tmp_path / "parts", *flags), "never", signal.SIGTERM)
+            finish(tmp_path / "parts", *flags)
             assert_same_run(tmp_path / "parts", tmp_path / "whole", 4000)
             assert not list((tmp_path / "parts").glob(f"{checkpoint.FOLDER}_{checkpoint.CORRUPTED}"))
             ended += 1

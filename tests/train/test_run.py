@@ -175,15 +175,6 @@ def train_and_kill(workdir, flags, devices, kill_after):
 KILLED = ("train.log_every_steps=50", "checkpoint.every_steps=20", "eval.every_steps=0")
 
 
-def test_kill_9_and_resuming_gives_the_same_bits(tmp_path):
-    flags = small.flags(*KILLED, "train.total_steps=300")
-    assert train_and_kill(tmp_path / "killed", flags, 8, 0.1) == -signal.SIGKILL
-    for name in ("killed", "whole"):
-        done = small.main("train", "--config=configs/digits.py", f"--workdir={tmp_path / name}", *flags)
-        assert done.returncode == 0 and ("resuming from step" in done.stderr) == (name == "killed"), done.stderr
-    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("devices", [1, 8])
