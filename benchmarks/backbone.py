@@ -1,10 +1,10 @@
-"""Speed of the backbones: images/s, model FLOPs, and their share of the measured matmul peak, beside timm where it is installed.
+"""Speed of the backbones: images/s, model FLOPs, and their share of the measured peak; beside timm if it is installed.
 
     python benchmarks/backbone.py --models=vit_ti16,vit_s16,resnet18,resnet50 --batch=8
 
-A step is the forward and backward pass of the sum of squared features. Model FLOPs count the matrix products and convolutions
-of the forward pass, three times for a step, and nothing that is computed again (as MaxText defines MFU). The peak is that of
-the fastest of three square float32 (or bfloat16) matrix products, measured in this run.
+A step is the forward and backward pass of the sum of squared features. Model FLOPs count the matrix products and
+convolutions of three forward passes in a step, without what is recomputed (as MaxText defines MFU). The peak is that of
+the fastest of three square float32 (or bfloat16) matrix products, measured in the same run.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def build(name: str, **options: Any) -> Any:
 def model_flops(function: Callable[..., Any], *arguments: Any) -> float:
     """2 x the multiply-adds of all matrix products and convolutions of a function."""
 
-    def of(jaxpr: Any) -> float:
+    def count(jaxpr: Any) -> float:
         total = 0.0
         for equation in jaxpr.eqns:
             out = np.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
@@ -50,10 +50,10 @@ def model_flops(function: Callable[..., Any], *arguments: Any) -> float:
                 total += 2.0 * out * np.prod(kernel) / kernel[numbers.rhs_spec[0]]
             for value in equation.params.values():
                 inner = getattr(value, "jaxpr", value)
-                total += of(inner) if hasattr(inner, "eqns") else 0.0
+                total += count(inner) if hasattr(inner, "eqns") else 0.0
         return total
 
-    return of(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def seconds(run: Callable[[], Any], least: float = 3.0) -> float:
@@ -73,11 +73,12 @@ def peak(dtype: Any) -> float:
     for n in (1024, 2048, 4096) if jax.default_backend() == "cpu" else (4096, 8192, 16384):
         a = jnp.ones((n, n), dtype)
         product = jax.jit(lambda x: x @ x)
-        best = max(best, 2.0 * n**3 / seconds(lambda a=a, f=product: jax.block_until_ready(f(a)), 1.0))  # type: ignore[misc]
+        run = lambda a=a, product=product: jax.block_until_ready(product(a))  # noqa: E731
+        best = max(best, 2.0 * n**3 / seconds(run, 1.0))
     return best
 
 
-def ours(name: str, side: int, batch: int, options: dict[str, Any]) -> tuple[float, float, float]:
+def time_tcq(name: str, side: int, batch: int, options: dict[str, Any]) -> tuple[float, float, float]:
     """Seconds of a step, GiB of temporary memory, seconds to compile."""
     model = build(name, **options)
     images = jax.random.normal(jax.random.key(0), (batch, side, side, 3))
@@ -92,16 +93,16 @@ def ours(name: str, side: int, batch: int, options: dict[str, Any]) -> tuple[flo
     step = jax.jit(jax.grad(loss)).lower(variables["params"]).compile()
     compiled = time.perf_counter() - start
     memory = step.memory_analysis()
-    took = seconds(lambda: jax.block_until_ready(step(variables["params"])))
-    return took, memory.temp_size_in_bytes / 2**30, compiled
+    duration = seconds(lambda: jax.block_until_ready(step(variables["params"])))
+    return duration, memory.temp_size_in_bytes / 2**30, compiled
 
 
-def timms(name: str, side: int, batch: int) -> float | None:
-    """Seconds of a step of timm's model of the same shape on the CPU; None where timm is not installed."""
+def time_timm(name: str, side: int, batch: int) -> float | None:
+    """Seconds of a step of timm's model of the same shape on the CPU; None if timm is not installed."""
     try:
         import sys
 
-        sys.path.append("tests")
+        sys.path.append("tests/helpers")
         import torch
 
         from peer_models import timm
@@ -133,9 +134,8 @@ def main() -> None:
     a = parser.parse_args()
     peaks = {d: peak(d) for d in (jnp.float32, jnp.bfloat16)}
     listed = ", ".join(f"{p / 1e9:,.0f} GFLOP/s {jnp.dtype(d).name}" for d, p in peaks.items())
-    print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {a.side} pixels, batch {a.batch}; matmul peak {listed}\n"
-    )
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {a.side} pixels, batch {a.batch}; ", end="")
+    print(f"peak of a matrix product {listed}\n")
     print("| model | GFLOP per image and step | variant | images/s | MFU | temporary GiB | compile s | x timm |")
     print("|---|---|---|---|---|---|---|---|")
     for name in a.models.split(","):
@@ -143,7 +143,7 @@ def main() -> None:
         image = jnp.zeros((1, a.side, a.side, 3))
         variables = jax.eval_shape(model.init, jax.random.key(0), image)
         flops = 3 * model_flops(model.apply, variables, image)
-        peer = timms(name, a.side, a.batch)
+        peer = time_timm(name, a.side, a.batch)
         if peer:
             share = flops * a.batch / peer / peaks[jnp.float32]
             print(
@@ -154,11 +154,11 @@ def main() -> None:
             options = VARIANTS[variant]
             if name in resnet.NAMED and {"scan", "attention"} & options.keys():
                 continue
-            took, memory, compiled = ours(name, a.side, a.batch, options)
-            share = flops * a.batch / took / peaks[options.get("dtype", jnp.float32)]
-            ratio = f"{peer / took:.2f}" if peer else ""
+            duration, memory, compiled = time_tcq(name, a.side, a.batch, options)
+            share = flops * a.batch / duration / peaks[options.get("dtype", jnp.float32)]
+            ratio = f"{peer / duration:.2f}" if peer else ""
             print(
-                f"| {name} | {flops / 1e9:.1f} | {variant} | {a.batch / took:.2f} | {share:.0%} | {memory:.2f} | "
+                f"| {name} | {flops / 1e9:.1f} | {variant} | {a.batch / duration:.2f} | {share:.0%} | {memory:.2f} | "
                 f"{compiled:.1f} | {ratio} |",
                 flush=True,
             )

@@ -1,11 +1,10 @@
-"""Scoring 10,000 queries against 50,000 items at 64 bits: ours, and the per-query loop of the released code of the peers.
+"""Scoring 10,000 queries against 50,000 items at 64 bits: tcq, and a loop over the queries as in released code.
 
     python benchmarks/evaluate.py
 
-Ours: tie-exact mAP@1000 and the precision-recall curve at 60 cut-offs, in blocks. The loop: `peers.spq` and
-`peers.mecoq_curve` of tests/, which score, sort and count one query after the other in NumPy as the released code does in
-PyTorch. The loop runs on the first --peer_queries of the queries and its time is scaled to all of them; on those the two give
-the same mAP under the peers' convention, or this stops.
+tcq computes tie-exact mAP@1000 and the precision-recall curve at 60 cut-offs, in blocks. The loop is `peers.spq` and
+`peers.mecoq_curve` of tests/helpers, which score, sort and count one query after the other in NumPy. It runs on the
+first --peer_queries queries, and its time is scaled to all of them. Both must give the same mAP for these.
 """
 
 import argparse
@@ -18,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
+from tcq import config as configs
 from tcq import quantizer, ranking
-from tcq.evaluate import held_out as validation
+from tcq.evaluate import retrieval
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
 import peers
 
 
@@ -51,33 +51,33 @@ def main() -> None:
         tables = ranking.lookup_table(queries[block], codebooks, metric="l2", squared=False)
         return np.asarray(ranking.scores(tables, codes))
 
-    def ours(count: int, **options: object) -> validation.Retrieval:
-        return validation.retrieve(score, query_labels[:count], item_labels, k=1000, **options)
+    def retrieve(count: int, **options: object) -> retrieval.Retrieval:
+        return retrieval.retrieve(score, query_labels[:count], item_labels, k=1000, **options)
 
     cuts = np.unique(np.geomspace(1, arguments.items, 60).astype(int)).tolist()
     few = arguments.peer_queries
-    ours(few, ks=cuts, max_scores=arguments.max_scores)  # compiles
+    retrieve(few, ks=cuts, max_scores=arguments.max_scores)  # compiles
     start = time.perf_counter()
-    found = ours(arguments.queries, ks=cuts, max_scores=arguments.max_scores)
+    result = retrieve(arguments.queries, ks=cuts, max_scores=arguments.max_scores)
     seconds = time.perf_counter() - start
 
     hot = np.eye(10, dtype=np.float32)
     loop = queries[:few], codebooks, codes, hot[query_labels[:few]], hot[item_labels]
     start = time.perf_counter()
-    theirs = peers.spq(*loop, 1000)
+    loop_map = peers.spq(*loop, 1000)
     map_seconds = (time.perf_counter() - start) / few * arguments.queries
     start = time.perf_counter()
     peers.mecoq_curve(*loop)
     curve_seconds = (time.perf_counter() - start) / few * arguments.queries
-    same = ours(few, ks=[1], conventions=validation.Conventions(ties="index")).mean_average_precision
-    if abs(same - theirs) > 1e-6:
-        raise SystemExit(f"the two differ: mAP@1000 {same} by ours, {theirs} by the loop")
+    tcq_map = retrieve(few, ks=[1], conventions=configs.Conventions(ties="index")).mean_average_precision
+    if abs(tcq_map - loop_map) > 1e-6:
+        raise SystemExit(f"mAP@1000 differs: {tcq_map} by tcq, {loop_map} by the loop")
 
     print(f"{platform.machine()}, Python {platform.python_version()}, numpy {metadata.version('numpy')}, ", end="")
     print(
         f"jax {metadata.version('jax')}; {arguments.queries:,} queries, {arguments.items:,} items, M={len(codebooks)}"
     )
-    print(f"ours: {seconds:.1f} s for mAP@1000 {found.mean_average_precision:.4f} and the curve")
+    print(f"tcq:  {seconds:.1f} s for mAP@1000 {result.mean_average_precision:.4f} and the curve")
     print(f"loop: {map_seconds:.1f} s for mAP@1000, {curve_seconds:.1f} s for the curve")
     print(f"ratio: {(map_seconds + curve_seconds) / seconds:.1f} (mAP alone: {map_seconds / seconds:.1f})")
     print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")

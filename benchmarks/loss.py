@@ -1,14 +1,13 @@
-"""Time and memory of the clipped loss with its gradient, against the dense way, optax, PyTorch and open_clip.
+"""Time and memory of the clipped loss with its gradient, against a dense loss, optax, PyTorch and open_clip.
 
     python benchmarks/loss.py time --batches 256 1024 4096          # one device
-    python benchmarks/loss.py memory                                # compiled for 8 devices, from B = 1,024 to 262,144
-    python benchmarks/loss.py run --batch=65536                     # on 8 devices, really: time and peak memory
-    python benchmarks/loss.py plot                                  # docs/loss.png of what the first two wrote to runs/
+    python benchmarks/loss.py memory                                # compiled for 8 devices, B from 1,024 to 262,144
+    python benchmarks/loss.py run --batch=65536                     # executed on 8 devices: time and peak memory
+    python benchmarks/loss.py plot                                  # docs/loss.png from the results of the first two
 
-"dense" is what implementations usually do: the (2b, 2B) similarities, the clipped ones found by `top_k`, autodiff. Times are
-medians of interleaved repetitions, and their ratios to ours without clipping in the same run. PyTorch's rows (the same dense
-loss, and open_clip's ClipLoss between 2B and 2B features), timed after JAX's, appear where torch and open_clip are installed
-(`make peers`).
+"dense" is the usual implementation: (2b, 2B) similarities, `top_k` for the clipped ones, automatic differentiation.
+Times are medians of interleaved repetitions; ratios are to tcq without clipping in the same run. The rows of PyTorch
+(the same dense loss, and open_clip's ClipLoss between 2B and 2B features) need torch and open_clip (`make peers`).
 """
 
 import argparse
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 
 DEVICES = 8
-FLAGS = (  # devices of one CPU wait for each other for longer than XLA likes
+FLAGS = (  # simulated devices of one CPU wait for each other for a long time
     f"--xla_force_host_platform_device_count={DEVICES} --xla_cpu_collective_call_terminate_timeout_seconds=7200 "
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=7200"
 )
@@ -42,20 +41,20 @@ def dense(a: Any, b: Any, *, clip: int, axis_name: str | None = None) -> Any:
     import jax.numpy as jnp
 
     a, b = (x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
-    everyone = (a, b)
+    views = (a, b)
     if axis_name:
-        everyone = tuple(jax.lax.all_gather(x, axis_name, tiled=True) for x in (a, b))
-    columns, rows = jnp.concatenate(everyone), jnp.concatenate([a, b])
+        views = tuple(jax.lax.all_gather(x, axis_name, tiled=True) for x in (a, b))
+    columns, rows = jnp.concatenate(views), jnp.concatenate([a, b])
     similarity = jnp.matmul(rows, columns.T, precision="highest")
-    n, half, local = len(columns), len(columns) // 2, jnp.arange(len(a))
+    n, batch, local = len(columns), len(columns) // 2, jnp.arange(len(a))
     first = jax.lax.axis_index(axis_name) * len(a) if axis_name else 0
-    own = jnp.concatenate([first + local, half + first + local])[:, None]
+    own = jnp.concatenate([first + local, batch + first + local])[:, None]
     column = jnp.arange(n)
-    negatives = jnp.where((column == own) | (column == (own + half) % n), -jnp.inf, similarity)
+    negatives = jnp.where((column == own) | (column == (own + batch) % n), -jnp.inf, similarity)
     positive = jnp.sum(rows * jnp.concatenate([b, a]), axis=1)
     if clip:
-        _, gone = jax.lax.top_k(jax.lax.stop_gradient(negatives), clip)
-        negatives = negatives.at[jnp.arange(len(rows))[:, None], gone].set(-jnp.inf)
+        _, clipped = jax.lax.top_k(jax.lax.stop_gradient(negatives), clip)
+        negatives = negatives.at[jnp.arange(len(rows))[:, None], clipped].set(-jnp.inf)
     logits = jnp.concatenate([positive[:, None], negatives], axis=1) / TEMPERATURE
     return jnp.mean(jax.nn.logsumexp(logits, axis=1) - logits[:, 0])
 
@@ -89,7 +88,7 @@ def optax_cases(batch: int, width: int, _: int) -> dict[str, Callable[[], Any]]:
     import jax.numpy as jnp
     import optax
 
-    if batch > 1024:  # it holds (2B, 2B, D) numbers
+    if batch > 1024:  # it forms (2B, 2B, D) numbers
         return {}
     labels = jnp.tile(jnp.arange(batch), 2)
 
@@ -142,12 +141,12 @@ def torch_cases(batch: int, width: int, largest_dense: int) -> dict[str, Callabl
         clip = int(share * (2 * batch - 2))
         cases[f"dense PyTorch, clip {share:.0%}"] = backward(lambda k=clip: dense_torch(k))  # type: ignore[misc]
     spec = importlib.util.find_spec("open_clip")
-    if spec and spec.submodule_search_locations:  # its loss alone: the package would import torchvision
+    if spec and spec.submodule_search_locations:  # only the file of its loss: the package imports torchvision
         file = Path(spec.submodule_search_locations[0], "loss.py")
-        found = importlib.util.spec_from_file_location("open_clip_loss", file)
-        assert found and found.loader
-        module = importlib.util.module_from_spec(found)
-        found.loader.exec_module(module)
+        loss_spec = importlib.util.spec_from_file_location("open_clip_loss", file)
+        assert loss_spec and loss_spec.loader
+        module = importlib.util.module_from_spec(loss_spec)
+        loss_spec.loader.exec_module(module)
         loss = module.ClipLoss()
 
         def clip_loss() -> Any:
@@ -162,12 +161,8 @@ def measure_time(arguments: argparse.Namespace) -> None:
     import jax
 
     rows: list[dict[str, Any]] = []
-    ours: dict[int, float] = {}
-    for make in (
-        jax_cases,
-        optax_cases,
-        torch_cases,
-    ):  # one after the other: the threads of two libraries are in each other's way
+    reference: dict[int, float] = {}  # by batch: seconds of tcq without clipping, the first case
+    for make in (jax_cases, optax_cases, torch_cases):  # not interleaved: the threads of two libraries would compete
         for batch in arguments.batches:
             cases = make(batch, arguments.width, arguments.largest_dense)
             times: dict[str, list[float]] = {name: [] for name in cases}
@@ -179,12 +174,13 @@ def measure_time(arguments: argparse.Namespace) -> None:
                     for _ in range(calls):
                         run()
                     times[name].append((time.perf_counter() - start) / calls)
-            for name, found in times.items():
-                seconds = float(np.median(found))
-                ours.setdefault(batch, seconds)  # the first is ours without clipping
-                rows.append({"batch": batch, "name": name, "seconds": seconds, "ratio": seconds / ours[batch]})
+            for name, values in times.items():
+                seconds = float(np.median(values))
+                reference.setdefault(batch, seconds)
+                rows.append({"batch": batch, "name": name, "seconds": seconds, "ratio": seconds / reference[batch]})
                 print(
-                    f"B {batch:>7,}  {name:<26} {seconds * 1e3:>10,.1f} ms  x {seconds / ours[batch]:.2f}", flush=True
+                    f"B {batch:>7,}  {name:<26} {seconds * 1e3:>10,.1f} ms  x {seconds / reference[batch]:.2f}",
+                    flush=True,
                 )
     _write("loss_time.json", {"machine": machine(), "device": jax.devices()[0].device_kind, "rows": rows})
 
@@ -215,15 +211,15 @@ def measure_memory(arguments: argparse.Namespace) -> None:
     rows = []
     print("temporary MiB on each of 8 devices, as compiled: dense, blocked (gather all), blocked (ring)")
     for batch in arguments.batches:
-        found = {}
+        sizes = {}
         for name in ("dense", "all", "ring"):
-            found[name] = compiled(batch, arguments.width, name).memory_analysis().temp_size_in_bytes / 2**20
-        rows.append({"batch": batch, **found})
-        print(f"B {batch:>7,}  " + "  ".join(f"{v:>12,.1f}" for v in found.values()), flush=True)
+            sizes[name] = compiled(batch, arguments.width, name).memory_analysis().temp_size_in_bytes / 2**20
+        rows.append({"batch": batch, **sizes})
+        print(f"B {batch:>7,}  " + "  ".join(f"{v:>12,.1f}" for v in sizes.values()), flush=True)
     _write("loss_memory.json", {"machine": machine(), "width": arguments.width, "rows": rows})
 
 
-def really_run(arguments: argparse.Namespace) -> None:
+def execute(arguments: argparse.Namespace) -> None:
     import jax
 
     batch, width = arguments.batch, arguments.width
@@ -241,7 +237,7 @@ def really_run(arguments: argparse.Namespace) -> None:
         return jax.value_and_grad(loss, (0, 1))(a, b)
 
     run = jax.pmap(body, axis_name="i")
-    jax.block_until_ready(run(*(v[:, :16] for v in views)))  # starts what a first call starts
+    jax.block_until_ready(run(*(v[:, :16] for v in views)))  # so that the memory before has what every call needs
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     loss, gradients = jax.block_until_ready(run(*views))
@@ -252,7 +248,7 @@ def really_run(arguments: argparse.Namespace) -> None:
         f"B {batch:,}, clip {clip:,} of {2 * batch - 2:,}, gather {arguments.gather}: loss {float(loss[0]):.6f}, ",
         end="",
     )
-    print(f"gradient norm {norm:.4e}; {seconds:.0f} s, compiling included")
+    print(f"gradient norm {norm:.4e}; {seconds:.0f} s with compiling")
     print(f"the process grew by {grown:.2f} GiB, {grown / DEVICES:.2f} GiB for each of {DEVICES} devices; {machine()}")
 
 
@@ -274,8 +270,8 @@ def plot(_: argparse.Namespace) -> None:
     kinds = ("tcq", "dense JAX", "dense PyTorch")
     batch = max(row["batch"] for row in times["rows"] if row["name"].startswith("dense"))
     for kind, style in zip(kinds, ("o-", "s--", "D-."), strict=True):
-        found = {r["name"]: r["seconds"] for r in times["rows"] if r["batch"] == batch}
-        values = [found.get(f"{kind}, clip {share:.0%}") for share in SHARES]
+        seconds = {r["name"]: r["seconds"] for r in times["rows"] if r["batch"] == batch}
+        values = [seconds.get(f"{kind}, clip {share:.0%}") for share in SHARES]
         if None not in values:
             right.plot([100 * s for s in SHARES], np.array(values, float) * 1e3, style, label=kind)
     right.set(
@@ -288,13 +284,13 @@ def plot(_: argparse.Namespace) -> None:
 
 
 def machine() -> str:
-    found = [f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"]
+    parts = [f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"]
     for name in ("jax", "numpy", "optax", "torch", "open_clip_torch"):
         try:
-            found.append(f"{name} {metadata.version(name)}")
+            parts.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             continue
-    return ", ".join(found)
+    return ", ".join(parts)
 
 
 def _write(name: str, record: dict[str, Any]) -> None:
@@ -308,7 +304,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     timing = commands.add_parser("time")
     timing.add_argument("--batches", type=int, nargs="+", default=[256, 1024, 4096])
-    timing.add_argument("--largest_dense", type=int, default=4096, help="no dense loss of larger batches")
+    timing.add_argument("--largest_dense", type=int, default=4096, help="largest batch of the dense losses")
     timing.add_argument("--repeats", type=int, default=7)
     memory = commands.add_parser("memory")
     memory.add_argument("--batches", type=int, nargs="+", default=[2**i for i in range(10, 19)])
@@ -316,11 +312,11 @@ def main() -> None:
     running.add_argument("--batch", type=int, default=65536)
     running.add_argument("--gather", choices=("all", "ring"), default="all")
     drawing = commands.add_parser("plot")
-    for command, function in ((timing, measure_time), (memory, measure_memory), (running, really_run), (drawing, plot)):
+    for command, function in ((timing, measure_time), (memory, measure_memory), (running, execute), (drawing, plot)):
         command.add_argument("--width", type=int, default=128)
         command.set_defaults(function=function)
     arguments = parser.parse_args()
-    if arguments.function in (measure_memory, really_run):
+    if arguments.function in (measure_memory, execute):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     arguments.function(arguments)

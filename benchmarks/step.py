@@ -1,12 +1,12 @@
-"""Speed of whole training steps: images/s, their share of the measured matmul peak (MFU), and what the time goes to.
+"""Speed of whole training steps: images/s, their share of the measured peak (MFU), and the time of their parts.
 
-    python benchmarks/step.py                                              # ViT-S/4 at 32 pixels, ViT-B/16 at 224, in bfloat16: for a GPU
-    python benchmarks/step.py --cases=vit_ti4:32:16 --config.model.dtype=float32       # a model, pixels, images in a batch: for a CPU
+    python benchmarks/step.py    # for a GPU: ViT-S/4 at 32 pixels and ViT-B/16 at 224 pixels, in bfloat16
+    python benchmarks/step.py --cases=vit_ti4:32:16 --config.model.dtype=float32    # for a CPU: model:pixels:batch
 
-The parts are compiled and timed on their own, on one device: two views of every image, the backbone and the quantizer there
-and back, the loss there and back, the optimizer. What is left of the whole is what a step adds to them, or, below zero, what
-it saves. Model FLOPs count the matrix products and convolutions of both views, three times (as MaxText defines MFU); nothing of
-augmentation, loss or rematerialisation.
+The parts are compiled and timed alone, on one device: two views of every image, the backbone and quantizer with their
+gradient, the loss with its gradient, the optimizer. "rest" is the difference of the whole step to their sum; it may be
+negative. Model FLOPs count the matrix products and convolutions of three forward passes of both views (as MaxText
+defines MFU), without augmentation, loss or rematerialization.
 """
 
 import argparse
@@ -21,9 +21,8 @@ from backbone import model_flops, peak, seconds
 from tcq import augment, losses
 from tcq import config as configs
 from tcq.models import retriever
-from tcq.runtime import devices as parallel
-from tcq.train import optimizer
-from tcq.train import step as learner
+from tcq.runtime import devices
+from tcq.train import optimizer, step
 
 CASES = "vit_s4:32:512,vit_b16:224:128"
 STEPS = 1000
@@ -36,26 +35,26 @@ def time_of(function: Callable[..., Any], *arguments: Any) -> float:
 
 def whole(c: Any, images: np.ndarray) -> float:
     """Seconds of a step, as training runs it, on all devices."""
-    model, rule = retriever.from_config(c, axis_name=parallel.AXIS), optimizer.make(c, STEPS)
-    run = parallel.pmap_step(learner.step_body(model, rule, c, STEPS))
-    state = parallel.replicate(learner.initial_state(c, model, rule, images))
+    model, rule = retriever.from_config(c, axis_name=devices.AXIS), optimizer.make(c, STEPS)
+    run = devices.pmap_step(step.step_body(model, rule, c, STEPS))
+    state = devices.replicate(step.initial_state(c, model, rule, images))
     n = jax.local_device_count()
     batch = {"image": images.reshape(n, -1, *images.shape[1:]), "stop": np.zeros(n, np.float32)}
     batch["index"] = np.arange(len(images), dtype=np.int32).reshape(n, -1)
-    batch = next(parallel.prefetch(iter([batch])))
+    batch = next(devices.prefetch(iter([batch])))
 
-    def step() -> None:
+    def run_step() -> None:
         nonlocal state
         state, logs = run(state, (), batch)
         jax.block_until_ready(logs)
 
-    return seconds(step)
+    return seconds(run_step)
 
 
 def parts(c: Any, images: np.ndarray) -> dict[str, float]:
     """Seconds of each part for the images of one device."""
     model, rule = retriever.from_config(c), optimizer.make(c, STEPS)
-    state = learner.initial_state(c, model, rule, images)
+    state = step.initial_state(c, model, rule, images)
     rest = {"batch_stats": state.batch_stats} if state.batch_stats else {}
     strengths = dict(c.data.augment)
     keys = jax.random.split(jax.random.key(0), 2 * len(images)).reshape(2, -1)
@@ -75,7 +74,7 @@ def parts(c: Any, images: np.ndarray) -> dict[str, float]:
 
     def loss(features: Any, reconstructions: Any) -> Any:
         pairs = *jnp.split(features, 2), *jnp.split(reconstructions, 2)
-        clip = configs.clip_count(c.loss.clip, len(images))
+        clip = configs.clip_rule(c, STEPS).count(0)
         return losses.contrastive_loss(*pairs, pairing=c.loss.pairing, temperature=c.loss.temperature, clip=clip)[0]
 
     both = jnp.concatenate(jax.jit(views)(keys, images))
@@ -90,31 +89,31 @@ def parts(c: Any, images: np.ndarray) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default=CASES, help="model:pixels:images in a batch of one device")
+    parser.add_argument("--cases", default=CASES, help="model:pixels:batch of one device, separated by commas")
     arguments, rest = parser.parse_known_args()
     overrides = [flag.removeprefix("--config.") for flag in rest if flag.startswith("--config.")]
     if len(overrides) < len(rest):
-        parser.error(f"unknown: {' '.join(flag for flag in rest if not flag.startswith('--config.'))}")
+        parser.error(f"unknown arguments: {' '.join(flag for flag in rest if not flag.startswith('--config.'))}")
     device, n = jax.devices()[0], jax.local_device_count()
     print(f"{n} x {device.device_kind}, jax {jax.__version__}\n")
-    print("| step | images/s | ms | MFU | peak TFLOP/s | views | backbone, quantizer | loss | optimizer | left |")
+    print("| step | images/s | ms | MFU | peak TFLOP/s | views | backbone, quantizer | loss | optimizer | rest |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for case in arguments.cases.split(","):
         name, side, batch = case.split(":")
         sizes = [f"model.name={name}", f"data.image_size={side}", f"data.batch_size={int(batch) * n}"]
-        given = ["model.dtype=bfloat16", "loss.clip=0.01", "data.source=digits", f"train.total_steps={STEPS}"]
-        c = configs.load("configs/base.py", [*sizes, *given, *overrides])
+        fixed = ["model.dtype=bfloat16", "loss.clip=0.01", "data.source=digits", f"train.total_steps={STEPS}"]
+        c = configs.load("configs/base.py", [*sizes, *fixed, *overrides])
         images = np.random.default_rng(0).integers(0, 256, (int(batch) * n, int(side), int(side), 3), np.uint8)
         model = retriever.from_config(c)
         one = jnp.zeros((1, int(side), int(side), 3))
         flops = 3 * 2 * model_flops(model.apply, retriever.shapes(model, int(side)), one)
         best = peak(jnp.dtype(c.model.dtype))
-        took, found = whole(c, images), parts(c, images[: int(batch)])
-        shares = [f"{t / took:.0%}" for t in (*found.values(), took - sum(found.values()))]
-        mfu = flops * int(batch) / took / best
+        duration, times = whole(c, images), parts(c, images[: int(batch)])
+        shares = [f"{t / duration:.0%}" for t in (*times.values(), duration - sum(times.values()))]
+        mfu = flops * int(batch) / duration / best
         print(
-            f"| {name}, {side} px, {batch} images, {c.model.dtype} | {len(images) / took:,.1f} | {took * 1e3:,.1f} | "
-            f"{mfu:.1%} | {best / 1e12:,.2f} | {' | '.join(shares)} |",
+            f"| {name}, {side} px, {batch} images, {c.model.dtype} | {len(images) / duration:,.1f} | "
+            f"{duration * 1e3:,.1f} | {mfu:.1%} | {best / 1e12:,.2f} | {' | '.join(shares)} |",
             flush=True,
         )
 

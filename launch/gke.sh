@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# TPU slices of a GKE cluster, through xpk (https://github.com/AI-Hypercomputer/xpk).
+# Runs tcq on TPU slices of a GKE cluster, through xpk (https://github.com/AI-Hypercomputer/xpk).
 #
 #   launch/gke.sh --cluster=mine --project=p --zone=us-west4-a --name=tcq --type=v5litepod-16 --image=registry/tcq \
 #       start train --config=configs/cifar10.py --workdir=gs://bucket/runs/a
 #   launch/gke.sh --cluster=mine --project=p --zone=us-west4-a status
 #   launch/gke.sh --cluster=mine --project=p --zone=us-west4-a --name=tcq delete
 #
-# The image is that of launch/Dockerfile with --build-arg=PLATFORM=tpu. --slices=2 takes several; --dry_run prints what would be run.
+# Build the image with launch/Dockerfile and --build-arg=PLATFORM=tpu. --slices=2 takes two slices.
+# --dry_run prints the commands.
 set -euo pipefail
 
 cluster='' project='' zone='' name=tcq type='' image='' slices=1 dry_run=''
@@ -20,7 +21,7 @@ while [[ ${1:-} == --* ]]; do
     --image=*) image=${1#*=} ;;
     --slices=*) slices=${1#*=} ;;
     --dry_run) dry_run=yes ;;
-    *) echo "unknown flag $1; the head of $0 says which there are" >&2; exit 2 ;;
+    *) echo "unknown flag $1; the head of $0 lists the flags" >&2; exit 2 ;;
   esac
   shift
 done
@@ -37,12 +38,12 @@ case $action in
   start)
     need type
     need image
-    [[ $# -gt 0 ]] || { echo "what to run is missing: $0 ... start train --config=... --workdir=..." >&2; exit 2; }
+    [[ $# -gt 0 ]] || { echo "the tcq command is missing: $0 ... start train --config=... --workdir=..." >&2; exit 2; }
     run xpk workload create "${where[@]}" --workload="$name" --tpu-type="$type" --num-slices="$slices" --docker-image="$image" \
       --max-restarts=100 --termination-grace-period-seconds=40 \
       --command="python -m tcq $1 --distributed ${2:+$(printf '%q ' "${@:2}")}"
     ;;
   status) run xpk workload list "${where[@]}" ;;
   delete) run xpk workload delete "${where[@]}" --workload="$name" ;;
-  *) echo "what to do: start, status or delete" >&2; exit 2 ;;
+  *) echo "action '$action' is unknown: use start, status or delete" >&2; exit 2 ;;
 esac

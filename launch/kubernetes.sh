@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A Kubernetes cluster with JobSet: one process for each pod.
+# Runs tcq on a Kubernetes cluster with JobSet, one process in each pod.
 #
 #   docker build -t registry/tcq -f launch/Dockerfile . && docker push registry/tcq
 #   launch/kubernetes.sh --name=tcq --image=registry/tcq --pods=4 --gpus=8 start train --config=configs/cifar10.py --workdir=/shared/a
 #   launch/kubernetes.sh --name=tcq logs       # follows the first pod
 #   launch/kubernetes.sh --name=tcq delete
 #
-# --claim=NAME mounts that volume claim, which all pods have to see, at /shared. A pod that is preempted saves its state and the
-# set starts again. --dry_run prints what would be run, with the manifest.
+# --claim=NAME mounts that volume claim at /shared; all pods must see it. A preempted pod saves its state, and the
+# set restarts and resumes. --dry_run prints the commands and the manifest.
 set -euo pipefail
 
 name=tcq image='' pods=1 gpus=1 claim='' dry_run=''
@@ -19,7 +19,7 @@ while [[ ${1:-} == --* ]]; do
     --gpus=*) gpus=${1#*=} ;;
     --claim=*) claim=${1#*=} ;;
     --dry_run) dry_run=yes ;;
-    *) echo "unknown flag $1; the head of $0 says which there are" >&2; exit 2 ;;
+    *) echo "unknown flag $1; the head of $0 lists the flags" >&2; exit 2 ;;
   esac
   shift
 done
@@ -76,11 +76,11 @@ run() {
 case $action in
   start)
     [[ -n $image ]] || { echo "start needs --image=..." >&2; exit 2; }
-    [[ $# -gt 0 ]] || { echo "what to run is missing: $0 ... start train --config=... --workdir=..." >&2; exit 2; }
+    [[ $# -gt 0 ]] || { echo "the tcq command is missing: $0 ... start train --config=... --workdir=..." >&2; exit 2; }
     manifest "$@" | run kubectl apply -f -
     ;;
   status) run kubectl get jobset,pods -l "jobset.sigs.k8s.io/jobset-name=$name" </dev/null ;;
   logs) run kubectl logs -f "job/$name-workers-0" -c tcq </dev/null ;;
   delete) run kubectl delete jobset "$name" </dev/null ;;
-  *) echo "what to do: start, status, logs or delete" >&2; exit 2 ;;
+  *) echo "action '$action' is unknown: use start, status, logs or delete" >&2; exit 2 ;;
 esac

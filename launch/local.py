@@ -1,10 +1,10 @@
-"""Starts n processes of one run on this machine: one for each GPU, or to try out what several hosts would do.
+"""Starts the processes of one run on this machine: one for each GPU, or several on a CPU to try it.
 
     python launch/local.py --processes=4 -- train --config=configs/digits.py --workdir=runs/digits
 
-What follows -- is a tcq command that takes --distributed (train, evaluate, index). The output of process i is shown behind [i].
-SIGTERM and SIGINT are passed on to all; when one fails, the others get --grace seconds to notice and are then ended. The exit
-status is that of the first one that failed.
+After -- stands a tcq command that takes --distributed (train, evaluate, index, doctor). The output of process i begins
+with [i]. SIGTERM and SIGINT are passed to all processes. When one fails, the others have --grace seconds to exit and are
+then killed. The exit status is that of the first process that failed.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import time
 def commands(arguments: argparse.Namespace) -> list[tuple[dict[str, str], list[str]]]:
     """The environment to add and the command line of each process."""
     port = arguments.port or _free_port()
-    found = []
+    pairs = []
     for i in range(arguments.processes):
         command = [sys.executable, "-m", "tcq", *arguments.command, f"--coordinator=localhost:{port}"]
         command += [f"--processes={arguments.processes}", f"--process_id={i}"]
@@ -31,19 +31,19 @@ def commands(arguments: argparse.Namespace) -> list[tuple[dict[str, str], list[s
             environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={arguments.cpu_devices}"
         else:
             environment["JAX_LOCAL_DEVICE_IDS"] = str(i)  # GPU i
-        found.append((environment, command))
-    return found
+        pairs.append((environment, command))
+    return pairs
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Starts all of them and waits; the exit status."""
+    """Starts all processes, waits for them, and returns the exit status."""
     processes = [
         subprocess.Popen(
             command,
             env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # signals come from here only, once
+            start_new_session=True,  # so that only this program sends them signals
         )
         for environment, command in commands(arguments)
     ]
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         failed = [(i, s) for i, s in enumerate(statuses) if s]
         if failed and deadline is None:
             i, status = failed[0]
-            print(f"process {i} ended first, with {_told(status)}", flush=True)
+            print(f"process {i} ended first, with {_describe(status)}", flush=True)
             deadline = time.monotonic() + arguments.grace
         if deadline and time.monotonic() > deadline:
             for process in processes:
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 128 - status if status < 0 else status
 
 
-def _told(status: int) -> str:
+def _describe(status: int) -> str:
     return f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
 
 
@@ -94,14 +94,14 @@ def _free_port() -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, required=True, help="how many; with GPUs one for each")
+    parser.add_argument("--processes", type=int, required=True, help="number of processes; with GPUs one for each")
     parser.add_argument(
-        "--cpu_devices", type=int, default=0, help="devices of each process that are simulated on the CPU"
+        "--cpu_devices", type=int, default=0, help="simulated CPU devices of each process (default: GPUs)"
     )
-    parser.add_argument("--port", type=int, default=0, help="of the coordinator (default: one that is free)")
-    parser.add_argument("--grace", type=float, default=90.0, help="seconds that the others get when one has failed")
+    parser.add_argument("--port", type=int, default=0, help="of the coordinator (default: a free one)")
+    parser.add_argument("--grace", type=float, default=90.0, help="seconds for the others to exit when one has failed")
     parser.add_argument("--dry_run", action="store_true", help="print the commands and do nothing")
-    parser.add_argument("command", nargs="+", metavar="-- COMMAND", help="of tcq, with its flags")
+    parser.add_argument("command", nargs="+", metavar="-- COMMAND", help="a tcq command with its flags")
     arguments = parser.parse_args()
     if arguments.processes < 1:
         parser.error(f"--processes={arguments.processes} must be at least 1")

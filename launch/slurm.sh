@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A SLURM cluster: one process for each GPU of so many nodes. JAX finds the others by SLURM's variables.
+# Runs tcq on a SLURM cluster, one process for each GPU. JAX detects the processes by SLURM's variables.
 #
 #   launch/slurm.sh --nodes=2 --gpus=8 --time=12:00:00 -- train --config=configs/cifar10.py --workdir=/shared/runs/a
 #
-# A minute before the time is over, and when it is preempted, SLURM sends SIGTERM: the state is saved, and the job goes back
-# into the queue and goes on. --partition, --account and --python name yours; --dry_run prints what would be run.
+# SLURM sends SIGTERM a minute before the time limit, and on preemption. Then the state is saved, and the job is requeued
+# and resumes. --partition and --account go to sbatch; --python names the interpreter; --dry_run prints the command.
 set -euo pipefail
 
 nodes=1 gpus=1 time=24:00:00 python=python dry_run='' more=()
@@ -17,14 +17,14 @@ while [[ ${1:-} == --?* ]]; do
     --python=*) python=${1#*=} ;;
     --dry_run) dry_run=yes ;;
     --) shift; break ;;
-    *) echo "unknown flag $1; the head of $0 says which there are" >&2; exit 2 ;;
+    *) echo "unknown flag $1; the head of $0 lists the flags" >&2; exit 2 ;;
   esac
   [[ $1 == -- ]] || shift
 done
 [[ ${1:-} == -- ]] && shift
-[[ $# -gt 0 ]] || { echo "what to run is missing: $0 ... -- train --config=... --workdir=..." >&2; exit 2; }
+[[ $# -gt 0 ]] || { echo "the tcq command is missing: $0 ... -- train --config=... --workdir=..." >&2; exit 2; }
 
-# srun passes the signal on to the processes; 143 is what they leave behind when they have saved.
+# srun passes the signal to the processes; they exit with 143 when they have saved.
 work="srun --kill-on-bad-exit=1 $python -m tcq $1 --distributed ${2:+$(printf '%q ' "${@:2}")}
 status=\$?
 [ \$status -ne 143 ] || scontrol requeue \$SLURM_JOB_ID

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# A TPU pod slice: made, installed, started on all of its hosts, followed, stopped, deleted.
+# Creates a TPU pod slice, installs tcq on all of its hosts, starts and stops runs there, and deletes it.
 #
 #   launch/tpu.sh --name=tcq --zone=us-west4-a --type=v5litepod-16 create      # or: queue, and then status until it is ACTIVE
-#   launch/tpu.sh --name=tcq --zone=us-west4-a install                         # this checkout, on all hosts
+#   launch/tpu.sh --name=tcq --zone=us-west4-a install                         # the last commit of this checkout, on all hosts
 #   launch/tpu.sh --name=tcq --zone=us-west4-a doctor --config=configs/cifar10.py --workdir=gs://bucket/runs/a
 #   launch/tpu.sh --name=tcq --zone=us-west4-a train --config=configs/cifar10.py --workdir=gs://bucket/runs/a
 #   launch/tpu.sh --name=tcq --zone=us-west4-a logs                            # follows the first host
 #   launch/tpu.sh --name=tcq --zone=us-west4-a stop                            # SIGTERM: the state is saved
 #   launch/tpu.sh --name=tcq --zone=us-west4-a delete
 #
-# --dry_run prints what would be run. --spot asks for capacity that may be taken back; train again then goes on.
+# --dry_run prints the commands. --spot asks for capacity that may be preempted; then the same train command resumes.
 set -euo pipefail
 
 name='' zone='' type='' version='tpu-ubuntu2204-base' spot=() dry_run=''
@@ -21,7 +21,7 @@ while [[ ${1:-} == --* ]]; do
     --version=*) version=${1#*=} ;;
     --spot) spot=(--spot) ;;
     --dry_run) dry_run=yes ;;
-    *) echo "unknown flag $1; the head of $0 says which there are" >&2; exit 2 ;;
+    *) echo "unknown flag $1; the head of $0 lists the flags" >&2; exit 2 ;;
   esac
   shift
 done
@@ -67,5 +67,5 @@ python3 -m pip install --quiet --user uv
   stop) everywhere "kill -TERM \$(cat tcq.pid)" ;;
   delete) vm delete --quiet ;;
   delete_queued) run gcloud compute tpus queued-resources delete "$name" --zone="$zone" --force --quiet ;;
-  *) echo "what to do: create, queue, status, install, doctor, train, evaluate, index, logs, stop, delete or delete_queued" >&2; exit 2 ;;
+  *) echo "action '$action' is unknown: use create, queue, status, install, doctor, train, evaluate, index, logs, stop, delete or delete_queued" >&2; exit 2 ;;
 esac

@@ -292,7 +292,7 @@ def _add_search(commands: Commands) -> None:
     parser = _add_command(
         commands, "search", "show the indexed images nearest to a query image", _search, compiles=True
     )
-    parser.add_argument("--index", type=_path, required=True, help="as tcq index wrote it")
+    parser.add_argument("--index", type=_path, required=True, help="a folder that tcq index wrote")
     parser.add_argument("--query", type=_path, required=True, nargs="+", metavar="IMAGE", help="one or more images")
     parser.add_argument("--k", type=_positive, default=10, help="number of answers (default: 10)")
     parser.add_argument("--gallery", type=_path, metavar="PNG", help="write a picture of the answers")
@@ -322,8 +322,8 @@ def _add_serve(commands: Commands) -> None:
     parser = _add_command(
         commands, "serve", "serve a search page for an index, on this machine only", _serve, compiles=True
     )
-    parser.add_argument("--index", type=_path, required=True, help="as tcq index wrote it")
-    parser.add_argument("--port", type=int, default=8000, help="(default: 8000)")
+    parser.add_argument("--index", type=_path, required=True, help="a folder that tcq index wrote")
+    parser.add_argument("--port", type=int, default=8000, help="of the page (default: 8000)")
     parser.add_argument("--k", type=_positive, default=10, help="number of answers (default: 10)")
 
 
@@ -339,9 +339,9 @@ def _serve(arguments: argparse.Namespace, _: list[str]) -> int:
 
 def _add_export(commands: Commands) -> None:
     parser = _add_command(commands, "export", "export an index to FAISS, or as NumPy arrays", _export)
-    parser.add_argument("--index", type=_path, required=True, help="as tcq index wrote it")
+    parser.add_argument("--index", type=_path, required=True, help="a folder that tcq index wrote")
     parser.add_argument("--out", type=_path, required=True, help="a file that does not exist yet")
-    parser.add_argument("--format", choices=("faiss", "npz"), default="faiss", help="(default: faiss)")
+    parser.add_argument("--format", choices=("faiss", "npz"), default="faiss", help="of the file (default: faiss)")
 
 
 def _export(arguments: argparse.Namespace, _: list[str]) -> int:
