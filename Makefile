@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-tensorflow peers test-peers check format clean
+.PHONY: demo test test-slow test-tensorflow peers test-peers check format docs clean
 
 $(VENV)/installed: requirements.txt setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "tcq needs Python 3.11 to 3.13, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
@@ -23,7 +23,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test check
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-# All tests once more with XLA's optimisations, which `make test` does without, and then the long ones.
+# All tests again with XLA's optimizations, which `make test` turns off, and then the long ones.
 test-slow: export JAX_DISABLE_MOST_OPTIMIZATIONS = 0
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -33,7 +33,7 @@ test-tensorflow: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'tensorflow-cpu>=2.21' dill
 	$(BIN)/python -m pytest -m tensorflow
 
-# timm's models and open_clip's loss need no torchvision, which has no build that runs without CUDA everywhere.
+# timm and open_clip are installed without torchvision, whose builds need CUDA on some platforms.
 $(VENV)/installed-peers: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu' transformers==5.23.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31 open_clip_torch==3.3.0
@@ -52,6 +52,10 @@ check: $(VENV)/installed-test
 format: $(VENV)/installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The API page and the command reference, from the code.
+docs: $(VENV)/installed
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -30,7 +30,7 @@ def set_bits(c: ConfigDict, bits: str) -> None:
 
 
 def set_backbone(c: ConfigDict, backbone: str, weights: str, *, image_size: int) -> None:
-    """A named backbone or published weights, and how it is fine-tuned (our choice, after the recipes of DeiT and BEiT)."""
+    """Sets a named backbone or published weights, and its fine-tuning: our choice after DeiT and BEiT."""
     c.model.name, c.model.weights = backbone, weights
     c.model.pooling = "cls"
     c.data.image_size = image_size

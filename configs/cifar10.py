@@ -3,10 +3,11 @@
     python -m tcq train --config=configs/cifar10.py:bits=32 --workdir=runs/cifar10
     python -m tcq train --config=configs/cifar10.py:bits=32,weights=/models/dinov2-small --workdir=runs/cifar10-s14
 
-The arguments are bits=16, 32, 64 ...; backbone=, a name such as vit_b16 or resnet18; weights=, a path (docs/weights.md).
-Without the last two the model is a small ViT on 32 pixels. On two CPU cores that took 10.5 minutes and gave mAP@1000 0.281
-at 32 bits on CIFAR-10 (JPEG) read from a folder (1,000 queries carved from the training images, 49,000 others as database;
-FAISS PQ on pixels 0.208; one seed). The dataset has to be prepared once: `tcq doctor --config=configs/cifar10.py` says how.
+The arguments are bits=16, 32, 64 ...; backbone=, a name such as vit_b16 or resnet18; weights=, a path
+(docs/weights.md). Without the last two the model is a small ViT on 32 pixels. On two CPU cores that took 10.5 minutes
+and gave mAP@1000 0.281 at 32 bits on CIFAR-10 (JPEG) read from a folder (1,000 queries carved from the training images,
+49,000 others as database; FAISS PQ on pixels 0.208; one seed). The dataset has to be prepared once: `tcq doctor
+--config=configs/cifar10.py` says how.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +16,7 @@ from tcq.config import base
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """A small ViT from scratch, for a CPU, or another backbone; a ResNet from scratch has the CIFAR stem and 32 pixels."""
+    """A small ViT from scratch, or another backbone; a ResNet from scratch has the CIFAR stem and 32 pixels."""
     a = base.arguments(arg, bits="32", backbone="", weights="")
     c = base.get_config()
     base.set_bits(c, a["bits"])

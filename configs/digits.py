@@ -1,6 +1,9 @@
 """Handwritten digits of scikit-learn: 1,797 real scans of 8 x 8 pixels, nothing to download.
 
-python -m tcq train --config=configs/digits.py --workdir=runs/digits
+    python -m tcq train --config=configs/digits.py --workdir=runs/digits --evaluate=latest
+
+Two minutes on two CPU cores. Expect mAP 0.93 +- 0.01 (float query against codes, whole ranking, three seeds), and with
+--config.loss.clip=0 0.87. The validation images chose temperature and clip: docs/clipping.md.
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +27,7 @@ def get_config() -> ConfigDict:
 
     c.model.update(width=64, depth=2, heads=2, patch=4, pooling="flat")
 
-    c.loss.temperature = 1.0
+    c.loss.temperature = 0.5
     c.loss.clip = 0.1
     c.loss.clip_from = 0.35  # from scratch, features have to separate classes before clipping can help
     c.loss.clip_full = 0.5

@@ -1,10 +1,11 @@
 """MIRFLICKR-25K under the protocol of MeCoQ: 2,000 queries, 5,000 of the other images for training, mAP@5000.
 
-    python -m tcq train --config=configs/flickr25k.py:bits=32,backbone=vit_b16,weights=/models/B_16.npz --workdir=runs/flickr
+    python -m tcq train --config=configs/flickr25k.py:bits=32,backbone=vit_b16,weights=/models/B_16.npz
+    --workdir=runs/flickr
 
-The arguments are bits=16, 32, 64 ...; backbone=, a name such as vit_b16 or resnet50; weights=, a path (docs/weights.md).
-`tcq prepare --dataset=mirflickr25k --files=...` prepares the dataset from its published archives. Not run by us: we had
-neither the archives nor weights, and this size needs a GPU or TPU.
+The arguments are bits=16, 32, 64 ...; backbone=, a name such as vit_b16 or resnet50; weights=, a path
+(docs/weights.md). `tcq prepare --dataset=mirflickr25k --files=...` prepares the dataset from its published archives.
+Not run by us: we had neither the archives nor weights, and this size needs a GPU or TPU.
 """
 
 from ml_collections import ConfigDict

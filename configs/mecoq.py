@@ -2,14 +2,14 @@
 
     python -m tcq train --config=configs/mecoq.py:bits=32,weights=/models/resnet50 --workdir=runs/mecoq --evaluate=best
 
-The arguments are bits=16, 32 or 64; backbone=, a name such as vit_b16; weights=, a path (docs/weights.md). MeCoQ fine-tunes
-the two upper layers of a VGG-16 of ImageNet. tcq has no VGG: here the backbone is frozen with published weights, or without
-them a ViT-S/16 from scratch, so do not expect its figures. Not run by us in full: it needs a GPU.
+The arguments are bits=16, 32 or 64; backbone=, a name such as vit_b16; weights=, a path (docs/weights.md). MeCoQ
+fine-tunes the two upper layers of a VGG-16 of ImageNet. tcq has no VGG: here the backbone is frozen with published
+weights, or without them a ViT-S/16 from scratch, so do not expect its figures. Not run by us in full: it needs a GPU.
 
 The released code differs: the codebooks are never trained; the positive of one anchor is combined with the negatives of
-another (shapes (2B, 1) and (2B,) broadcast); the floor of the debiased sum underflows to 0; the number of negatives leaves
-out those of the memory, which are not normalized; the queries are ranked as they are (`eval.normalize=none`) although only
-their unit subvectors are trained; early stopping and the reported checkpoint use the test queries.
+another (shapes (2B, 1) and (2B,) broadcast); the floor of the debiased sum underflows to 0; the number of negatives
+leaves out those of the memory, which are not normalized; the queries are ranked as they are (`eval.normalize=none`)
+although only their unit subvectors are trained; early stopping and the reported checkpoint use the test queries.
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +20,7 @@ TEMPERATURES = {"16": 0.25, "32": 0.4, "64": 0.4}  # of its CIFAR-10 (I) runs
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Codebooks of 256 codewords of width 16; --config.loss.clip=0.05 --config.loss.debias=0 clips instead of debiasing."""
+    """Codebooks of 256 codewords of width 16. To clip instead: --config.loss.clip=0.05 --config.loss.debias=0."""
     a = base.arguments(arg, bits="32", backbone="", weights="")
     if a["bits"] not in TEMPERATURES:
         raise ValueError(f"bits={a['bits']} must be one of {', '.join(TEMPERATURES)}")

@@ -1,10 +1,11 @@
 """NUS-WIDE, images with the 21 most frequent concepts: 100 queries of each, mAP@5000.
 
-    python -m tcq train --config=configs/nus_wide.py:bits=32,backbone=vit_b16,weights=/models/B_16.npz --workdir=runs/nus
+    python -m tcq train --config=configs/nus_wide.py:bits=32,backbone=vit_b16,weights=/models/B_16.npz
+    --workdir=runs/nus
 
-The arguments are bits=16, 32, 64 ...; backbone=, a name such as vit_b16 or resnet50; weights=, a path (docs/weights.md).
-`tcq prepare --dataset=nus_wide --files=...` prepares the dataset from its published files and your images. Not run by us:
-we had neither the images nor weights, and this size needs a GPU or TPU.
+The arguments are bits=16, 32, 64 ...; backbone=, a name such as vit_b16 or resnet50; weights=, a path
+(docs/weights.md). `tcq prepare --dataset=nus_wide --files=...` prepares the dataset from its published files and your
+images. Not run by us: we had neither the images nor weights, and this size needs a GPU or TPU.
 """
 
 from ml_collections import ConfigDict

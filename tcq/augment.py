@@ -19,8 +19,8 @@ def random_view(key: Key[Array, ""], image: Image, strengths: Mapping[str, float
     Args:
       key: the only source of randomness.
       image: float32 (H, W, 3) in [0, 1].
-      strengths: `crop`: largest share of the area that is cut away, in [0, 1); `stretch`: log of the largest change of the
-        aspect ratio; `rotate`: degrees; `shift`: share of the side; `flip`: probability; `brightness`, `contrast`,
+      strengths: `crop`: largest share of the area that is cut away, in [0, 1); `stretch`: log of the largest change of
+        the aspect ratio; `rotate`: degrees; `shift`: share of the side; `flip`: probability; `brightness`, `contrast`,
         `saturation`: factors are drawn from 1 +- strength; `hue`: largest rotation, 0 to 0.5 of the circle; `jitter`:
         probability of the four colour changes; `grayscale`: probability; `blur`: probability of a Gaussian blur with
         sigma from 0.1 to 2 pixels (times side / 224 above 224 pixels).

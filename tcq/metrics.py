@@ -1,15 +1,17 @@
 """Retrieval metrics under the conventions of the published code; each convention is an argument. NumPy, float64.
 
-AP@k of a query: rank the database and sum (hits up to r) / r over the relevant ranks r <= k, then divide by a denominator.
+AP@k of a query: rank the database and sum (hits up to r) / r over the relevant ranks r <= k, then divide by a
+denominator.
 
 * ``denominator="hits"`` divides by the relevant items among the first k: the formula of the released SPQ, MeCoQ and
-  DeepHash code, and our default. ``"min"`` divides by min(relevant items, k), ``"all"`` by all relevant items, as trec_eval.
-* ``empty="zero"``: a query without a hit scores 0 and counts in the mean (all three). ``"skip"``: queries with no relevant
-  item in the database are left out of the mean.
-* Codes are few, so scores tie. ``ties="expected"`` is the exact expectation over all orders of the tied items, also where a
-  group of ties straddles the cut-off; ``"index"`` ranks ties in database order, as a stable sort does; ``"best"`` ranks the
-  relevant items of a group of ties first, ``"worst"`` last. (With "min" and "all" no order of the ties scores higher, or
-  lower; with "hits" a relevant item late in the list can lower the score.)
+  DeepHash code, and our default. ``"min"`` divides by min(relevant items, k), ``"all"`` by all relevant items, as
+  trec_eval.
+* ``empty="zero"``: a query without a hit scores 0 and counts in the mean (all three). ``"skip"``: queries with no
+  relevant item in the database are left out of the mean.
+* Codes are few, so scores tie. ``ties="expected"`` is the exact expectation over all orders of the tied items, also
+  where a group of ties straddles the cut-off; ``"index"`` ranks ties in database order, as a stable sort does;
+  ``"best"`` ranks the relevant items of a group of ties first, ``"worst"`` last. (With "min" and "all" no order of the
+  ties scores higher, or lower; with "hits" a relevant item late in the list can lower the score.)
 """
 
 from functools import lru_cache
@@ -68,7 +70,8 @@ def average_precision(
       denominator: "hits", "min" or "all", see there.
 
     Raises:
-      ValueError: the shapes differ, there is no query or item, k is below 1, a score is NaN, or a convention is unknown.
+      ValueError: the shapes differ, there is no query or item, k is below 1, a score is NaN, or a convention is
+        unknown.
     """
     return search(scores, relevance, k=k, cuts=[], ties=ties, denominator=denominator).average_precision
 
@@ -80,7 +83,7 @@ def hits(
     ks: Int[ArrayLike, " C"] | list[int],
     ties: str = "expected",
 ) -> Float[np.ndarray, "Q C"]:
-    """The number of relevant items among the first k of each query, for each k of `ks`; float64, an expectation over ties.
+    """Relevant items among the first k of each query, for each k of `ks`: float64, an expectation over ties.
 
     Divided by k it is precision@k, divided by all relevant items of the query recall@k.
     Raises ValueError as `average_precision`, and for a k above N.
@@ -97,7 +100,7 @@ def search(
     ties: str = "expected",
     denominator: str = "hits",
 ) -> Scores:
-    """`average_precision` at k and `hits` at `cuts`, both from one pass over each row. Arguments and errors as there."""
+    """`average_precision` at k and `hits` at `cuts` from one pass over each row. Arguments and errors as there."""
     scores, relevance, k = _checked(scores, relevance, k)
     cut = np.asarray(cuts, np.int64)
     for name, value, known in (("ties", ties, TIES), ("denominator", denominator, DENOMINATORS)):
@@ -105,7 +108,8 @@ def search(
             raise ValueError(f"{name} {value!r} is unknown: use one of {', '.join(known)}")
     if cut.size and not 1 <= cut.min() <= cut.max() <= scores.shape[1]:
         raise ValueError(
-            f"cut-off {cut.max() if cut.min() > 0 else cut.min()} must be from 1 to the number of items, {scores.shape[1]}"
+            f"cut-off {cut.max() if cut.min() > 0 else cut.min()} must be from 1 to the number of items, "
+            f"{scores.shape[1]}"
         )
     precision, hits_at = np.empty(len(scores)), np.empty((len(scores), cut.size))
     relevant = relevance.sum(axis=1)
@@ -144,7 +148,7 @@ def best_possible(relevant: Int[ArrayLike, " Q"], *, k: int, denominator: str = 
 def random_order(
     relevant: Int[ArrayLike, " Q"], num_items: int, *, k: int, cuts: Int[ArrayLike, " C"] | list[int], denominator: str
 ) -> Scores:
-    """The exact expectation over all orders of `num_items` items, for queries with `relevant` relevant ones among them."""
+    """The exact expectation over all orders of `num_items` items, of which `relevant` are relevant to each query."""
     relevant, cut = np.asarray(relevant, np.int64), np.asarray(cuts, np.int64)
     counts, which = np.unique(relevant, return_inverse=True)
     row = np.zeros((1, num_items), np.float32)

@@ -216,7 +216,7 @@ def _facts(cell: Cell) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The commit of the checkout with this code, followed by + if files differ from it; else the version of the package."""
+    """The commit of this checkout, with a + if files differ from it; outside a checkout the version of the package."""
     import tcq
 
     folder = Path(tcq.__file__).resolve().parent

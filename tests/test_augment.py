@@ -75,7 +75,7 @@ def test_crop_takes_a_part_of_the_image():
 
 
 def test_rotation_turns_ramps_by_at_most_its_degrees():
-    """Ramps along x and along y (red and green), turned by one angle: each rises by its cosine and by plus or minus its sine."""
+    """Ramps along x and y (red and green), rotated by one angle: each rises by its cosine and +- its sine."""
     ramp = jnp.linspace(0.25, 0.75, 17)
     image = jnp.stack(jnp.broadcast_arrays(ramp[None, :], ramp[:, None], jnp.float32(0)), axis=-1)
     angles = []

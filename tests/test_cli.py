@@ -42,7 +42,8 @@ def test_as_a_process_of_its_own(tmp_path):
 
 def test_help_is_fast():
     """It imports neither jax nor numpy."""
-    code = "import sys; from tcq import cli; cli.make_parser().format_help(); print('jax' in sys.modules, 'numpy' in sys.modules)"
+    code = "import sys; from tcq import cli; cli.make_parser().format_help(); "
+    code += "print('jax' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([small.command()[0], "-c", code], env=small.environment(), capture_output=True, text=True)
     assert done.stdout.strip() == "False False", done.stderr
 

@@ -1,7 +1,7 @@
 """Configs: reading a config file with overrides, checking it, and storing it as JSON.
 
-Every key has its default and unit in configs/base.py, its allowed values in checks.py, and its meaning, where it has to be
-computed, in derived.py.
+Every key has its default and unit in configs/base.py, its allowed values in checks.py, and its meaning, where it has to
+be computed, in derived.py.
 """
 
 import json

@@ -174,13 +174,14 @@ def check_run(config: ConfigDict, *, num_devices: int, num_train: int, num_valid
         )
     elif d.batch_size // num_devices % config.train.microbatches:
         problems.append(
-            f"train.microbatches {config.train.microbatches} does not divide the {d.batch_size // num_devices} images of "
-            f"each device (data.batch_size {d.batch_size} on {num_devices})"
+            f"train.microbatches {config.train.microbatches} does not divide the {d.batch_size // num_devices} images "
+            f"of each device (data.batch_size {d.batch_size} on {num_devices})"
         )
     if d.batch_size > num_train:
         problems.append(
-            f"data.batch_size {d.batch_size} is above the {num_train:,} training images ({num_validation:,} more are held "
-            f"out for validation): an image would be its own negative; use at most {num_train // num_devices * num_devices}"
+            f"data.batch_size {d.batch_size} is above the {num_train:,} training images ({num_validation:,} more are "
+            f"held out for validation): an image would be its own negative; use at most "
+            f"{num_train // num_devices * num_devices}"
         )
     available = min(q.init_images, num_train)
     if q.init == "kmeans" and available < q.num_codewords:
@@ -248,8 +249,8 @@ def _resnet_problems(c: ConfigDict) -> Iterator[str]:
         yield f"model.dropout {m.dropout} and model.drop_path {m.drop_path} must be 0: {m.name} has neither"
     if c.train.microbatches > 1 and frozen >= 0:
         yield (
-            f"train.microbatches {c.train.microbatches}: the batch statistics of {m.name} would be those of a microbatch; "
-            f"use a ViT, or freeze the backbone (optim.frozen_blocks=-1)"
+            f"train.microbatches {c.train.microbatches}: the batch statistics of {m.name} would be those of a "
+            f"microbatch; use a ViT, or freeze the backbone (optim.frozen_blocks=-1)"
         )
     if m.scan:
         yield f"model.scan must be false: the blocks of {m.name} differ, and only those of a ViT can be one loop"
@@ -276,7 +277,8 @@ def _loss_problems(c: ConfigDict) -> Iterator[str]:
     elif loss.clip < 0 or derived.clip_rule(c, 1).count(queued=loss.queue) >= max(negatives, 1):
         sizes = f"2 x {batch_size} - 2{f' + {loss.queue}' if loss.queue else ''} = {negatives}"
         yield (
-            f"loss.clip {loss.clip} must be from 0 to {negatives - 1}: a batch of {batch_size} has {sizes} negatives per anchor"
+            f"loss.clip {loss.clip} must be from 0 to {negatives - 1}: a batch of {batch_size} has {sizes} negatives "
+            f"per anchor"
         )
     if loss.queue and loss.pairing == "float":
         yield (
@@ -291,7 +293,8 @@ def _run_problems(c: ConfigDict) -> Iterator[str]:
     t, warmup = c.train, c.optim.warmup_steps
     if (t.total_steps > 0) == (t.total_epochs > 0):
         yield (
-            f"train.total_steps ({t.total_steps}) and train.total_epochs ({t.total_epochs}): one must be set and the other 0"
+            f"train.total_steps ({t.total_steps}) and train.total_epochs ({t.total_epochs}): one must be set and the "
+            f"other 0"
         )
     if isinstance(warmup, float) and not 0 <= warmup < 1:
         yield f"optim.warmup_steps {warmup} is a share of the run and must be in [0, 1); write a count without a point"

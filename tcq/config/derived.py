@@ -99,8 +99,8 @@ def conventions(config: ConfigDict) -> Conventions:
 def query_norm(config: ConfigDict) -> str:
     """The normalization of queries, an argument of `ranking.lookup_table`: `eval.normalize`, with "auto" resolved.
 
-    "auto" is what the training loss compares: with pairing "quantized" and metric "ip" it is reconstructions, which depend
-    on unit subvectors only; otherwise the features as they are.
+    "auto" is what the training loss compares: with pairing "quantized" and metric "ip" it is reconstructions, which
+    depend on unit subvectors only; otherwise the features as they are.
     """
     if config.eval.normalize != "auto":
         return str(config.eval.normalize)

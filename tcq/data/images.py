@@ -47,8 +47,8 @@ def decode(source: str | Path | bytes, *, size: int, resize: Resize = WHOLE) -> 
     reduced to 8.
 
     Raises:
-      ImageError: not a regular file, empty, larger than 256 MiB or 100 million pixels, of another format than JPEG, PNG,
-        GIF, BMP, WebP, TIFF and PPM, or corrupted.
+      ImageError: not a regular file, empty, larger than 256 MiB or 100 million pixels, of another format than JPEG,
+        PNG, GIF, BMP, WebP, TIFF and PPM, or corrupted.
     """
     data = source if isinstance(source, bytes) else _read(Path(source))
     if not data:

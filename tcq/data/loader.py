@@ -33,8 +33,8 @@ def batches(
       threads: that read ahead.
 
     Yields:
-      "image", the rows, (num_devices, b, ...), or without images "row", int32 positions in `indices`; and "index", int32
-      positions in `images`. Both of the latter are (num_devices, b).
+      "image", the rows, (num_devices, b, ...), or without images "row", int32 positions in `indices`; and "index",
+      int32 positions in `images`. Both of the latter are (num_devices, b).
 
     Raises:
       ValueError: the batch size is not divisible by processes and devices.

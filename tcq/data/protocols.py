@@ -1,4 +1,4 @@
-"""The published protocols: which images are queries, database, training and validation images. Pure functions of labels.
+"""The published protocols: the indices of query, database, training and validation images, as functions of labels.
 
 The entries of `PROTOCOLS` describe them as data; docs/protocols.md lists them with their sources. Indices refer to the
 images in official order: for CIFAR-10 the 50,000 training images, then the 10,000 test images; for MIRFLICKR-25K im1 to
@@ -20,7 +20,7 @@ class ProtocolError(ValueError):
 
 
 class Split(NamedTuple):
-    """Indices of images in official order. Validation images are carved from the training images, and not among them."""
+    """Indices of images in official order. Validation images are carved from the training images."""
 
     query: Int64[np.ndarray, " Q"]
     database: Int64[np.ndarray, " N"]
@@ -76,7 +76,8 @@ def split(
         database if the protocol has its training images there.
 
     Raises:
-      ProtocolError: the name is unknown, a share is not in [0, 1), or the labels are not those of the protocol's images.
+      ProtocolError: the name is unknown, a share is not in [0, 1), or the labels are not those of the protocol's
+        images.
     """
     if name not in PROTOCOLS:
         raise ProtocolError(f"protocol {name!r} is unknown: use one of {', '.join(PROTOCOLS)}")
@@ -196,7 +197,8 @@ def _check_cifar10(labels: np.ndarray) -> None:
             )
 
 
-# Sizes, cut-offs and draws are those of the sources. Where a source publishes lists or no seed, the draw is ours by its rule.
+# Sizes, cut-offs and draws are those of the sources. Where a source publishes lists or no seed, the draw is ours by its
+# rule.
 PROTOCOLS = {
     "folder": Protocol(_folder, None, None, None, None, 0, None, "ours: a seeded share of any images"),
     "cifar10_spq": Protocol(
@@ -217,7 +219,7 @@ PROTOCOLS = {
         1000,
         2021,
         None,
-        "MeCoQ (Wang et al. 2022), released code, CIFAR-10 (I): 1,000 queries of each class of all 60,000 images, its seed",
+        "MeCoQ (Wang et al. 2022), released code, CIFAR-10 (I): 1,000 queries of each class of 60,000, its seed",
     ),
     "cifar10_II": Protocol(
         _cifar10_by_class(1000, 500, in_database=True),
@@ -237,8 +239,8 @@ PROTOCOLS = {
         None,
         0,
         None,
-        "DeepHash-pytorch, README, cifar10: 100 queries and 500 training images of each class, neither in the database; "
-        "the reference has no seed, the draw is ours",
+        "DeepHash-pytorch, README, cifar10: 100 queries and 500 training images of each class, neither in the "
+        "database; the reference has no seed, the draw is ours",
     ),
     "flickr25k_mecoq": Protocol(
         _flickr25k_mecoq,
@@ -269,7 +271,7 @@ PROTOCOLS = {
         5000,
         0,
         None,
-        "DeepHash-pytorch, data/nuswide_21/code.py: images with any of the 21 most frequent concepts, 100 queries and 500 "
-        "training images of each; the reference publishes lists without a seed, the draw is ours by its rule",
+        "DeepHash-pytorch, data/nuswide_21/code.py: images with any of the 21 most frequent concepts, 100 queries and "
+        "500 training images of each; the reference publishes lists without a seed, the draw is ours by its rule",
     ),
 }

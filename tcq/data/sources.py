@@ -19,16 +19,16 @@ from tcq.runtime import signals, storage
 def open_source(data: ConfigDict) -> Source:
     """The images of `config.data.source`, with the labels that `config.data.protocol` uses.
 
-    Raises SourceError if the source is of an unknown kind, is missing, is not prepared, has no image, or has fewer labels
-    than the protocol needs.
+    Raises SourceError if the source is of an unknown kind, is missing, is not prepared, has no image, or has fewer
+    labels than the protocol needs.
     """
     source, num_labels = _open(data), protocols.PROTOCOLS[data.protocol].num_labels
     if not num_labels or source.labels is None:
         return source
     if source.labels.ndim != 2 or source.labels.shape[1] < num_labels:
         raise SourceError(
-            f"data.protocol {data.protocol} needs {num_labels} labels, {data.source} has {len(source.classes)} classes: "
-            f"data.protocol=folder takes any number"
+            f"data.protocol {data.protocol} needs {num_labels} labels, {data.source} has {len(source.classes)} "
+            f"classes: data.protocol=folder takes any number"
         )
     return source._replace(labels=source.labels[:, :num_labels], classes=source.classes[:num_labels])
 
@@ -47,10 +47,10 @@ def _open(data: ConfigDict) -> Source:
 
 
 def folder(path: str | Path, *, size: int, resize: Resize = WHOLE, cache_dir: str = "") -> Source:
-    """Every image below a folder, local or in a bucket, in the order of the paths; files that are not images are skipped.
+    """Every image below a folder, local or in a bucket, sorted by path; files that are not images are skipped.
 
-    If every image is in a sub-folder and there are at least two, the names of the sub-folders are labels (those below the
-    first folder that has more than one). Hidden files and folders are ignored, linked folders are followed. Decoded
+    If every image is in a sub-folder and there are at least two, the names of the sub-folders are labels (those below
+    the first folder that has more than one). Hidden files and folders are ignored, linked folders are followed. Decoded
     images are cached by paths, sizes, modification times and the decoding rule.
     Raises SourceError if the path is not a folder or has no image.
     """

@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 def evaluate(workdir: str | Path, *, which: str = "best", overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Scores the run in a workdir on its queries, and returns the contents of results.json.
 
-    Writes results.json, curves.png and gallery.png to the workdir. The model is rebuilt from the workdir alone; overrides
-    such as "eval.ties=index" change the conventions of the scoring. The processes of a run share the work.
+    Writes results.json, curves.png and gallery.png to the workdir. The model is rebuilt from the workdir alone;
+    overrides such as "eval.ties=index" change the conventions of the scoring. The processes of a run share the work.
     Raises EvaluateError without labels or queries, and as `encode.load`, `config.with_eval` and `open_source`.
     """
     encoder = encode.load(workdir, which=which)

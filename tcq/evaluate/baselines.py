@@ -18,8 +18,8 @@ def faiss_pq(
 ) -> tuple[Float[np.ndarray, "M K d"], UInt[np.ndarray, "N M"]]:
     """Codebooks by FAISS's k-means on `train`, and the codes of the database, given in blocks; rank with metric "l2".
 
-    Vectors are padded with zeros to a multiple of M; use `pad` for queries. Raises ValueError if there are fewer training
-    vectors than codewords, or K is above 65,536.
+    Vectors are padded with zeros to a multiple of M; use `pad` for queries. Raises ValueError if there are fewer
+    training vectors than codewords, or K is above 65,536.
     """
     import faiss
 

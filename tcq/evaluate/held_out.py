@@ -43,9 +43,10 @@ def validate(encoder: encode.Encoder, source: Source, split: protocols.Split) ->
 def clip_quality(encoder: encode.Encoder, images: UInt8[np.ndarray, "N H W 3"], labels: Any) -> dict[str, float]:
     """The training loss and its logs on held-out images, with views drawn from a fixed key.
 
-    The loss is without a queue, and with the complete `loss.clip` whatever the step, so that steps can be compared. With
-    labels the logs have clip_precision, clip_recall and false_negative_rate (see `losses.nt_xent`). All are means over up to
-    `MAX_BATCHES` batches of the training size; if there are fewer images, the same share of negatives is clipped.
+    The loss is without a queue, and with the complete `loss.clip` whatever the step, so that steps can be compared.
+    With labels the logs have clip_precision, clip_recall and false_negative_rate (see `losses.nt_xent`). All are means
+    over up to `MAX_BATCHES` batches of the training size; if there are fewer images, the same share of negatives is
+    clipped.
     """
     c = encoder.config
     size = min(c.data.batch_size, len(images))

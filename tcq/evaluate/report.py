@@ -194,7 +194,8 @@ def table(results: Mapping[str, Any], recorded: Mapping[str, float] | None = Non
     if "clip_precision" in validation:
         lines.append(
             f"of the clipped negatives {validation['clip_precision']:.0%} were of the anchor's class "
-            f"({validation['false_negative_rate']:.0%} by chance), {validation['clip_recall']:.0%} of its class was clipped"
+            f"({validation['false_negative_rate']:.0%} by chance), {validation['clip_recall']:.0%} of its class were "
+            f"clipped"
         )
     return "\n".join(lines)
 

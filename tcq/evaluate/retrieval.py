@@ -53,8 +53,8 @@ def retrieve(
       k, ks: cut-offs.
       conventions: see `metrics`.
       own: for each query its own position in the database, which is excluded from its answers; -1 if it is not there.
-      max_scores: scores in memory at once. Two blocks of queries are in memory, of at least `ranking.ROWS` queries: one is
-        scored on the device while the one before it is evaluated in threads.
+      max_scores: scores in memory at once. Two blocks of queries are in memory, of at least `ranking.ROWS` queries: one
+        is scored on the device while the one before it is evaluated in threads.
 
     The results have the same bits for any block size, and for any number of processes, which share the blocks.
     Raises Stopped if a process of the run was asked to stop.

@@ -46,7 +46,7 @@ def build(
 
 
 def add(path: str | Path, images: str | Path) -> tuple[int, list[dict[str, str]]]:
-    """Adds the images below a folder that are not in the index; returns their number, and the files that were skipped."""
+    """Adds the images below a folder that the index lacks; returns their number, and the files that were skipped."""
     store.refuse_bucket(path)
     index = open_index(path)
     source = scan.read_folder(index.encoder, images)
@@ -61,7 +61,7 @@ def add(path: str | Path, images: str | Path) -> tuple[int, list[dict[str, str]]
 
 
 def remove(path: str | Path, names: list[str]) -> int:
-    """Removes images by their path, or all below a folder; returns their number. Raises IndexFileError if there is none."""
+    """Removes images by path, or all below a folder; returns their number. Raises IndexFileError if there is none."""
     store.refuse_bucket(path)
     index = open_index(path)
     removed = [n.rstrip("/") if storage.is_url(n) else str(Path(n).expanduser().resolve()) for n in names]

@@ -19,8 +19,8 @@ class ExportError(ValueError):
 def to_faiss(index: Index) -> Any:
     """A faiss.IndexPQ with our codebooks and codes, which takes float features (`encode.encode`) and ranks as tcq does.
 
-    eval.score "l2" becomes METRIC_L2 (smaller is closer there), "ip" METRIC_INNER_PRODUCT. If `config.query_norm` is not
-    "none", features have to be normalized in that way before they are searched.
+    eval.score "l2" becomes METRIC_L2 (smaller is closer there), "ip" METRIC_INNER_PRODUCT. If `config.query_norm` is
+    not "none", features have to be normalized in that way before they are searched.
     Raises ExportError for "cosine", whose scores are not sums over codebooks alone.
     """
     import faiss

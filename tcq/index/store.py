@@ -1,8 +1,9 @@
 """The files of an index, and replacing them as a whole.
 
 An index is a folder with codes.npy (N, M), paths.json, encoder.npz (the variables of the encoder), config.json,
-skipped.jsonl and meta.json (format, count and a SHA-256 of every other file). It needs neither the images nor the workdir.
-A change writes a new folder and renames it; the previous version is kept beside it, hidden, until the next change.
+skipped.jsonl and meta.json (format, count and a SHA-256 of every other file). It needs neither the images nor the
+workdir. A change writes a new folder and renames it; the previous version is kept beside it, hidden, until the next
+change.
 """
 
 import hashlib
@@ -142,8 +143,8 @@ def refuse_bucket(path: str | Path) -> None:
     """Raises IndexFileError if an index that is to be changed is in a bucket."""
     if storage.is_url(path):
         raise IndexFileError(
-            f"an index in a bucket cannot be changed, because its files cannot be replaced together: build it again, or "
-            f"download {path}, change it, and upload it under another name"
+            f"an index in a bucket cannot be changed, because its files cannot be replaced together: build it again, "
+            f"or download {path}, change it, and upload it under another name"
         )
 
 

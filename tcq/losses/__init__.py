@@ -6,8 +6,8 @@ other view, the other 2B - 2 rows are its negatives. With s the cosine similarit
     L_i = -s_ip / t + log( exp(s_ip / t) + sum over kept negatives j of exp(s_ij / t) ).
 
 Clipping (TransClippedCLR, arXiv 2401.15362) drops the `clip` most similar negatives of each anchor: they are likely to
-show the same thing (false negatives). The paper's equations are not public to us. That the count is per anchor, over both
-views and the global batch, and that a clipped pair has no value and no gradient, is our reading.
+show the same thing (false negatives). The paper's equations are not public to us. That the count is per anchor, over
+both views and the global batch, and that a clipped pair has no value and no gradient, is our reading.
 
 All functions work on one device and inside a mapped axis (`axis_name`): rows stay local, columns are gathered, and loss
 and logs are those of the global batch. Differentiate, then average the gradients over the axis.

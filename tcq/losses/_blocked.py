@@ -1,7 +1,7 @@
 """Forward and backward pass of the clipped NT-Xent loss, one block of anchors at a time.
 
-The similarities of all pairs never exist at once. A block holds the similarities of its anchors to all columns: enough to
-find their most similar negatives, to mask them, to sum over the others and to compute the gradient. A step takes the
+The similarities of all pairs never exist at once. A block holds the similarities of its anchors to all columns: enough
+to find their most similar negatives, to mask them, to sum over the others and to compute the gradient. A step takes the
 three matrix products of the dense loss, and computes nothing twice. Memory is that of one block.
 """
 
@@ -63,7 +63,8 @@ def default_block_size(num_anchors: int, num_columns: int) -> int:
 def total_loss(rule: Rule, batch: Batch) -> tuple[Float[Array, ""], Stats]:
     """The sum of the losses of the anchors.
 
-    Differentiable once, in reverse, with respect to anchors, positive, columns and queue. With a ring the gradient of the
+    Differentiable once, in reverse, with respect to anchors, positive, columns and queue. With a ring the gradient of
+    the
     columns is already summed over the devices, whose losses must have one cotangent: average the loss over the axis.
     """
     loss, stats, _ = _all_blocks(rule, batch, differentiate=False)
@@ -133,7 +134,7 @@ def _all_blocks(rule: Rule, batch: Batch, *, differentiate: bool) -> tuple[Array
 def _block(
     rule: Rule, batch: Batch, rows: tuple[Array, ...], labels: Array | None, *, differentiate: bool
 ) -> tuple[Array, Stats, tuple[Array, ...]]:
-    """Loss and statistics of some anchors, and the gradients of them, of their positives, of the columns and the queue."""
+    """Loss and statistics of some anchors; gradients by the anchors, their positives, the columns and the queue."""
     anchors, positive, own, partner, weight = rows
     similarity, num_columns = _negatives(rule, batch, anchors, own, partner)
     num_negatives = num_columns - 2 + batch.filled

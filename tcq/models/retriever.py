@@ -148,11 +148,11 @@ def init(
       codewords: how the codebooks are initialized, see below.
       backbone: variables of the backbone, such as published weights; None: random ones.
 
-    With codewords "data" or "kmeans" (our choice) the projection is centred and scaled, so that over `images` the features
-    have mean zero and the subvectors a mean squared length of 1. Each codebook then consists of such subvectors, drawn
-    without replacement if there are enough, or of their k-means centres. Soft codes start spread over the codewords: with
-    larger features they would start almost hard, with hardly any gradient. With "random" the bias is zero and the
-    codewords are normal.
+    With codewords "data" or "kmeans" (our choice) the projection is centred and scaled, so that over `images` the
+    features have mean zero and the subvectors a mean squared length of 1. Each codebook then consists of such
+    subvectors, drawn without replacement if there are enough, or of their k-means centres. Soft codes start spread over
+    the codewords: with larger features they would start almost hard, with hardly any gradient. With "random" the bias
+    is zero and the codewords are normal.
     """
     init_key, draw_key = jax.random.split(key)
     variables: dict[str, Any] = dict(jax.jit(model.init)(init_key, jnp.asarray(images[:1], jnp.float32) / 255))

@@ -47,8 +47,8 @@ class ViT(nn.Module):
       drop_path: rate of stochastic depth in the last block, growing linearly from 0 in the first.
       dtype: of the computation; parameters, normalization and softmax are float32.
       attention: "xla" or "cudnn" (on NVIDIA GPUs, dtype bfloat16), see `jax.nn.dot_product_attention`.
-      remat: recompute the blocks in the backward pass instead of storing their activations. (Without `scan` it has no effect
-        on CPUs, where XLA merges both computations.)
+      remat: recompute the blocks in the backward pass instead of storing their activations. (Without `scan` it has no
+        effect on CPUs, where XLA merges both computations.)
       scan: compile the blocks as one loop; parameters keep their names, and are stacked in every step.
     """
 

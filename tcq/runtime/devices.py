@@ -49,7 +49,7 @@ def pmap_rows(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 
 
 def replicate(tree: Any) -> Any:
-    """A copy on each local device, with the sharding that the mapped step returns (several processes need it to donate)."""
+    """A copy on each local device, with the sharding of a mapped step's results, which donation needs."""
     sharding = NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec())
     return jax.tree.map(lambda x: jax.device_put(np.array(x), sharding), tree)
 

@@ -32,7 +32,7 @@ class _Formatter(logging.Formatter):
 
 
 class Progress:
-    """Logs how much of a long task is done, at most every `EVERY` seconds, and when it is complete if it took that long.
+    """Logs the progress of a long task at most every `EVERY` seconds, and its end if it took that long.
 
     Lines read "<task>: <done> of <total> <unit>, <rate>/s, <h:mm:ss> left".
     """

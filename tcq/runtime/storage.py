@@ -1,7 +1,7 @@
 """Files: whole or not at all on this machine, in buckets (gs://bucket/folder) through fsspec, and the cache folder.
 
-Orbax writes checkpoints to a bucket itself. All other files of a workdir are small: they are written to a local mirror, and
-changed ones are uploaded before each checkpoint, at the end, and once a minute.
+Orbax writes checkpoints to a bucket itself. All other files of a workdir are small: they are written to a local mirror,
+and changed ones are uploaded before each checkpoint, at the end, and once a minute.
 """
 
 import hashlib

@@ -36,7 +36,8 @@ def train(
       allow_changes: whether a workdir with another config is resumed with the new one, which changes.jsonl records.
 
     Raises:
-      ConfigError, SourceError, ProtocolError, WorkdirError, CheckpointError: something does not fit; the message says what.
+      ConfigError, SourceError, ProtocolError, WorkdirError, CheckpointError: something does not fit; the message says
+        what.
       TrainError: the numbers of the run are not finite, or its devices differ.
       Stopped: a signal asked the process to stop; the state is saved.
     """

@@ -224,8 +224,8 @@ def compare_replicas(step: int, state: TrainState) -> None:
     if different:
         raise TrainError(
             f"at step {step:,} the state on {', '.join(different)} differs from that on the other "
-            f"{len(sums) - len(different)} devices: its memory or arithmetic may be faulty. The last checkpoint predates this "
-            f"check; restart without that device."
+            f"{len(sums) - len(different)} devices: its memory or arithmetic may be faulty. The last checkpoint "
+            f"predates this check; restart without that device."
         )
 
 

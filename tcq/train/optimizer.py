@@ -56,8 +56,8 @@ def is_frozen(path: tuple[Any, ...], config: ConfigDict) -> bool:
 def rate_of(path: tuple[Any, ...], config: ConfigDict) -> float:
     """The factor of the learning rate for the parameter at a tree path.
 
-    In the backbone `optim.layer_decay` to the power of the number of layers above, counted as in BEiT (Bao et al. 2022):
-    the embedding, each block, and what follows the blocks.
+    In the backbone `optim.layer_decay` to the power of the number of layers above, counted as in BEiT (Bao et al.
+    2022): the embedding, each block, and what follows the blocks.
     """
     o = config.optim
     if path[0].key != "backbone":

@@ -94,7 +94,7 @@ def initial_state(
     source: Source,
     split: protocols.Split,
 ) -> step.TrainState:
-    """The state before the first step, from randomly drawn training images (folders are in the order of their classes)."""
+    """The state before the first step, from randomly drawn training images, as folders are sorted by class."""
     processes.set_phase("initializing")
     shuffled = np.random.RandomState(config.train.seed).permutation(split.train)
     drawn = np.sort(shuffled[: config.quantizer.init_images])

@@ -1,7 +1,7 @@
 """One training step: two views of each image, their embedding, the loss, and the update of the state.
 
-Letters: b images on this device, B in the global batch, F width of the backbone's output, D of the features, M codebooks,
-K codewords, V views.
+Letters: b images on this device, B in the global batch, F width of the backbone's output, D of the features, M
+  codebooks, K codewords, V views.
 """
 
 import logging
@@ -81,12 +81,14 @@ def train_step(trainer: Trainer, state: TrainState, data: Any, batch: Batch) -> 
       trainer: model, optimizer and config.
       state: the same on all devices.
       data: all training images, the same on all devices; or () if the batch has its images.
-      batch: "index" as `loader.batches` yields it, with "image", or "row" where `data` has the images. It may have "stop", a
+      batch: "index" as `loader.batches` yields it, with "image", or "row" where `data` has the images. It may have
+        "stop", a
         number of this device whose mean is logged: so all processes learn in the same step that one is asked to stop.
 
-    The step has two collectives and the transpose of the first: columns are gathered, and everything that is averaged over
-    the devices is reduced together (a ResNet's statistics, a queue and a ring have more). A loss or gradient that is not
-    finite changes only the number of the step, and is counted in the logs "skipped" and "skipped_in_a_row".
+    The step has two collectives and the transpose of the first: columns are gathered, and everything that is averaged
+      over the devices is reduced together (a ResNet's statistics, a queue and a ring have more). A loss or gradient
+      that is not finite changes only the number of the step, and is counted in the logs "skipped" and
+      "skipped_in_a_row".
     """
     rows, step_key = _rows(trainer, state, data, batch)
     embedded = embed(trainer, state, rows, step_key)
@@ -112,8 +114,8 @@ def _rows(trainer: Trainer, state: TrainState, data: Any, batch: Batch) -> tuple
 def views(config: ConfigDict, rows: Rows, step_key: Key[Array, ""]) -> tuple[Array, Array]:
     """Two views of each image, (b, H, W, 3) each in [0, 1]; or two of its embedded views, (b, F) each.
 
-    A view is a function of (seed, step, place in the global batch), so it does not depend on the number of devices. With
-    `data.views` an image has that many views, each a function of (seed, index, number), of which a step draws two.
+    A view is a function of (seed, step, place in the global batch), so it does not depend on the number of devices.
+    With `data.views` an image has that many views, each a function of (seed, index, number), of which a step draws two.
     """
     strengths = dict(config.data.augment.items())
     num_views = config.data.views
@@ -194,7 +196,7 @@ def _embed_in_parts(
 def loss(
     trainer: Trainer, state: TrainState, params: retriever.Params, embedded: Float[Array, "2 b F"]
 ) -> tuple[Array, tuple[Logs, Array, Array]]:
-    """This device's part of the loss over the global batch; and logs, shares of the codewords, soft codes (2, b, M, K)."""
+    """This device's part of the loss over the global batch; logs, shares of codewords, soft codes (2, b, M, K)."""
     config, model = trainer.config, trainer.model
     c, b = config.loss, embedded.shape[1]
     out: Any = model.apply({"params": _without_frozen(params, config)}, embedded.reshape(2 * b, -1), method="head")

@@ -44,7 +44,7 @@ def claim(
     *,
     allow_changes: bool,
 ) -> list[str]:
-    """Writes config and data into a new workdir, or checks that it holds this run; returns allowed changes of the config.
+    """Writes config and data to a new workdir, or checks that it holds this run; returns changes of the config.
 
     `folder` is the local mirror of `workdir`. Changes are recorded by `record_changes`, once the checkpoint fits them.
     Raises ConfigError if the config differs and changes are not allowed, WorkdirError if the folder is not writable,
@@ -81,8 +81,8 @@ def claim_data(folder: Path, source: Source, split: protocols.Split) -> None:
         storage.write_text(folder / DATA, json.dumps(data, indent=2) + "\n")
     elif json.loads(stored) != data:
         raise protocols.ProtocolError(
-            f"the images have changed since this run began: {json.loads(stored)['images']:,} then, {data['images']:,} now, "
-            f"which changes the split: restore the images, or train in a new --workdir"
+            f"the images have changed since this run began: {json.loads(stored)['images']:,} then, {data['images']:,} "
+            f"now, which changes the split: restore the images, or train in a new --workdir"
         )
 
 

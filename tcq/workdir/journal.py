@@ -11,7 +11,7 @@ METRICS = "metrics.jsonl"
 
 
 class Journal:
-    """Appends to the records of a workdir for steps after `step`; lines of later steps, left by a killed run, are removed.
+    """Appends to the records of a workdir for steps after `step`; removes lines of later steps from a killed run.
 
     With writes=False, for all processes of a run but the first, nothing is read or written. `upload` is called before a
     checkpoint is saved.

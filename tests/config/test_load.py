@@ -74,13 +74,12 @@ def test_all_problems_are_listed_at_once():
 
 def test_files_that_do_not_work(tmp_path):
     assert "not found; tcq comes with base.py, cifar10.py" in refused([], str(tmp_path / "none.py"))
+    head = "from tcq.config import base\ndef get_config():\n  c = base.get_config()\n"
     for text, message in {
         "def get_config(: pass": "SyntaxError",
         "def get_config(): return 3": "returned int, must be an ml_collections.ConfigDict",
-        "from tcq.config import base\ndef get_config():\n  c = base.get_config()\n  c.loss.clipp = 3\n  return c": (
-            "loss.clipp is unknown: did you mean loss.clip?"
-        ),
-        "from tcq.config import base\ndef get_config():\n  c = base.get_config()\n  c.loss.temperature = '3'\n  return c": "TypeError",
+        f"{head}  c.loss.clipp = 3\n  return c": "loss.clipp is unknown: did you mean loss.clip?",
+        f"{head}  c.loss.temperature = '3'\n  return c": "TypeError",
         "from ml_collections import ConfigDict\ndef get_config(): return ConfigDict()": "data.source is missing",
     }.items():
         (tmp_path / "mine.py").write_text(text)

@@ -1,4 +1,4 @@
-"""A ViT with the parameter names and shapes of Google's published .npz, out of Flax's own layers: an oracle for our reading."""
+"""An oracle: a ViT of Flax's own layers with the parameter names and shapes of Google's published .npz."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ class Mlp(nn.Module):
 
 
 def features(tensors, images):
-    """Of the class token; positions of another grid by scipy.ndimage.zoom of order 1, as Google's code resamples them."""
+    """The class token's features; positions are resampled by scipy.ndimage.zoom of order 1, as in Google's code."""
     tensors = {k: v for k, v in tensors.items() if not k.startswith("head")}
     patch, name = tensors["embedding/kernel"].shape[0], "Transformer/posembed_input/pos_embedding"
     old, new = int((tensors[name].shape[1] - 1) ** 0.5), images.shape[1] // patch

@@ -1,6 +1,7 @@
-"""The libraries that define the published formats, on the recipes of recorded.py: what they save, and what they compute.
+"""Files and activations of the libraries that define the published formats, for the recipes of recorded.py.
 
-`python tests/peer_models.py` records it in activations.json. It needs PyTorch, transformers and timm (`make test-peers`).
+`python tests/peer_models.py` records it in activations.json. It needs PyTorch, transformers and timm (`make
+test-peers`).
 """
 
 import json
@@ -125,7 +126,7 @@ def timm_vit(**options):
 
 
 def timm_google():
-    """Google's .npz, read by timm into its own ViT; its rule for other sizes is another one, so only the native size."""
+    """Google's .npz, read by timm into its own ViT; at the native size only, as timm resamples by another rule."""
     shapes = google_shapes()
     model = timm().vision_transformer.VisionTransformer(**TIMM, num_classes=5, act_layer="gelu_tanh")
     with tempfile.TemporaryDirectory() as folder:
@@ -205,7 +206,8 @@ def record(name):
 
 
 if __name__ == "__main__":
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, timm {timm() and sys.modules['timm'].__version__}"
+    timm_version = timm() and sys.modules["timm"].__version__
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, timm {timm_version}"
     text = {name: record(name) for name in RECORDED}
     recorded.PATH.write_text(json.dumps({"versions": versions, "families": text}, separators=(",", ":")) + "\n")
     print(versions, f"{recorded.PATH.stat().st_size:,} bytes")

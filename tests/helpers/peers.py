@@ -1,7 +1,7 @@
-"""How the released code of SPQ, MeCoQ and DeepHash-pytorch scores a ranking, written by us from its description; NumPy, loops.
+"""The scoring of the released code of SPQ, MeCoQ and DeepHash-pytorch, rewritten from its description in NumPy loops.
 
-All three: relevant is who shares a label; AP is divided by the hits among the first k; no hit scores 0 and counts; ties are
-in the order of a sort (here a stable one).
+All three: relevant is who shares a label; AP is divided by the hits among the first k; no hit scores 0 and counts; ties
+  are in the order of a sort (here a stable one).
 """
 
 import numpy as np

@@ -68,9 +68,9 @@ CONCEPTS = [f"concept{i:02d}" for i in range(81)]
 def write_nus_wide(root: Path, num_images: int = 30, *, layout: str = "all", images: str = "Flickr") -> np.ndarray:
     """Lists, labels and photos; the photo of path ..._<1000 + i> is jpeg(i).
 
-    `layout` is "all", "train_test", or "three_lists" (that and the whole list); `images` the folder, with "/flat" without
-    sub-folders. Returns the labels (N, 81) in the order of the list, which is that of the paths. The first 25 concepts are
-    frequent; every fifth image has only a rare one.
+    `layout` is "all", "train_test", or "three_lists" (that and the whole list); `images` the folder, with "/flat"
+    without sub-folders. Returns the labels (N, 81) in the order of the list, which is that of the paths. The first 25
+    concepts are frequent; every fifth image has only a rare one.
     """
     random = np.random.RandomState(2)
     labels = random.rand(num_images, 81) < np.where(np.arange(81) < 25, 0.6, 0.02)

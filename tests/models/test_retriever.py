@@ -19,7 +19,8 @@ def images():
     return jnp.asarray(np.random.RandomState(0).rand(3, 8, 8, 3), jnp.float32)
 
 
-# timm's counts without a classifier; of a ViT less one width, for we fold the position of the class token into the token.
+# timm's counts without a classifier; of a ViT less one width, for we fold the position of the class token into the
+# token.
 PUBLISHED = {
     "vit_ti16": 5_524_416 - 192,
     "vit_s16": 21_665_664 - 384,

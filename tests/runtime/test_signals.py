@@ -37,7 +37,7 @@ def finish(workdir, *more):
 
 
 def stop_when(process, text, number, delay=0.0):
-    """Sends a signal some seconds after a line with a text; returns the output, and the seconds until the process ended."""
+    """Sends a signal some seconds after a line with a text; returns the output and the seconds until the end."""
     lines, sent = [], []
 
     def send():
@@ -221,7 +221,7 @@ def test_without_a_safe_point_the_process_ends_after_the_grace_period():
 @pytest.mark.slow
 @pytest.mark.timeout(36_000)
 def test_signals_and_kills_at_random_moments(tmp_path):
-    """TCQ_KILLS times (40), at any moment after the start of the process; a run that ends equals the uninterrupted one."""
+    """TCQ_KILLS signals (40) at any moment; every run that ends equals the uninterrupted one."""
     flags = ["--config.train.total_steps=4000", "--config.train.log_every_steps=100", "--config.eval.every_steps=400"]
     flags += ["--config.checkpoint.every_steps=150"]
     finish(tmp_path / "whole", *flags)

@@ -65,7 +65,8 @@ def _check(path: str, name: str, data: bytes, *, exact: bool) -> None:
     rows, rest = divmod(len(data), ROW)
     if rest or not rows or (exact and rows != 10_000):
         raise archives.ArchiveError(
-            f"{path!r}, member {name!r}: has {len(data):,} bytes, expected {'10,000 ' if exact else ''}images of {ROW:,} bytes"
+            f"{path!r}, member {name!r}: has {len(data):,} bytes, expected {'10,000 ' if exact else ''}images of "
+            f"{ROW:,} bytes"
         )
     top = max(data[::ROW], default=0)
     if top > 9:

@@ -84,7 +84,7 @@ class Mirflickr25k(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description="25,000 Flickr photos with 24 potential labels, and 14 stricter ones (relevant in a narrow sense).",
+            description="25,000 Flickr photos with 24 potential labels and 14 stricter, relevant ones.",
             features=tfds.features.FeaturesDict(
                 {
                     "index": tfds.features.Scalar(np.int64, doc="0 for im1.jpg, and so on: the official order"),

@@ -23,9 +23,11 @@ INSTRUCTIONS = """NUS-WIDE, unpacked, with the names of its archives:
   Groundtruth/AllLabels/Labels_<concept>.txt   81 files with a line of 0 or 1 for each image
   ConceptsList/Concepts81.txt
   ImageList/Imagelist.txt                      the images in the order of those lines, as actor\\0001_2124494179.jpg
-  Flickr/<folder>/<name>.jpg                   the photos (or in images/, Images/, that folder itself, or without <folder>)
-or, instead of AllLabels, Groundtruth/TrainTestLabels/Labels_<concept>_{Train,Test}.txt with ImageList/TrainImagelist.txt and
-ImageList/TestImagelist.txt; without Imagelist.txt the images are then in the order of their paths.
+  Flickr/<folder>/<name>.jpg                   the photos (or in images/, Images/, that folder itself, or without
+  <folder>)
+or, instead of AllLabels, Groundtruth/TrainTestLabels/Labels_<concept>_{Train,Test}.txt with
+ImageList/TrainImagelist.txt and ImageList/TestImagelist.txt; without Imagelist.txt the images are then in the order of
+their paths.
 Labels and lists: https://lms.comp.nus.edu.sg/wp-content/uploads/2019/research/nuswide/NUS-WIDE.html. The National
 University of Singapore gives the photos to those who sign its agreement and disclaimer form."""
 
@@ -38,9 +40,10 @@ class NusWideConfig(tfds.core.BuilderConfig):
 
 
 class NusWide(tfds.core.GeneratorBasedBuilder):
-    """One split, "train", of all images in the order of the image list (feature `index`); the protocols make the splits.
+    """One split, "train", of all images in the order of the image list (feature `index`); protocols split it.
 
-    verify: whether to refuse other numbers of images, concepts and lines than published, and missing or corrupted photos.
+    verify: whether to refuse other numbers of images, concepts and lines than published, and missing or corrupted
+      photos.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -72,7 +75,7 @@ class NusWide(tfds.core.GeneratorBasedBuilder):
                 }
             ),
             homepage="https://lms.comp.nus.edu.sg/wp-content/uploads/2019/research/nuswide/NUS-WIDE.html",
-            citation="Chua et al., NUS-WIDE: A Real-World Web Image Database from National University of Singapore, CIVR 2009",
+            citation="Chua et al., NUS-WIDE: A Real-World Web Image Database, CIVR 2009",
             metadata=tfds.core.MetadataDict({"verified": self.verify, "excluded": []}),
         )
 
@@ -97,7 +100,8 @@ class NusWide(tfds.core.GeneratorBasedBuilder):
             kept = np.flatnonzero(labels.any(axis=1))
             if self.verify and len(kept) != NUM_IMAGES_21:
                 raise archives.ArchiveError(
-                    f"{str(root)!r}: {len(kept):,} images have one of the 21 most frequent concepts, expected {NUM_IMAGES_21:,}"
+                    f"{str(root)!r}: {len(kept):,} images have one of the 21 most frequent concepts, expected "
+                    f"{NUM_IMAGES_21:,}"
                 )
         if len(concepts) != self.builder_config.num_concepts:
             raise archives.ArchiveError(
@@ -108,8 +112,8 @@ class NusWide(tfds.core.GeneratorBasedBuilder):
         missing = [names[row] for row, file in zip(kept, files, strict=True) if file is None]
         if missing and self.verify:
             raise archives.ArchiveError(
-                f"{str(root)!r}: {len(missing):,} of {len(kept):,} images are missing, the first is {missing[0]!r}; the "
-                f"protocols need all of them"
+                f"{str(root)!r}: {len(missing):,} of {len(kept):,} images are missing, the first is {missing[0]!r}; "
+                f"the protocols need all of them"
             )
         if len(missing) == len(kept):
             raise archives.ArchiveError(

@@ -37,8 +37,8 @@ def read(name: str, data: ConfigDict) -> Source:
         raise
     except Exception as error:  # TFDS, array_record and protobuf raise errors of many kinds
         raise SourceError(
-            f"TFDS dataset {name!r} in {folder} cannot be read ({type(error).__name__}: {str(error)[:300]}): delete that "
-            f"folder and prepare it again"
+            f"TFDS dataset {name!r} in {folder} cannot be read ({type(error).__name__}: {str(error)[:300]}): delete "
+            f"that folder and prepare it again"
         ) from error
 
 

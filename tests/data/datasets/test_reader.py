@@ -45,7 +45,8 @@ def test_tensorflow_is_not_imported(prepared):
     code = (
         "import sys\n"
         "from tcq import config; from tcq.data import sources\n"
-        f"c = config.load('configs/cifar10.py', ['data.source=tfds:tiny_shapes', 'data.tfds_dir={prepared}', 'data.image_size=8'])\n"
+        f"keys = ['data.source=tfds:tiny_shapes', 'data.tfds_dir={prepared}', 'data.image_size=8']\n"
+        "c = config.load('configs/cifar10.py', keys)\n"
         "print(sources.open_source(c.data).images.shape, 'tensorflow' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
