@@ -3,7 +3,7 @@
     python benchmarks/input.py                                 # configs/cifar10.py, 50,000 random images of 32 pixels
     python benchmarks/input.py --source=folder:cifar/train     # real images, decoded once before
 
-"resident": all images lie on every device, as in training if they fit (data.resident). "streamed": Grain's threads read
+"resident": all images are on every device, as in training if they fit (data.resident). "streamed": Grain's threads read
 them from the cache of decoded images, and they are sent (data.resident=0). The pieces of the three are interleaved.
 """
 

@@ -1,4 +1,4 @@
-"""Every key of a tcq config, with its unit and default. The other files are short changes of this one.
+"""Every key of a tcq config, with its unit and default. The other files change some of them.
 
 The allowed values of each key are in tcq/config/checks.py.
 """
@@ -7,7 +7,7 @@ from ml_collections import ConfigDict, FieldReference
 
 
 def arguments(text: str, **defaults: str) -> dict[str, str]:
-    """The "key=value,key=value" after the colon of --config=file.py:..., over the defaults. A path may hold commas."""
+    """Parses "key=value,key=value", the text after --config=file.py:; a path may hold commas."""
     values = dict(defaults)
     key = ""
     for piece in text.split(",") if text else []:
@@ -42,7 +42,7 @@ def set_backbone(c: ConfigDict, backbone: str, weights: str, *, image_size: int)
 
 
 def fine_tune(c: ConfigDict, arg: str) -> None:
-    """Multi-label photos of 224 pixels: "bits=,backbone=,weights=", and the settings that Flickr and NUS-WIDE share."""
+    """Applies "bits=,backbone=,weights=" and the settings that Flickr and NUS-WIDE share."""
     a = arguments(arg, bits="32", backbone="", weights="")
     set_bits(c, a["bits"])
     set_backbone(c, a["backbone"] or ("" if a["weights"] else "vit_s16"), a["weights"], image_size=224)
@@ -55,7 +55,7 @@ def fine_tune(c: ConfigDict, arg: str) -> None:
 
 
 def count_or_share(value: float) -> FieldReference:
-    """A key that takes an int, a count, or a float, a share."""
+    """Returns a field that takes a count (int) or a share (float)."""
     return FieldReference(value, field_type=object)
 
 
@@ -89,7 +89,9 @@ def _data() -> ConfigDict:
     data.interpolation = "bicubic"  # bicubic | bilinear; weights set it unless the command line does
     data.crop_share = 1.0  # share of the shorter side that "crop" keeps; weights set it unless the command line does
     data.batch_size = 256  # images per step over all devices (two views each)
-    data.views = 0  # different views of an image; 0: new ones in every step. A frozen backbone embeds each view once
+    data.views = (
+        0  # number of views of each image; 0 draws new ones in every step. A frozen backbone embeds each view once
+    )
     data.resident = 1024  # MiB; training images of up to this size are kept on every device
     data.threads = 2  # that read batches ahead
     data.tfds_dir = ""  # folder of prepared TFDS datasets; "" is the default of TFDS (~/tensorflow_datasets)
@@ -112,7 +114,7 @@ def _data() -> ConfigDict:
 
 def _model() -> ConfigDict:
     model = ConfigDict()
-    model.name = ""  # vit_<ti|s|b|l><4|8|14|16|32>, resnet<18|34|50|101>, or "": a ViT of the numbers below
+    model.name = ""  # vit_<ti|s|b|l><4|8|14|16|32>, resnet<18|34|50|101>, or "": a ViT of the next keys
     model.weights = ""  # path of published weights or of a workdir (docs/weights.md); they decide the keys marked *
     model.width = 192  # *
     model.depth = 6  # * blocks
@@ -179,8 +181,12 @@ def _optim() -> ConfigDict:
     optim.backbone_rate = 1.0  # factor of the learning rate for the backbone
     optim.head_rate = 1.0  # for the projection
     optim.codebooks_rate = 1.0  # for the codebooks
-    optim.layer_decay = 1.0  # rate of a block over that of the next one; the last has optim.backbone_rate
-    optim.frozen_blocks = 0  # first blocks that are not trained, with all before them; -1 is the whole backbone
+    optim.layer_decay = (
+        1.0  # learning rate of a block divided by that of the next block; the last block has optim.backbone_rate
+    )
+    optim.frozen_blocks = (
+        0  # number of first blocks that are not trained, with all layers before them; -1 is the whole backbone
+    )
     optim.weight_decay = 1e-4  # of matrices only
     optim.momentum = 0.9  # of lars and sgd
     optim.clip_norm = 1.0  # largest global norm of the gradient; 0 is off
@@ -194,7 +200,7 @@ def _train() -> ConfigDict:
     train.microbatches = 1  # parts of a batch that the backbone processes one by one: less memory, the same loss
     train.seed = 0  # of initial weights, data order and views
     train.log_every_steps = 50
-    train.compare_every_steps = 500  # the copies of the state on all devices, whose bits must be equal
+    train.compare_every_steps = 500  # how often the replicas' bits are compared
     train.max_skipped = 10  # consecutive steps with a loss or gradient that is not finite before the run rolls back
     return train
 
@@ -203,12 +209,12 @@ def _eval() -> ConfigDict:
     evaluation = ConfigDict()
     evaluation.every_steps = 0  # validation during training; 0 is only after the last step
     evaluation.k = -1  # cut-off of mAP@k; -1 is that of the protocol, 0 the whole database
-    evaluation.score = "ip"  # similarity of the ranking: ip | l2 | cosine (what the loss compares; FAISS has no such)
+    evaluation.score = "ip"  # similarity of the ranking: ip | l2 | cosine (as in the loss; not in FAISS)
     evaluation.normalize = "auto"  # queries before ranking: none | whole | subvectors | auto (as the loss sees them)
     evaluation.squared = True  # "l2" adds squared distances of subvectors; False adds distances, as the code of SPQ
     evaluation.ties = "expected"  # equal scores: expected | index | best | worst (tcq/metrics.py)
     evaluation.denominator = "hits"  # of average precision: hits | min | all
-    evaluation.empty = "zero"  # queries with nothing relevant: zero (they count) | skip
+    evaluation.empty = "zero"  # queries without relevant items: zero (they score 0) | skip
     evaluation.exclude_query = True  # a query that is in the database is not among its own answers
     evaluation.max_scores = 16_777_216  # float32 scores in memory at once
     evaluation.batch_size = 64  # images per encoding step and device

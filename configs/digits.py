@@ -2,8 +2,9 @@
 
     python -m tcq train --config=configs/digits.py --workdir=runs/digits --evaluate=latest
 
-Two minutes on two CPU cores. Expect mAP 0.93 +- 0.01 (float query against codes, whole ranking, three seeds), and with
---config.loss.clip=0 0.87. The validation images chose temperature and clip: docs/clipping.md.
+It takes two minutes on two CPU cores. Expect mAP 0.93 +- 0.01 (float query against codes, whole ranking, three seeds).
+With --config.loss.clip=0 expect 0.87. The validation images chose the clip, at a temperature where it matters:
+docs/clipping.md.
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,10 @@
 """Your own images: any folder of them, with sub-folders as labels or without labels.
 
     python -m tcq train --config=configs/folder.py:/path/to/images --workdir=runs/mine
-    python -m tcq train --config=configs/folder.py:/path/to/images,bits=64,weights=/models/dinov2-small
-    --workdir=runs/mine
+    python -m tcq train --config=configs/folder.py:/path/to/images,bits=64,weights=/models/dinov2-small \\
+        --workdir=runs/mine
 
-After the folder follow bits=16, 32, 64 ...; backbone=, a name such as vit_b16 or resnet18; weights=, a path
+The arguments after the folder are bits=16, 32, 64 ...; backbone=, a name such as vit_b16 or resnet18; weights=, a path
 (docs/weights.md). Other keys as usual: --config.data.image_size=64 --config.train.total_steps=5000 ...
 """
 

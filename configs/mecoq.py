@@ -1,10 +1,11 @@
-"""MeCoQ (Wang et al. 2022) on CIFAR-10, as its paper describes it: quantized pairing, debiased, with a code memory.
+"""MeCoQ (Wang et al. 2022) on CIFAR-10, as its paper describes it: quantized pairing, the debiased loss, and a queue.
 
     python -m tcq train --config=configs/mecoq.py:bits=32,weights=/models/resnet50 --workdir=runs/mecoq --evaluate=best
 
 The arguments are bits=16, 32 or 64; backbone=, a name such as vit_b16; weights=, a path (docs/weights.md). MeCoQ
-fine-tunes the two upper layers of a VGG-16 of ImageNet. tcq has no VGG: here the backbone is frozen with published
-weights, or without them a ViT-S/16 from scratch, so do not expect its figures. Not run by us in full: it needs a GPU.
+fine-tunes the two upper layers of a VGG-16 pretrained on ImageNet. tcq has no VGG: here the backbone is frozen with
+published weights, or without them a ViT-S/16 from scratch, so do not expect its figures. Not run by us in full: it
+needs a GPU.
 
 The released code differs: the codebooks are never trained; the positive of one anchor is combined with the negatives of
 another (shapes (2B, 1) and (2B,) broadcast); the floor of the debiased sum underflows to 0; the number of negatives

@@ -6,8 +6,8 @@ The argument is bits=16, 32, 64 ... . The paper reports mAP@1000 0.793 at 32 bit
 author and its users did not always reach (0.767 to 0.784). Not run by us in full: it needs a GPU.
 
 The released code differs: its learning rate oscillates with a period of 390 epochs (here it decays once, to 0); the
-  reported checkpoint is the best on the test queries (here on validation images, a fiftieth of the training images,
-  held out); the loss is the sum over the two pairs (here their mean); the softmax scale is 5, as its author corrects
+reported checkpoint is the best on the test queries (here on validation images, 2 % of the training images,
+held out); the loss is the sum over the two pairs (here their mean); the softmax scale is 5, as its author corrects
   the paper. It has one more layer before the projection, weight decay in the gradient (Adam, here AdamW), and views by
   Kornia.
 """

@@ -16,16 +16,16 @@ API_HEAD = """# Python API
 For people who call tcq from Python. `make docs` writes this page from the docstrings.
 
 `import tcq` is light: the modules below are imported when they are first used, as in `tcq.losses.nt_xent(...)`.
-Errors that a user can mend are ValueErrors of tcq's own, such as `config.ConfigError`; their message says what to do.
-Messages go to the standard library's logger `tcq`, which shows warnings unless you set its level.
+Errors that a user can fix are tcq's own subclasses of ValueError, such as `config.ConfigError`; the message says what
+to do. Messages go to the standard library's logger `tcq`, which shows warnings unless you set its level.
 """
 COMMANDS_HEAD = """# Commands
 
 For people who use the command line. `make docs` writes this page from the parsers that `tcq COMMAND --help` uses.
 
 `tcq COMMAND` and `python -m tcq COMMAND` are the same.
-Exit status: 0 is done; 1 is a failure on the way; 2 is a call, config or file that cannot work;
-128 + n is a stop by signal n, after which the same command resumes.
+Exit status: 0: success; 1: the command failed while running; 2: the arguments, the config or a file is invalid;
+128 + n: signal n stopped the command, and the same command resumes it.
 
 Every command has `--quiet` (log only warnings and errors) and `--log_level` (`debug`, `info`, `warning`, `error`).
 Commands marked *several processes* also have the flags of [that section](#several-processes).

@@ -45,7 +45,7 @@ def random_view(key: Key[Array, ""], image: Image, strengths: Mapping[str, float
 def random_warp(
     key: Key[Array, ""], image: Image, *, crop: float, stretch: float, degrees: float, shift: float
 ) -> Image:
-    """A random rectangle of the image, rotated and shifted, resized to the whole in one resampling (each one blurs).
+    """Returns a random rectangle of the image, rotated, shifted and resized in one resampling.
 
     Its area is 1 - crop to 1 of the image, its aspect ratio that of the image times exp(+-stretch); it is rotated by up
     to +-degrees about its centre and shifted by up to +-shift of each side. Outside the image the edge is repeated.

@@ -1,6 +1,7 @@
 """tcq: unlabelled images to a compact, searchable index.
 
-Exit status 0: done; 1: failed on the way; 2: a call, config or file that cannot work; 128 + n: stopped by signal n.
+Exit status 0: done; 1: failed on the way; 2: the arguments, the config or a file is invalid; 128 + n: stopped by signal
+  n.
 """
 
 import argparse
@@ -68,8 +69,10 @@ def _add_command(commands: Commands, name: str, help: str, run: Run, *, compiles
 
 
 def _add_distributed(parser: Any) -> None:
-    parser.add_argument("--distributed", action="store_true", help="join a run of several processes, found by JAX")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, if JAX cannot find the processes")
+    parser.add_argument("--distributed", action="store_true", help="join a run of several processes, which JAX detects")
+    parser.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="address of process 0, if JAX cannot detect the processes"
+    )
     parser.add_argument("--processes", type=_positive, metavar="N", help="number of processes (with --coordinator)")
     parser.add_argument(
         "--process_id", type=int, metavar="I", help="number of this process, from 0 (with --coordinator)"
@@ -83,10 +86,10 @@ def _check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namesp
         if not takes_overrides or not argument.startswith(("--config.", "--noconfig.")):
             parser.error(f"unknown argument {argument!r} for {arguments.command}")
     if "distributed" in arguments:
-        given = [f"--{name}" for name in ("processes", "process_id") if getattr(arguments, name) is not None]
-        if given and not arguments.coordinator:
-            parser.error(f"{' and '.join(given)} without --coordinator=HOST:PORT of process 0")
-        if arguments.coordinator and len(given) < 2:
+        flags = [f"--{name}" for name in ("processes", "process_id") if getattr(arguments, name) is not None]
+        if flags and not arguments.coordinator:
+            parser.error(f"{' and '.join(flags)} must come with --coordinator=HOST:PORT, the address of process 0")
+        if arguments.coordinator and len(flags) < 2:
             parser.error("--coordinator needs --processes=N and --process_id=I, which differs for each process")
 
 
@@ -124,7 +127,7 @@ def _run_as_one_of_several(arguments: argparse.Namespace, overrides: list[str]) 
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Runs a command, and turns the errors that a user can mend into one message."""
+    """Runs a command, and prints the errors that a user can fix as one message."""
     from tcq.runtime import processes
 
     try:
@@ -154,7 +157,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
 
 
@@ -206,7 +209,9 @@ def _add_sweep(commands: Commands) -> None:
     parser.add_argument("--grid", required=True, help="for example 'loss.clip=0,0.1; train.seed=0,1,2'")
     parser.add_argument("--workdir", type=_path, required=True, help="gets table.csv, table.md, sweep.png and cells/")
     parser.add_argument("--jobs", type=_positive, default=1, help="cells at a time (default: 1)")
-    parser.add_argument("--checkpoint", default="best", help="to score: best (by validation) or latest (default: best)")
+    parser.add_argument(
+        "--checkpoint", default="best", help="checkpoint to score: best (by validation) or latest (default: best)"
+    )
 
 
 def _sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -226,10 +231,13 @@ def _add_evaluate(commands: Commands) -> None:
     help = "score a trained model under its protocol; --config.eval.key=value overrides a convention"
     parser = _add_command(commands, "evaluate", help, _evaluate, compiles=True)
     parser.add_argument(
-        "--workdir", type=_path, required=True, help="of the training run; gets results.json and pictures"
+        "--workdir",
+        type=_path,
+        required=True,
+        help="workdir of the training run; results.json and pictures are written to it",
     )
     parser.add_argument("--checkpoint", default="best", help="best (by validation), latest, or a step (default: best)")
-    parser.add_argument("--recorded", metavar="JSON", help='file {"mAP": {name: value}} of figures to show beside')
+    parser.add_argument("--recorded", metavar="JSON", help='file {"mAP": {name: value}} of scores to add to the table')
     _add_distributed(parser)
 
 
@@ -255,10 +263,15 @@ def _score(workdir: str, checkpoint: str, *, overrides: Sequence[str] = (), reco
 def _add_index(commands: Commands) -> None:
     help = "encode a folder of images into an index; or add images to one, or remove them"
     parser = _add_command(commands, "index", help, _index, compiles=True)
-    parser.add_argument("--workdir", type=_path, help="of the training run whose model encodes the images")
+    parser.add_argument("--workdir", type=_path, help="workdir of the training run whose model encodes the images")
     parser.add_argument("--checkpoint", default="best", help="best (by validation), latest, or a step (default: best)")
     parser.add_argument("--images", type=_path, help="folder of images, with all folders below it")
-    parser.add_argument("--out", type=_path, required=True, help="the index: a folder that does not exist yet")
+    parser.add_argument(
+        "--out",
+        type=_path,
+        required=True,
+        help="folder of the index: a new one, or with --add or --remove an existing one",
+    )
     parser.add_argument("--add", action="store_true", help="add --images to the existing index --out")
     parser.add_argument("--remove", nargs="+", metavar="PATH", help="remove images or folders from the index --out")
     _add_distributed(parser)
@@ -294,23 +307,23 @@ def _add_search(commands: Commands) -> None:
     )
     parser.add_argument("--index", type=_path, required=True, help="a folder that tcq index wrote")
     parser.add_argument("--query", type=_path, required=True, nargs="+", metavar="IMAGE", help="one or more images")
-    parser.add_argument("--k", type=_positive, default=10, help="number of answers (default: 10)")
-    parser.add_argument("--gallery", type=_path, metavar="PNG", help="write a picture of the answers")
+    parser.add_argument("--k", type=_positive, default=10, help="number of hits (default: 10)")
+    parser.add_argument("--gallery", type=_path, metavar="PNG", help="write a picture of the hits")
 
 
 def _search(arguments: argparse.Namespace, _: list[str]) -> int:
     from tcq import index
 
-    opened = index.open_index(arguments.index)
-    queries = index.read_queries(opened, arguments.query)
-    answers = index.search(opened, queries, k=arguments.k)
-    for query, hits in zip(arguments.query, answers, strict=True):
-        if len(answers) > 1:
+    indexed = index.open_index(arguments.index)
+    queries = index.read_queries(indexed, arguments.query)
+    hits_of_queries = index.search(indexed, queries, k=arguments.k)
+    for query, hits in zip(arguments.query, hits_of_queries, strict=True):
+        if len(hits_of_queries) > 1:
             print(f"# {query}")
         for rank, hit in enumerate(hits, 1):
             print(f"{rank}\t{hit.score:.6f}\t{hit.path}")
     if arguments.gallery:
-        index.draw(opened, queries, answers, arguments.gallery)
+        index.draw(indexed, queries, hits_of_queries, arguments.gallery)
         print(f"gallery: {arguments.gallery}", file=sys.stderr)
     return 0
 
@@ -384,9 +397,14 @@ def _add_doctor(commands: Commands) -> None:
     parser = _add_command(commands, "doctor", help, _doctor)
     parser.add_argument("--config", metavar="FILE[:ARG]", help="for example configs/digits.py")
     parser.add_argument("--workdir", type=_path, help="check whether it is shared and writable, and what it holds")
-    parser.add_argument("--expect_processes", type=_positive, metavar="N", help="fail for another number of processes")
     parser.add_argument(
-        "--expect_devices", type=_positive, metavar="N", help="fail for another total number of devices"
+        "--expect_processes", type=_positive, metavar="N", help="fail unless the run has this many processes"
+    )
+    parser.add_argument(
+        "--expect_devices",
+        type=_positive,
+        metavar="N",
+        help="fail unless all processes together have this many devices",
     )
     _add_distributed(parser)
 

@@ -30,7 +30,7 @@ GIB = 2**30
 
 
 class Expected(NamedTuple):
-    """What a run was allocated; None is not checked."""
+    """The processes and devices that a run should have; None is not checked."""
 
     processes: int | None = None
     devices: int | None = None  # of all processes
@@ -61,10 +61,10 @@ def report(
         findings.append(_config(config, overrides, workdir))
     lines = [line for part in findings for line in part.lines]
     problems = [problem for part in findings for problem in part.problems]
-    return Findings(lines, _merged(processes.exchange(problems)))
+    return Findings(lines, _merge(processes.exchange(problems)))
 
 
-def _merged(problems: Sequence[Sequence[str]]) -> list[str]:
+def _merge(problems: Sequence[Sequence[str]]) -> list[str]:
     """The problems of all processes, each once, with the processes that have it unless all do."""
     owners = {p: [str(i) for i, own in enumerate(problems) if p in own] for listed in problems for p in listed}
     return [p if len(i) == len(problems) else f"process {', '.join(i)}: {p}" for p, i in owners.items()]
@@ -81,7 +81,7 @@ def _machine(expected: Expected) -> Findings:
         f"memory {_free_memory():,.0f} GiB free on this host{_device_memory()}, {os.cpu_count()} CPU cores",
     ]
     problems = [
-        f"{count} {what} found, {number} expected"
+        f"{what}: {count} found, must be {number}: check the launch command"
         for what, count, number in (
             ("processes", jax.process_count(), expected.processes),
             ("devices", jax.device_count(), expected.devices),

@@ -35,7 +35,7 @@ class Encoder(NamedTuple):
 
     @property
     def codebooks(self) -> Float[np.ndarray, "M K d"]:
-        """As ranking and decoding use them: unit codewords for metric "ip"."""
+        """The codebooks for ranking and decoding, with unit codewords for metric "ip"."""
         codebooks = np.asarray(self.variables["params"]["codebooks"], np.float32)
         return np.asarray(quantizer.unit_codewords(codebooks)) if self.model.metric == "ip" else codebooks
 
@@ -57,9 +57,9 @@ def load(workdir: str | Path, *, which: str = "best") -> Encoder:
     model = retriever.from_config(config)
     manager = checkpoint.open_manager(workdir)
     try:
-        like = {"variables": retriever.shapes(model, config.data.image_size)}
+        template = {"variables": retriever.shapes(model, config.data.image_size)}
         steps = checkpoint.candidates(manager, which)
-        step, saved = checkpoint.restore_first_intact(manager, steps, like)
+        step, saved = checkpoint.restore_first_intact(manager, steps, template)
     finally:
         manager.close()
     return Encoder(config, model, saved["variables"], step)
@@ -87,12 +87,12 @@ def encode(encoder: Encoder, images: UInt8[np.ndarray, "N H W 3"]) -> Encoded:
 
 
 def codes(encoder: Encoder, images: UInt8[np.ndarray, "N H W 3"]) -> UInt[np.ndarray, "N M"]:
-    """Codes alone, as `encode`: the features of many images take much more memory."""
+    """Returns only the codes of images, as `encode` does; features take much more memory."""
     return (_in_batches(encoder, images, with_features=False) or (_no_codes(encoder),))[0]
 
 
 def _in_batches(encoder: Encoder, images: np.ndarray, *, with_features: bool) -> tuple[np.ndarray, ...] | None:
-    """Features, if asked for, and codes; None for no images."""
+    """Codes, with features if `with_features`; None without images."""
     side = encoder.config.data.image_size
     if images.shape[1:] != (side, side, 3):
         raise ValueError(f"images {images.shape} do not fit the encoder: must be (N, {side}, {side}, 3)")
@@ -134,14 +134,14 @@ def embed_views(
     progress = log.Progress(logger, f"embedding {data.views} views each", len(indices))
     parts = []
     for first in range(0, len(indices), block):
-        some = indices[first : first + block]
-        rows = {"image": images[some], "index": some.astype(np.int32)}
+        chunk = indices[first : first + block]
+        rows = {"image": images[chunk], "index": chunk.astype(np.int32)}
         views = [
-            devices.map_in_batches(run, variables, rows | {"view": np.full(len(some), v, np.int32)}, batch_size)
+            devices.map_in_batches(run, variables, rows | {"view": np.full(len(chunk), v, np.int32)}, batch_size)
             for v in range(data.views)
         ]
         parts.append(np.stack(views, axis=1))
-        progress.update(first + len(some))
+        progress.update(first + len(chunk))
     return np.concatenate(parts)
 
 

@@ -46,10 +46,11 @@ def mean_average_precision(
 ) -> float:
     """Mean of `average_precision` over the queries, 0 to 1.
 
-    Arguments as there, and `empty`: "zero" or "skip", see the module's docstring. Errors as there and as `mean`.
+    Takes the arguments of `average_precision`, and `empty`: "zero" or "skip" (see the module's docstring). Raises
+    ValueError as `average_precision` and `mean` do.
     """
-    found = search(scores, relevance, k=k, cuts=[], ties=ties, denominator=denominator)
-    return mean(found.average_precision, found.relevant, empty=empty)
+    result = search(scores, relevance, k=k, cuts=[], ties=ties, denominator=denominator)
+    return mean(result.average_precision, result.relevant, empty=empty)
 
 
 def average_precision(
@@ -100,8 +101,11 @@ def search(
     ties: str = "expected",
     denominator: str = "hits",
 ) -> Scores:
-    """`average_precision` at k and `hits` at `cuts` from one pass over each row. Arguments and errors as there."""
-    scores, relevance, k = _checked(scores, relevance, k)
+    """`average_precision` at k and `hits` at `cuts` from one pass over each row.
+
+    Takes their arguments, and raises their errors.
+    """
+    scores, relevance, k = _check_inputs(scores, relevance, k)
     cut = np.asarray(cuts, np.int64)
     for name, value, known in (("ties", ties, TIES), ("denominator", denominator, DENOMINATORS)):
         if value not in known:
@@ -117,13 +121,13 @@ def search(
         if ties == "index":
             hit = right[_stable_order(row, max(k, int(cut.max(initial=0))))]
             hits_at[q] = np.cumsum(hit)[cut - 1]
-            precision[q] = _of_ranks(np.flatnonzero(hit[:k]), int(relevant[q]), k, denominator)
+            precision[q] = _ap_of_ranks(np.flatnonzero(hit[:k]), int(relevant[q]), k, denominator)
             continue
         hits_at[q], groups = _tie_groups(row, right, k, cut, ties)
         if ties == "expected":
-            precision[q] = _expected(groups, int(relevant[q]), k, denominator)
+            precision[q] = _expected_ap(groups, int(relevant[q]), k, denominator)
         else:
-            precision[q] = _of_ranks(_extreme_ranks(groups, k, ties), int(relevant[q]), k, denominator)
+            precision[q] = _ap_of_ranks(_extreme_ranks(groups, k, ties), int(relevant[q]), k, denominator)
     return Scores(precision, hits_at, relevant)
 
 
@@ -141,8 +145,8 @@ def best_possible(relevant: Int[ArrayLike, " Q"], *, k: int, denominator: str = 
     """AP@k of the best possible ranking, all relevant items first: 1, or 0 without any; less where "all" exceeds k."""
     relevant = np.asarray(relevant, np.int64)
     seen = np.minimum(relevant, k)
-    under = {"hits": seen, "min": seen, "all": relevant}[denominator]
-    return np.where(relevant > 0, seen / np.maximum(under, 1), 0.0)
+    divisor = {"hits": seen, "min": seen, "all": relevant}[denominator]
+    return np.where(relevant > 0, seen / np.maximum(divisor, 1), 0.0)
 
 
 def random_order(
@@ -159,7 +163,7 @@ def random_order(
     return Scores(np.array(each)[which], relevant[:, None] * cut / num_items, relevant)
 
 
-def _checked(scores: ArrayLike, relevance: ArrayLike, k: int) -> tuple[np.ndarray, np.ndarray, int]:
+def _check_inputs(scores: ArrayLike, relevance: ArrayLike, k: int) -> tuple[np.ndarray, np.ndarray, int]:
     scores, relevance = np.asarray(scores), np.asarray(relevance, bool)
     if scores.dtype not in (np.float32, np.float64):
         # Scores are negated, which unsigned numbers do not allow, and binned, for which float16 is too coarse.
@@ -171,7 +175,7 @@ def _checked(scores: ArrayLike, relevance: ArrayLike, k: int) -> tuple[np.ndarra
     if k < 1:
         raise ValueError(f"k {k} must be at least 1")
     if np.isnan(scores).any():
-        raise ValueError(f"{np.isnan(scores).sum()} of {scores.size} scores are NaN")
+        raise ValueError(f"{np.isnan(scores).sum()} of {scores.size} scores are NaN: all must be numbers")
     return scores, relevance, min(k, scores.shape[1])
 
 
@@ -237,7 +241,7 @@ def _intervals(scores: np.ndarray) -> np.ndarray:
 
 
 def _groups(ordered: np.ndarray, relevant: np.ndarray, k: int) -> _Groups:
-    """From the negated scores of the first items, and of the relevant ones among them, both ascending."""
+    """The tie groups, from ascending negated scores of the first items and the relevant ones."""
     last = ordered[k - 1]
     reached = ordered[: np.searchsorted(ordered, last, "right")]
     start = np.concatenate([[0], np.flatnonzero(reached[1:] != reached[:-1]) + 1])
@@ -261,15 +265,15 @@ def _extreme_ranks(groups: _Groups, k: int, ties: str) -> np.ndarray:
     return ranks[ranks < k]
 
 
-def _of_ranks(ranks: np.ndarray, relevant: int, k: int, denominator: str) -> float:
+def _ap_of_ranks(ranks: np.ndarray, relevant: int, k: int, denominator: str) -> float:
     """AP from the ranks, from 0 and ascending, of the relevant items among the first k."""
     if not len(ranks):
         return 0.0
-    under = {"hits": len(ranks), "min": min(relevant, k), "all": relevant}[denominator]
-    return float(np.sum(np.arange(1, len(ranks) + 1) / (ranks + 1)) / under)
+    divisor = {"hits": len(ranks), "min": min(relevant, k), "all": relevant}[denominator]
+    return float(np.sum(np.arange(1, len(ranks) + 1) / (ranks + 1)) / divisor)
 
 
-def _expected(groups: _Groups, all_relevant: int, k: int, denominator: str) -> float:
+def _expected_ap(groups: _Groups, all_relevant: int, k: int, denominator: str) -> float:
     """Expectation of AP@k over the orders of tied scores.
 
     In a group of n ties of which r are relevant, after `before` items with `hits` relevant ones, position j holds a
@@ -283,13 +287,13 @@ def _expected(groups: _Groups, all_relevant: int, k: int, denominator: str) -> f
     whole = slice(None) if seen == size[-1] else slice(-1)
     total = _group_sum(start[whole], size[whole], before_hits[whole], relevant[whole], k).sum()
     if seen == size[-1]:
-        under = {"hits": relevant.sum(), "min": min(all_relevant, k), "all": all_relevant}[denominator]
-        return float(total / under) if under else 0.0
+        divisor = {"hits": relevant.sum(), "min": min(all_relevant, k), "all": all_relevant}[denominator]
+        return float(total / divisor) if divisor else 0.0
     before, n, first, r = (int(x[-1]) for x in (start, size, before_hits, relevant))
     h = np.arange(max(0, seen - (n - r)), min(seen, r) + 1)
     chance = np.exp(_log_choose(r, h) + _log_choose(n - r, seen - h) - _log_choose(n, np.array([seen])))
-    under = {"hits": first + h, "min": np.array(min(all_relevant, k)), "all": np.array(all_relevant)}[denominator]
-    value = (total + _group_sum(before, seen, first, h, k)) / np.maximum(under, 1)
+    divisor = {"hits": first + h, "min": np.array(min(all_relevant, k)), "all": np.array(all_relevant)}[denominator]
+    value = (total + _group_sum(before, seen, first, h, k)) / np.maximum(divisor, 1)
     return float(np.sum(chance * value) / np.sum(chance))
 
 

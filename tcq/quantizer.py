@@ -119,7 +119,7 @@ def _logits(x: ArrayLike, codebooks: ArrayLike, *, metric: str) -> Float[Array, 
     if metric == "ip":
         return jnp.einsum("nmd,mkd->nmk", unit(x), unit(codebooks), precision="highest")
     if metric == "l2":
-        # ||x_m||^2 is the same for all K codewords: softmax and argmax do not see it, and leaving it out is more exact.
+        # ||x_m||^2 is the same for all K codewords: it cancels in softmax and argmax, and leaving it out is more exact.
         inner = jnp.einsum("nmd,mkd->nmk", x, codebooks, precision="highest")
         return 2 * inner - jnp.sum(codebooks * codebooks, axis=-1)[None]
     raise ValueError(f"metric {metric!r} is unknown: use one of {', '.join(METRICS)}")

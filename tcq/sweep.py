@@ -45,7 +45,7 @@ class SweepError(ValueError):
     """This sweep cannot be run; the message says why."""
 
 
-class CellsFailed(RuntimeError):
+class CellError(RuntimeError):
     """Some cells failed; the message says which, and where their output is."""
 
 
@@ -79,7 +79,7 @@ def sweep(
     """Trains and scores every cell that is not done, `jobs` at a time; returns the rows of the table.
 
     Writes table.csv, table.md and sweep.png to the workdir after every cell, and log.txt to the folder of a cell.
-    Raises SweepError or ConfigError before training if a cell cannot work, and CellsFailed at the end.
+    Raises SweepError or ConfigError before training if a cell cannot work, and CellError at the end.
     """
     import jax
 
@@ -96,7 +96,7 @@ def sweep(
     rows = _report(whole)
     if failed:
         listed = "\n".join(f"  - {cell.folder}/log.txt: {_last_line(cell.folder / 'log.txt')}" for cell in failed)
-        raise CellsFailed(f"{len(failed)} of {len(cells)} cells failed:\n{listed}")
+        raise CellError(f"{len(failed)} of {len(cells)} cells failed:\n{listed}")
     return rows
 
 
@@ -167,7 +167,9 @@ def _check(grid: Grid) -> None:
     names = [cell.folder.name for cell in grid.cells]
     duplicates = {name for name in names if names.count(name) > 1}
     if duplicates:
-        raise SweepError(f"--grid: different values give the same folder, {min(duplicates)!r}")
+        raise SweepError(
+            f"--grid: different values give the same folder {min(duplicates)!r}: write one of them differently"
+        )
     for cell in grid.cells:
         config = configs.load(grid.config, [*grid.overrides, *_overrides(cell)], workdir=cell.folder)
         stored = cell.folder / "config.json"
@@ -197,10 +199,10 @@ def _run(grid: Grid, cell: Cell, running: set[subprocess.Popen[bytes]]) -> tuple
         status = process.wait()
         running.discard(process)
     seconds = time.monotonic() - start
-    facts = _facts(cell)
-    facts["seconds"] = facts.get("seconds", 0) + seconds  # of all attempts
-    facts |= {"command": command[1:], "commit": _commit()}
-    storage.write_text(cell.folder / "sweep.json", json.dumps(facts, indent=2) + "\n")
+    record = _read_record(cell)
+    record["seconds"] = record.get("seconds", 0) + seconds  # of all attempts
+    record |= {"command": command[1:], "commit": _commit()}
+    storage.write_text(cell.folder / "sweep.json", json.dumps(record, indent=2) + "\n")
     return status == 0 and (cell.folder / "results.json").is_file(), seconds
 
 
@@ -210,7 +212,7 @@ def _environment(grid: Grid) -> dict[str, str]:
     return {**cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5", **os.environ}
 
 
-def _facts(cell: Cell) -> dict[str, Any]:
+def _read_record(cell: Cell) -> dict[str, Any]:
     path = cell.folder / "sweep.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -236,7 +238,7 @@ def _last_line(output: Path) -> str:
 
 def _row(cell: Cell) -> dict[str, Any]:
     """The row of a cell in the table; None for what is not known yet."""
-    facts, path = _facts(cell), cell.folder / "results.json"
+    record, path = _read_record(cell), cell.folder / "results.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
     scores, validation, machine = (results.get(k, {}) for k in ("mAP", "validation", "machine"))
     measured = {
@@ -250,8 +252,8 @@ def _row(cell: Cell) -> dict[str, Any]:
     about = {
         "step": results.get("step"),
         "k": results.get("k"),
-        "seconds": facts.get("seconds") and round(facts["seconds"], 1),
-        "commit": facts.get("commit"),
+        "seconds": record.get("seconds") and round(record["seconds"], 1),
+        "commit": record.get("commit"),
         "machine": ", ".join(str(v) for v in machine.values()),
         "config": str(cell.folder / "config.json"),
     }

@@ -1,4 +1,4 @@
-"""The launch scripts against stand-ins that record how they were called."""
+"""The launch scripts with mock programs that record their arguments."""
 
 import json
 import os
@@ -35,8 +35,8 @@ def calls(tmp_path, monkeypatch):
             [str(LAUNCH / script), *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60
         )
         assert done.returncode == status, done.stderr
-        found = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
-        return found, done.stdout + done.stderr
+        called = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+        return called, done.stdout + done.stderr
 
     return run
 
@@ -79,8 +79,8 @@ def test_tpu(calls):
     assert "--command=kill -TERM $(cat tcq.pid)" in calls("tpu.sh", *where, "stop")[0][0][0]
     assert "tail -n 100 -F tcq.log" in calls("tpu.sh", *where, "logs")[0][0][0][-1]
     assert {"delete", "--quiet"} <= set(calls("tpu.sh", *where, "delete")[0][0][0])
-    found, said = calls("tpu.sh", *where, "--dry_run", *TRAIN)
-    assert not found and "gcloud compute tpus tpu-vm ssh pod" in said and "bits=32" in said
+    called, output = calls("tpu.sh", *where, "--dry_run", *TRAIN)
+    assert not called and "gcloud compute tpus tpu-vm ssh pod" in output and "bits=32" in output
     for wrong in (
         ["create"],
         ["--zone=z", "create"],
@@ -103,8 +103,8 @@ def test_slurm(calls):
         script = f"srun() {{ return {status}; }}; scontrol() {{ echo $*; }}; SLURM_JOB_ID=7\n{work}"
         done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
         assert done.returncode == status and (done.stdout == "requeue 7\n") == requeued
-    found, said = calls("slurm.sh", "--dry_run", "--", *TRAIN)
-    assert not found and said.startswith("sbatch ")
+    called, output = calls("slurm.sh", "--dry_run", "--", *TRAIN)
+    assert not called and output.startswith("sbatch ")
     calls("slurm.sh", "--nodes=2", status=2)
     calls("slurm.sh", "--nods=2", "--", "train", status=2)
 
@@ -136,8 +136,8 @@ def test_kubernetes(calls):
         "tcq",
     ]
     assert calls("kubernetes.sh", "--name=a", "delete")[0][0][0] == ["kubectl", "delete", "jobset", "a"]
-    found, said = calls("kubernetes.sh", "--dry_run", "--image=r/tcq", "start", *TRAIN)
-    assert not found and "kubectl apply -f -" in said and "kind: JobSet" in said
+    called, output = calls("kubernetes.sh", "--dry_run", "--image=r/tcq", "start", *TRAIN)
+    assert not called and "kubectl apply -f -" in output and "kind: JobSet" in output
     calls("kubernetes.sh", "start", *TRAIN, status=2)
 
 

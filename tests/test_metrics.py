@@ -25,7 +25,7 @@ def test_expected_ap_equals_the_mean_over_all_orders(ranking, denominator):
 
 @settings(deadline=None, max_examples=150)
 @given(rankings(), st.sampled_from(metrics.DENOMINATORS))
-def test_best_and_worst_rank_ties_so(ranking, denominator):
+def test_best_and_worst_order_relevant_items_within_ties(ranking, denominator):
     scores, relevance, k = ranking
     n, k = len(scores), min(k, len(scores))
     for ties, sign in (("best", -1), ("worst", 1)):

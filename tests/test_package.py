@@ -60,6 +60,6 @@ def test_train_evaluate_index_and_search_with_the_installed_wheel(site, images, 
     assert "random order" in tcq("evaluate", "--workdir=run")
     assert json.loads((tmp_path / "run" / "results.json").read_text())["mAP"]["asymmetric"] > 0
     tcq("index", "--workdir=run", f"--images={images}", "--out=index")
-    found = tcq("search", "--index=index", f"--query={images / 'class 3' / '003.png'}", "--k=3")
-    assert len(found.splitlines()) == 3
-    assert os.path.isfile(found.splitlines()[0].split("\t")[2])
+    answers = tcq("search", "--index=index", f"--query={images / 'class 3' / '003.png'}", "--k=3")
+    assert len(answers.splitlines()) == 3
+    assert os.path.isfile(answers.splitlines()[0].split("\t")[2])

@@ -31,7 +31,7 @@ def test_a_grid_is_keys_and_values():
         ("loss.clip=0,1,0", "a value of loss.clip is given twice"),
         ("loss.clp=0,1", "--config.loss.clp is unknown: did you mean loss.clip?"),
         ("loss.clip=0,9999", "loss.clip 9999 must be from 0 to 253"),
-        ("data.source=folder:/a_b,folder:/a/b", "different values give the same folder, 'source=folder__a_b'"),
+        ("data.source=folder:/a_b,folder:/a/b", "different values give the same folder 'source=folder__a_b'"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(grid, message, tmp_path):

@@ -89,7 +89,7 @@ def load(path: str, overrides: Iterable[str] = (), *, workdir: str | Path | None
     config.update_from_flattened_dict(values)
     if config.model.weights:  # decides keys that are checked below
         config.model.weights = _absolute(config.model.weights)
-        before = _resumed(config, workdir)
+        before = _keys_of_workdir(config, workdir)
         pretrained.apply(config, before or _keys_of(config.model.weights), overridden=values)
         checks.check(config, defaults)
         if not before:
@@ -109,7 +109,7 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def _resumed(config: ConfigDict, workdir: str | Path | None) -> pretrained.Keys | None:
+def _keys_of_workdir(config: ConfigDict, workdir: str | Path | None) -> pretrained.Keys | None:
     """The keys of the run in a workdir, if it has the same weights."""
     stored = storage.read(storage.join(workdir, "config.json")) if workdir else None
     run = from_json(stored.decode()) if stored else None

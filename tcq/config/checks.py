@@ -58,7 +58,7 @@ COUNT, POSITIVE_COUNT = Range(0), Range(1)
 POSITIVE = Range(0, inf, open_low=True, open_high=True)  # a finite number
 SHARE, SHARE_BELOW_1 = Range(0, 1), Range(0, 1, open_high=True)
 SEED = 2**32 - 1
-# The only place that says which values a key may have; keys that are not here are bools or free texts.
+# Keys that are not here are bools, free texts, or have a rule of their own below (loss.clip, model.mean ...).
 ALLOWED: dict[str, Choice | Range] = {
     "data.protocol": _one_of(protocols.PROTOCOLS),
     "data.split_seed": Range(-1, SEED),
@@ -273,7 +273,7 @@ def _loss_problems(c: ConfigDict) -> Iterator[str]:
     loss, batch_size = c.loss, c.data.batch_size
     negatives = 2 * batch_size - 2 + loss.queue
     if isinstance(loss.clip, float) and not 0 <= loss.clip < 1:
-        yield f"loss.clip {loss.clip} is a share and must be in [0, 1); write a count without a point"
+        yield f"loss.clip {loss.clip} is a share and must be in [0, 1); write a count without a decimal point"
     elif loss.clip < 0 or derived.clip_rule(c, 1).count(queued=loss.queue) >= max(negatives, 1):
         sizes = f"2 x {batch_size} - 2{f' + {loss.queue}' if loss.queue else ''} = {negatives}"
         yield (

@@ -1,4 +1,4 @@
-"""Values that follow from a config. What a key means is computed here and nowhere else."""
+"""Values computed from a config: bits, steps, the clip rule, the scoring conventions."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

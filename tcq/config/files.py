@@ -23,7 +23,7 @@ def execute(path: Path) -> ModuleType:
 
 
 def find(name: str) -> Path:
-    """The file of a path, of a name such as "digits", or of a path in configs/ where that is not the working directory.
+    """Returns the config file of a path, or of a name such as "digits" or "configs/digits.py".
 
     Raises ConfigError if there is none.
     """

@@ -1,4 +1,4 @@
-"""What `model.weights` decides about a config, and what it suggests unless the command line says otherwise."""
+"""The keys that `model.weights` sets: always, or only where the command line does not."""
 
 from collections.abc import Container
 from pathlib import Path
@@ -73,7 +73,7 @@ def apply(config: ConfigDict, keys: Keys, *, overridden: Container[str]) -> None
         numbers = {k: keys.decided[k] for k in ("width", "depth", "heads", "patch") if k in keys.decided}
         raise ConfigError(f"model.name is {m.name}, but the weights {m.weights!r} are of a model of {numbers}, {fits}")
     conflicts = [
-        f"model.{k} is {m[k]!r}, but {v!r} in the weights {m.weights!r}: leave it out"
+        f"model.{k} is {m[k]!r}, but {v!r} in the weights {m.weights!r}: remove this override"
         for k, v in keys.decided.items()
         if f"model.{k}" in overridden and m[k] != v and k != "name"
     ]
@@ -90,9 +90,9 @@ def check(config: ConfigDict) -> None:
     path, side = config.model.weights, config.data.image_size
     if published.is_workdir(path):
         return
-    like = retriever.shapes(retriever.from_config(config).backbone, side)
+    template = retriever.shapes(retriever.from_config(config).backbone, side)
     try:
-        published.variables(published.read(Path(path)), like, image_size=side)
+        published.variables(published.read(Path(path)), template, image_size=side)
     except published.WeightsError as error:
         raise ConfigError(f"model.weights: {error}") from None
 

@@ -24,7 +24,7 @@ ABANDONED = 86_400  # seconds after which an entry that is still being written b
 logger = logging.getLogger(__name__)
 
 
-class Encoded(NamedTuple):
+class EncodedImages(NamedTuple):
     """Images to decode."""
 
     items: Iterable[tuple[str, Path | bytes]]  # names, and files or their contents
@@ -32,7 +32,7 @@ class Encoded(NamedTuple):
     arrays: dict[str, np.ndarray]  # stored with the images, such as labels
 
 
-class Decoded(NamedTuple):
+class Entry(NamedTuple):
     """An entry of the cache."""
 
     images: UInt8[np.ndarray, "N S S 3"]  # mapped from disk
@@ -41,7 +41,7 @@ class Decoded(NamedTuple):
     arrays: dict[str, np.ndarray]
 
 
-def decode_once(key: str, read: Callable[[], Encoded], *, size: int, resize: Resize, cache_dir: str) -> Decoded:
+def decode_once(key: str, read: Callable[[], EncodedImages], *, size: int, resize: Resize, cache_dir: str) -> Entry:
     """The entry of a key; if there is none, or a corrupted one, it is made from the images that `read` returns.
 
     An entry appears as a whole or not at all. `cache_dir` "" is `storage.cache_home()`.
@@ -57,7 +57,7 @@ def decode_once(key: str, read: Callable[[], Encoded], *, size: int, resize: Res
     return entry
 
 
-def _open(folder: Path, size: int) -> Decoded | None:
+def _open(folder: Path, size: int) -> Entry | None:
     try:
         listing = json.loads((folder / "names.json").read_text())
         shape = (len(listing["names"]), size, size, 3)
@@ -67,12 +67,12 @@ def _open(folder: Path, size: int) -> Decoded | None:
             arrays = {name: saved[name] for name in saved.files}
     except (OSError, ValueError, KeyError):
         return None
-    empty = np.zeros(shape, np.uint8)  # which cannot be mapped
+    empty = np.zeros(shape, np.uint8)  # an empty file cannot be memory-mapped
     images = np.memmap(folder / "images.u8", np.uint8, "r", shape=shape) if listing["names"] else empty
-    return Decoded(images, listing["names"], listing["skipped"], arrays)
+    return Entry(images, listing["names"], listing["skipped"], arrays)
 
 
-def _write(folder: Path, encoded: Encoded, size: int, resize: Resize) -> None:
+def _write(folder: Path, encoded: EncodedImages, size: int, resize: Resize) -> None:
     for left in folder.parent.glob(f"{storage.TEMPORARY}*"):
         if time.time() - left.stat().st_mtime > ABANDONED:
             shutil.rmtree(left, ignore_errors=True)

@@ -88,7 +88,8 @@ def split(
     protocol, labels = PROTOCOLS[name], np.asarray(labels)
     if protocol.num_images not in (None, len(labels)):
         raise ProtocolError(
-            f"protocol {name} needs {protocol.num_images:,} images in official order, got {len(labels):,}"
+            f"protocol {name} needs {protocol.num_images:,} images in official order, got {len(labels):,}: "
+            f"check data.source"
         )
     columns = protocol.num_labels
     if columns is not None and (labels.ndim != (2 if columns else 1) or (columns and labels.shape[1] < columns)):
@@ -98,7 +99,10 @@ def split(
     queries, database, train, shuffled = protocol.draw(labels, random, query)
     none = np.zeros(0, np.int64)
     if seed is None and protocol.sha256 and digest(Split(queries, database, train, none)) != protocol.sha256:
-        raise ProtocolError(f"NumPy {np.__version__} does not draw the published split of protocol {name}")
+        raise ProtocolError(
+            f"NumPy {np.__version__} does not draw the recorded split of protocol {name}: install the NumPy "
+            f"of requirements.txt"
+        )
     held_out = np.isin(train, shuffled[: round(validation * len(train))])
     parts = (queries, database, train[~held_out], train[held_out])
     return Split(*(np.asarray(part, np.int64) for part in parts))
@@ -197,8 +201,8 @@ def _check_cifar10(labels: np.ndarray) -> None:
             )
 
 
-# Sizes, cut-offs and draws are those of the sources. Where a source publishes lists or no seed, the draw is ours by its
-# rule.
+# Sizes, cut-offs and draws are those of the sources. Where a source publishes lists, or no seed, we
+# draw by its rule with a seed of our own.
 PROTOCOLS = {
     "folder": Protocol(_folder, None, None, None, None, 0, None, "ours: a seeded share of any images"),
     "cifar10_spq": Protocol(

@@ -62,7 +62,7 @@ def folder(path: str | Path, *, size: int, resize: Resize = WHOLE, cache_dir: st
         raise SourceError(f"image folder {str(root.resolve())!r} holds no files")
     decoded = cache.decode_once(
         _listing_digest(root, files, size, resize),
-        lambda: cache.Encoded(((name, root / name) for name in files), len(files), {}),
+        lambda: cache.EncodedImages(((name, root / name) for name in files), len(files), {}),
         size=size,
         resize=resize,
         cache_dir=cache_dir,

@@ -1,4 +1,4 @@
-"""What an evaluation writes: results.json, its text table, curves.png and gallery.png."""
+"""The files of an evaluation: results.json, its text table, curves.png and gallery.png."""
 
 import json
 import platform
@@ -24,8 +24,8 @@ MEANINGS = {
     "ties": {
         "expected": "exact expectation over the orders of tied scores",
         "index": "tied scores in database order",
-        "best": "of tied scores relevant items first",
-        "worst": "of tied scores relevant items last",
+        "best": "tied scores with relevant items first",
+        "worst": "tied scores with relevant items last",
     },
     "denominator": {
         "hits": "relevant items among the first k",
@@ -126,9 +126,9 @@ def _similarity(config: ConfigDict) -> str:
     if config.eval.score == "l2" and not config.eval.squared:
         name = "minus the sum of the L2 distances of subvectors"
     norm = {
-        "none": "queries as they are",
-        "whole": "queries of unit length",
-        "subvectors": "queries of unit subvectors",
+        "none": "queries not normalized",
+        "whole": "queries scaled to unit length",
+        "subvectors": "queries with subvectors scaled to unit length",
     }
     return f"{name}, {norm[configs.query_norm(config)]}"
 
@@ -193,9 +193,8 @@ def table(results: Mapping[str, Any], recorded: Mapping[str, float] | None = Non
         lines.append(f"validation images against training images: {validation['mAP']:.4f}")
     if "clip_precision" in validation:
         lines.append(
-            f"of the clipped negatives {validation['clip_precision']:.0%} were of the anchor's class "
-            f"({validation['false_negative_rate']:.0%} by chance), {validation['clip_recall']:.0%} of its class were "
-            f"clipped"
+            f"clip precision {validation['clip_precision']:.0%} (by chance {validation['false_negative_rate']:.0%}), "
+            f"clip recall {validation['clip_recall']:.0%}"
         )
     return "\n".join(lines)
 

@@ -18,7 +18,7 @@ DEFAULT = Conventions()
 
 
 class Retrieval(NamedTuple):
-    """How well rankings answer their queries."""
+    """The scores of the rankings of Q queries."""
 
     mean_average_precision: float
     average_precision: Float[np.ndarray, " Q"]
@@ -103,8 +103,12 @@ def _evaluate_blocks(
 
 def summary(scores: metrics.Scores, ks: list[int], *, empty: str) -> Retrieval:
     """Means over all queries."""
-    some = scores.relevant > 0
-    recall = (scores.hits[some] / scores.relevant[some, None]).mean(axis=0) if some.any() else np.zeros(len(ks))
+    answerable = scores.relevant > 0
+    recall = (
+        (scores.hits[answerable] / scores.relevant[answerable, None]).mean(axis=0)
+        if answerable.any()
+        else np.zeros(len(ks))
+    )
     mean = metrics.mean(scores.average_precision, scores.relevant, empty=empty)
     precision = (scores.hits / np.asarray(ks)).mean(axis=0)
     return Retrieval(mean, scores.average_precision, scores.relevant, precision, recall)

@@ -67,7 +67,9 @@ def remove(path: str | Path, names: list[str]) -> int:
     removed = [n.rstrip("/") if storage.is_url(n) else str(Path(n).expanduser().resolve()) for n in names]
     keep = [i for i, p in enumerate(index.paths) if not any(p == r or p.startswith(r + "/") for r in removed)]
     if len(keep) == len(index.paths):
-        raise IndexFileError(f"none of {', '.join(names)} is in {str(path)!r}")
+        raise IndexFileError(
+            f"none of {', '.join(names)} found in index {str(path)!r}: give paths as tcq search prints them"
+        )
     paths = [index.paths[i] for i in keep]
     processes.on_first(lambda: store.write(path, index.encoder, index.codes[keep], paths, []))
     return len(index.paths) - len(keep)

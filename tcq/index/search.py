@@ -1,4 +1,4 @@
-"""Queries: reading them, the k nearest indexed images of each, and a picture of the answers."""
+"""Search: reads query images, finds the k nearest indexed images of each, draws the hits."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,7 +64,7 @@ def image_of(hit: Hit) -> str | bytes:
 def draw(
     index: Index, queries: UInt8[np.ndarray, "Q H W 3"], answers: Sequence[Sequence[Hit]], out: str | Path
 ) -> None:
-    """Writes a picture of queries and answers; images that no longer exist are gray. Raises IndexFileError."""
+    """Writes a picture of queries and hits; missing images are gray. Raises IndexFileError."""
     size = max(index.encoder.config.data.image_size, THUMBNAIL)
 
     def image(hit: Hit) -> np.ndarray:

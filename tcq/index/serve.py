@@ -86,7 +86,7 @@ def serve(path: str | Path, *, port: int, k: int = 10) -> None:
 
 
 def _thumbnail(hit: Hit) -> str:
-    """A data URL, empty if the image no longer exists. Only images named by the index are ever read."""
+    """The image as a JPEG data URL, "" if it cannot be read. Only indexed paths are read."""
     try:
         pixels = decode(image_of(hit), size=THUMBNAIL)
     except (ImageError, storage.BucketError):

@@ -126,7 +126,7 @@ def _check_variables(like: Mapping[str, Any], variables: Mapping[str, Any], path
     if want != have:
         different = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
         raise IndexFileError(
-            f"the encoder in {str(path)!r} does not fit its config; these variables differ: {', '.join(different)}"
+            f"the encoder in {str(path)!r} does not fit its config: {', '.join(different)} differ; build it again"
         )
 
 

@@ -162,7 +162,7 @@ def _mean_over_pairs(pairs: list[tuple[ArrayLike, ArrayLike]], o: _Options) -> t
     _check(o, batch_size=num_columns // 2, queue_size=len(queue.vectors))
 
     columns = _gather(views, o.axis_name, axis=2) if o.gather == "all" else views
-    rule = _blocked.Rule(
+    settings = _blocked.Settings(
         temperature=o.temperature,
         clips=not isinstance(o.clip, int) or o.clip > 0,
         debias=o.debias,
@@ -186,8 +186,8 @@ def _mean_over_pairs(pairs: list[tuple[ArrayLike, ArrayLike]], o: _Options) -> t
             clip=jnp.asarray(o.clip, jnp.int32),
             labels=labels,
         )
-        loss, stats = _blocked.total_loss(rule, batch)
-        results.append((loss / (2 * b), _logs(batch, stats, rule, num_columns)))
+        loss, stats = _blocked.total_loss(settings, batch)
+        results.append((loss / (2 * b), _logs(batch, stats, settings, num_columns)))
     loss, logs = jax.tree.map(lambda *values: jnp.stack(values).mean(0), *results)
     loss, logs = _mean((loss, jax.lax.stop_gradient(logs)), o.axis_name if o.average else None)
     return loss, _shares(logs)
@@ -209,7 +209,9 @@ def _check(o: _Options, *, batch_size: int, queue_size: int) -> None:
     if o.gather == "ring" and o.axis_name is None:
         raise ValueError("gather 'ring' needs the axis_name of its devices")
     if o.labels is not None and queue_size:
-        raise ValueError("labels are for logs about the batch, and a queue has none: leave out one of them")
+        raise ValueError(
+            "labels cannot be combined with a queue, whose entries have no labels: leave out labels or queue"
+        )
 
 
 def _own_columns(b: int, num_columns: int, axis_name: str | None) -> Int[Array, " R"]:
@@ -227,11 +229,11 @@ def _both_views(labels: ArrayLike | None, axis_name: str | None) -> tuple[Array,
     return jnp.concatenate([labels] * 2), jnp.concatenate([_gather(labels, axis_name)] * 2)
 
 
-def _logs(batch: _blocked.Batch, stats: _blocked.Stats, rule: _blocked.Rule, num_columns: int) -> Logs:
+def _logs(batch: _blocked.Batch, stats: _blocked.Stats, settings: _blocked.Settings, num_columns: int) -> Logs:
     """Means over the anchors of this device."""
     total = jnp.sum(batch.columns, axis=0)
-    if rule.gather == "ring":
-        total = jax.lax.psum(total, rule.axis_name)
+    if settings.gather == "ring":
+        total = jax.lax.psum(total, settings.axis_name)
     own = jnp.sum(batch.anchors**2, axis=1)
     negatives = (batch.anchors @ total - own - batch.positive) / max(num_columns - 2, 1)
     logs = {
@@ -239,11 +241,11 @@ def _logs(batch: _blocked.Batch, stats: _blocked.Stats, rule: _blocked.Rule, num
         "negative_similarity": jnp.mean(negatives),
         "accuracy": jnp.mean(batch.positive > stats.hardest, dtype=jnp.float32),
     }
-    if rule.clips:
+    if settings.clips:
         logs["clip_similarity"] = jnp.mean(stats.threshold)
     if batch.labels is not None:
         counts = {"same": stats.same, "negatives": jnp.array(num_columns - 2, jnp.float32)}
-        if rule.clips:
+        if settings.clips:
             counts |= {"same_clipped": stats.same_clipped, "clipped": batch.clip}
         logs |= {f"count_{name}": jnp.mean(values.astype(jnp.float32)) for name, values in counts.items()}
     return logs

@@ -20,8 +20,8 @@ BLOCK = 2**22  # similarities of a block of the default size: 16 MiB, and a few 
 MIN_BLOCK = 128  # anchors of such a block; smaller ones move the gradient of the columns through memory too often
 
 
-class Rule(NamedTuple):
-    """What the loss is; hashable, because it decides what is compiled."""
+class Settings(NamedTuple):
+    """The static options of the loss; hashable, because compilation depends on them."""
 
     temperature: float
     clips: bool  # whether anything may be clipped
@@ -46,7 +46,7 @@ class Batch(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """What the logs need of R anchors."""
+    """Statistics of R anchors for the logs."""
 
     hardest: Float[Array, " R"]  # similarity of the most similar negative
     threshold: Float[Array, " R"]  # clipped negatives are at least as similar, kept ones at most
@@ -60,23 +60,23 @@ def default_block_size(num_anchors: int, num_columns: int) -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def total_loss(rule: Rule, batch: Batch) -> tuple[Float[Array, ""], Stats]:
+def total_loss(settings: Settings, batch: Batch) -> tuple[Float[Array, ""], Stats]:
     """The sum of the losses of the anchors.
 
     Differentiable once, in reverse, with respect to anchors, positive, columns and queue. With a ring the gradient of
-    the
-    columns is already summed over the devices, whose losses must have one cotangent: average the loss over the axis.
+    the columns is already summed over the devices, whose losses must have one cotangent: average the loss over the
+    axis.
     """
-    loss, stats, _ = _all_blocks(rule, batch, differentiate=False)
+    loss, stats, _ = _all_blocks(settings, batch, differentiate=False)
     return loss, stats
 
 
-def _forward(rule: Rule, batch: Batch) -> tuple[tuple[Array, Stats], tuple[Array, ...]]:
-    loss, stats, gradients = _all_blocks(rule, batch, differentiate=True)
+def _forward(settings: Settings, batch: Batch) -> tuple[tuple[Array, Stats], tuple[Array, ...]]:
+    loss, stats, gradients = _all_blocks(settings, batch, differentiate=True)
     return (loss, stats), gradients
 
 
-def _backward(rule: Rule, gradients: tuple[Array, ...], cotangents: tuple[Array, Stats]) -> tuple[Batch]:
+def _backward(settings: Settings, gradients: tuple[Array, ...], cotangents: tuple[Array, Stats]) -> tuple[Batch]:
     anchors, positive, columns, queue = (cotangents[0] * g for g in gradients)
     return (Batch(anchors, positive, columns, queue, None, None, None, None, None),)  # type: ignore[arg-type]
 
@@ -85,28 +85,28 @@ total_loss.defvjp(_forward, _backward)
 
 
 def objective(
-    log_sum: Float[Array, " R"], positive: Float[Array, " R"], *, num_kept: Int32[Array, ""], rule: Rule
+    log_sum: Float[Array, " R"], positive: Float[Array, " R"], *, num_kept: Int32[Array, ""], settings: Settings
 ) -> Float[Array, " R"]:
     """The loss of each anchor from its log-sum-exp over the kept negatives (/ temperature) and its positive similarity.
 
     NT-Xent, or with rule.debias = rho > 0 the debiased loss of Chuang et al. 2020, where the sum over N negatives is
     replaced by max(N exp(-1/t), (sum - rho N exp(positive/t)) / (1 - rho)).
     """
-    positive = positive / rule.temperature
-    if not rule.debias:
+    positive = positive / settings.temperature
+    if not settings.debias:
         return jax.nn.softplus(log_sum - positive)
     top = jax.lax.stop_gradient(jnp.maximum(log_sum, positive))  # cancels, and keeps exponents at most 0
     count = num_kept.astype(jnp.float32)
-    total = jnp.exp(log_sum - top) - rule.debias * count * jnp.exp(positive - top)
-    debiased = jnp.maximum(count * jnp.exp(-1 / rule.temperature - top), total / (1 - rule.debias))
+    total = jnp.exp(log_sum - top) - settings.debias * count * jnp.exp(positive - top)
+    debiased = jnp.maximum(count * jnp.exp(-1 / settings.temperature - top), total / (1 - settings.debias))
     log_debiased = jnp.where(debiased > 0, jnp.log(jnp.where(debiased > 0, debiased, 1.0)), -jnp.inf)
     return jax.nn.softplus(log_debiased + top - positive)
 
 
-def _all_blocks(rule: Rule, batch: Batch, *, differentiate: bool) -> tuple[Array, Stats, tuple[Array, ...]]:
+def _all_blocks(settings: Settings, batch: Batch, *, differentiate: bool) -> tuple[Array, Stats, tuple[Array, ...]]:
     """Scans over the blocks: the total loss, statistics, and the gradients of anchors, positive, columns and queue."""
     num_anchors, width = batch.anchors.shape
-    size = min(rule.block_size, num_anchors)
+    size = min(settings.block_size, num_anchors)
     num_blocks = -(-num_anchors // size)
     padding = num_blocks * size - num_anchors
 
@@ -117,7 +117,7 @@ def _all_blocks(rule: Rule, batch: Batch, *, differentiate: bool) -> tuple[Array
     labels = None if batch.labels is None else blocks(batch.labels[0])
 
     def one_block(carry: tuple[Array, ...], block: tuple[tuple[Array, ...], Array | None]) -> tuple[tuple, tuple]:
-        loss, stats, gradients = _block(rule, batch, *block, differentiate=differentiate)
+        loss, stats, gradients = _block(settings, batch, *block, differentiate=differentiate)
         if not differentiate:
             return (carry[0] + loss,), (stats, ())
         by_rows, by_columns = gradients[:2], gradients[2:]
@@ -132,32 +132,32 @@ def _all_blocks(rule: Rule, batch: Batch, *, differentiate: bool) -> tuple[Array
 
 
 def _block(
-    rule: Rule, batch: Batch, rows: tuple[Array, ...], labels: Array | None, *, differentiate: bool
+    settings: Settings, batch: Batch, rows: tuple[Array, ...], labels: Array | None, *, differentiate: bool
 ) -> tuple[Array, Stats, tuple[Array, ...]]:
     """Loss and statistics of some anchors; gradients by the anchors, their positives, the columns and the queue."""
     anchors, positive, own, partner, weight = rows
-    similarity, num_columns = _negatives(rule, batch, anchors, own, partner)
+    similarity, num_columns = _negatives(settings, batch, anchors, own, partner)
     num_negatives = num_columns - 2 + batch.filled
     hardest = jnp.max(similarity, axis=1)
-    clipped, cut, num_kept = _clip(rule, batch, similarity, hardest, num_negatives)
+    clipped, cut, num_kept = _clip(settings, batch, similarity, hardest, num_negatives)
 
-    kept = similarity if clipped is None else jnp.where(clipped, -jnp.inf, similarity)
-    top = hardest if clipped is None else jnp.max(kept, axis=1)
+    remaining = similarity if clipped is None else jnp.where(clipped, -jnp.inf, similarity)
+    top = hardest if clipped is None else jnp.max(remaining, axis=1)
     top = jnp.where(top == -jnp.inf, 0.0, top)  # nothing is kept
-    powers = jnp.exp((kept - top[:, None]) / rule.temperature)
+    powers = jnp.exp((remaining - top[:, None]) / settings.temperature)
     total = jnp.sum(powers, axis=1)
-    log_sum = top / rule.temperature + jnp.log(total)
+    log_sum = top / settings.temperature + jnp.log(total)
     stats = Stats(hardest, cut, *_count_same(batch, labels, similarity, clipped, num_columns))
 
     def loss_of(log_sum: Array, positive: Array) -> Array:
         # `where` instead of a product with the weight: padding may hold NaN.
-        return jnp.sum(jnp.where(weight > 0, objective(log_sum, positive, num_kept=num_kept, rule=rule), 0.0))
+        return jnp.sum(jnp.where(weight > 0, objective(log_sum, positive, num_kept=num_kept, settings=settings), 0.0))
 
     if not differentiate:
         return loss_of(log_sum, positive), stats, ()
     loss, (by_log_sum, by_positive) = jax.value_and_grad(loss_of, (0, 1))(log_sum, positive)
-    scale = jnp.where(total > 0, by_log_sum / jnp.where(total > 0, total, 1.0), 0.0)[:, None] / rule.temperature
-    by_anchors, by_columns = _pull_back(rule, powers[:, :num_columns], anchors * scale, batch.columns)
+    scale = jnp.where(total > 0, by_log_sum / jnp.where(total > 0, total, 1.0), 0.0)[:, None] / settings.temperature
+    by_anchors, by_columns = _pull_back(settings, powers[:, :num_columns], anchors * scale, batch.columns)
     by_queue = jnp.zeros((anchors.shape[1], 0), jnp.float32)
     if len(batch.queue):
         by_anchors += _product(powers[:, num_columns:], batch.queue)
@@ -166,10 +166,10 @@ def _block(
 
 
 def _negatives(
-    rule: Rule, batch: Batch, anchors: Array, own: Array, partner: Array
+    settings: Settings, batch: Batch, anchors: Array, own: Array, partner: Array
 ) -> tuple[Float[Array, "r C_and_Q"], int]:
-    """Similarities of anchors to their negatives, -inf for what is none; and how many columns are of the batch."""
-    similarity = _similarities(rule, anchors, batch.columns)
+    """Similarities of anchors to columns, -inf for non-negatives; and the batch's column count."""
+    similarity = _similarities(settings, anchors, batch.columns)
     num_columns = similarity.shape[1]
     column = jax.lax.broadcasted_iota(jnp.int32, similarity.shape, 1)
     similarity = jnp.where((column == own[:, None]) | (column == partner[:, None]), -jnp.inf, similarity)
@@ -181,16 +181,16 @@ def _negatives(
 
 
 def _clip(
-    rule: Rule, batch: Batch, similarity: Array, hardest: Array, num_negatives: Array
+    settings: Settings, batch: Batch, similarity: Array, hardest: Array, num_negatives: Array
 ) -> tuple[Array | None, Array, Array]:
-    """The mask of the clipped negatives, or None; the similarity above which they lie; and how many are kept."""
-    if not rule.clips:
+    """The mask of the clipped negatives or None, the threshold, and the number of the others."""
+    if not settings.clips:
         return None, hardest, num_negatives
     clip = jnp.minimum(batch.clip, num_negatives)
     low = jnp.full(hardest.shape, -2.0, jnp.float32)  # below any cosine
     reach = jnp.broadcast_to(num_negatives, hardest.shape)
     cut = _threshold.threshold(similarity, clip, low=low, reach=reach, high=hardest)
-    return _threshold.selected(similarity, cut), jnp.minimum(cut.value, hardest), num_negatives - clip
+    return _threshold.select(similarity, cut), jnp.minimum(cut.value, hardest), num_negatives - clip
 
 
 def _count_same(
@@ -207,55 +207,55 @@ def _count_same(
     return count, jnp.sum(same & clipped[:, :num_columns], axis=1, dtype=jnp.int32)
 
 
-def _similarities(rule: Rule, anchors: Array, columns: Array) -> Float[Array, "r C"]:
+def _similarities(settings: Settings, anchors: Array, columns: Array) -> Float[Array, "r C"]:
     """Similarities of anchors to the columns of all devices."""
-    if rule.gather == "all":
+    if settings.gather == "all":
         return _product(anchors, columns.T)
 
     def hop(remote: Array, _: None) -> tuple[Array, Array]:
-        return _pass_on(rule, remote), _product(anchors, remote.T)
+        return _pass_on(settings, remote), _product(anchors, remote.T)
 
-    _, parts = jax.lax.scan(hop, columns, length=jax.lax.axis_size(rule.axis_name))
-    return _to_columns(rule, parts)
+    _, parts = jax.lax.scan(hop, columns, length=jax.lax.axis_size(settings.axis_name))
+    return _to_columns(settings, parts)
 
 
 def _pull_back(
-    rule: Rule, powers: Array, scaled: Array, columns: Array
+    settings: Settings, powers: Array, scaled: Array, columns: Array
 ) -> tuple[Float[Array, "r D"], Float[Array, "D C"]]:
     """powers @ columns, and (powers.T @ scaled).T."""
-    if rule.gather == "all":
+    if settings.gather == "all":
         return _product(powers, columns), _product(scaled.T, powers)
 
     def hop(state: tuple[Array, Array, Array], part: Array) -> tuple[tuple[Array, Array, Array], None]:
         remote, remote_grad, local_grad = state
         local_grad += _product(part, remote)
         remote_grad += _product(scaled.T, part)
-        return (*_pass_on(rule, (remote, remote_grad)), local_grad), None
+        return (*_pass_on(settings, (remote, remote_grad)), local_grad), None
 
     start = columns, jnp.zeros(columns.shape[::-1], jnp.float32), jnp.zeros(scaled.shape, jnp.float32)
-    (_, columns_grad, local_grad), _ = jax.lax.scan(hop, start, _from_columns(rule, powers))
+    (_, columns_grad, local_grad), _ = jax.lax.scan(hop, start, _from_columns(settings, powers))
     return local_grad, columns_grad
 
 
-def _pass_on(rule: Rule, tree: T) -> T:
+def _pass_on(settings: Settings, tree: T) -> T:
     """Sends to the previous device and receives from the next; after n hops every shard is back on its device."""
-    n = jax.lax.axis_size(rule.axis_name)
-    return jax.lax.ppermute(tree, rule.axis_name, [(i, (i - 1) % n) for i in range(n)])
+    n = jax.lax.axis_size(settings.axis_name)
+    return jax.lax.ppermute(tree, settings.axis_name, [(i, (i - 1) % n) for i in range(n)])
 
 
-def _to_columns(rule: Rule, parts: Float[Array, "n r local"]) -> Float[Array, "r C"]:
+def _to_columns(settings: Settings, parts: Float[Array, "n r local"]) -> Float[Array, "r C"]:
     """The parts of n hops, that of this device first, in the order of the global columns."""
     n, r, width = parts.shape
-    parts = jnp.roll(parts, jax.lax.axis_index(rule.axis_name), axis=0).reshape(n, r, 2, width // 2)
+    parts = jnp.roll(parts, jax.lax.axis_index(settings.axis_name), axis=0).reshape(n, r, 2, width // 2)
     return parts.transpose(1, 2, 0, 3).reshape(r, n * width)
 
 
-def _from_columns(rule: Rule, values: Float[Array, "r C"]) -> Float[Array, "n r local"]:
+def _from_columns(settings: Settings, values: Float[Array, "r C"]) -> Float[Array, "n r local"]:
     """The inverse of `_to_columns`."""
-    n = jax.lax.axis_size(rule.axis_name)
+    n = jax.lax.axis_size(settings.axis_name)
     r, width = len(values), values.shape[1] // n
     parts = values.reshape(r, 2, n, width // 2).transpose(2, 0, 1, 3).reshape(n, r, width)
-    return jnp.roll(parts, -jax.lax.axis_index(rule.axis_name), axis=0)
+    return jnp.roll(parts, -jax.lax.axis_index(settings.axis_name), axis=0)
 
 
 def same_class(labels: Num[Array, " r *L"], others: Num[Array, " C *L"]) -> Array:

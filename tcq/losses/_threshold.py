@@ -1,4 +1,4 @@
-"""A threshold for each row above which exactly `count` values lie, ties cut by column, without sorting the rows.
+"""The threshold of each row that exactly `count` values reach, found without sorting.
 
 Sorting a row costs many times the matrix product that computed it, on every backend. The search compares and counts
 instead: false position (the Illinois rule) on the logit of the share of larger values, with an occasional bisection of
@@ -53,14 +53,14 @@ def threshold(
     return Threshold(*(x.reshape(num_rows) for x in results))
 
 
-def selected(values: Float[Array, "R C"], by: Threshold) -> Bool[Array, "R C"]:
+def select(values: Float[Array, "R C"], by: Threshold) -> Bool[Array, "R C"]:
     """The mask of the values that a threshold selects."""
     value, last = by.value[:, None], by.last[:, None]
     return (values > value) | ((values == value) & (jax.lax.broadcasted_iota(jnp.int32, values.shape, 1) <= last))
 
 
 class _State(NamedTuple):
-    """The bracket of each row: at least `count` values reach `under`, fewer reach `over`; both are keys of `_key`."""
+    """The bracket of each row: at least `count` values reach `under`, fewer reach `over`."""
 
     i: Array
     under: Array
@@ -80,7 +80,7 @@ def _search(values: Array, count: Array, low: Array, reach: Array, high: Array) 
 
     def narrow(s: _State) -> _State:
         guess = _guess(s, target, num_columns)
-        reached = _count(values >= _key(guess)[:, None])
+        reached = _count(values >= _to_ordered_int(guess)[:, None])
         enough, live = reached >= count, is_open(s)
         side = jnp.where(enough, jnp.int32(1), jnp.int32(-1))
         return _State(
@@ -95,9 +95,9 @@ def _search(values: Array, count: Array, low: Array, reach: Array, high: Array) 
 
     zero = jnp.zeros(low.shape, jnp.int32)
     weight = jnp.ones(low.shape, jnp.float32)
-    start = _State(jnp.int32(0), _key(low), _key(high) + 1, reach, zero, zero, weight)
+    start = _State(jnp.int32(0), _to_ordered_int(low), _to_ordered_int(high) + 1, reach, zero, zero, weight)
     end = jax.lax.while_loop(lambda s: jnp.any(is_open(s)), narrow, start)
-    value = _key(end.under)
+    value = _to_ordered_int(end.under)
     value = jnp.where(count > 0, jnp.where(value == 0, 0.0, value), jnp.inf)  # XLA flushes numbers below 1e-38 to 0
     ties = (end.reach_under > count) & (count > 0)
     last = jax.lax.cond(jnp.any(ties), _last_tie, _last_column, values, value, count - end.reach_over)
@@ -108,8 +108,8 @@ def _guess(s: _State, target: Array, num_columns: int) -> Int32[Array, " R"]:
     """The next key to try: false position, where an end that stays twice loses half its weight; or bisection."""
     a = (_logit(s.reach_under, num_columns) - target) * jnp.where(s.side < 0, s.weight, 1)
     b = (target - _logit(s.reach_over, num_columns)) * jnp.where(s.side > 0, s.weight, 1)
-    under = _key(s.under)
-    position = _key(under + (_key(s.over) - under) * (a / (a + b)))
+    under = _to_ordered_int(s.under)
+    position = _to_ordered_int(under + (_to_ordered_int(s.over) - under) * (a / (a + b)))
     middle = (s.under & s.over) + ((s.under ^ s.over) >> 1)
     return jnp.where((s.i > 8) & (s.i % 4 == 0), middle, jnp.clip(position, s.under + 1, s.over - 1))
 
@@ -147,7 +147,7 @@ def _logit(count: Int[Array, "*n"] | Float[Array, "*n"], total: int) -> Float[Ar
     return jnp.log(jnp.asarray(count + 0.5, jnp.float32) / jnp.asarray(total - count + 0.5, jnp.float32))
 
 
-def _key(x: Array) -> Array:
+def _to_ordered_int(x: Array) -> Array:
     """float32 as int32 of the same order, and int32 back to float32."""
     dtype = jnp.int32 if x.dtype == jnp.float32 else jnp.float32
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)

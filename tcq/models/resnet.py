@@ -40,7 +40,7 @@ class ResNet(nn.Module):
       stages, bottleneck: see `Size`.
       stem: "imagenet" (7 x 7 convolution of stride 2, then max-pooling) or "cifar" (3 x 3 of stride 1, no pooling).
       axis_name: the mapped axis over which training averages the batch statistics; None: this device alone.
-      frozen_blocks: the stem and so many first blocks use their running statistics in training; -1: all blocks.
+      frozen_blocks: number of first blocks that, with the stem, use running statistics in training; -1: all.
       dtype: of the computation; parameters and statistics are float32.
       remat: recompute the blocks in the backward pass instead of storing their activations.
     """
@@ -105,7 +105,7 @@ class Block(nn.Module):
 
 
 def _conv(width: int, kernel: int, stride: int, dtype: DTypeLike, name: str) -> nn.Conv:
-    """Without bias; padded by half the kernel on all sides as in PyTorch, which differs from "SAME" for strides."""
+    """A convolution without bias, padded as in PyTorch ("SAME" differs with strides)."""
     pad = kernel // 2
     return nn.Conv(
         width,

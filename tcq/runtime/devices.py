@@ -26,7 +26,7 @@ Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 def cache_compilations() -> None:
     """Keeps compiled programs for the next start, below `storage.cache_home()` unless JAX has another folder for them.
 
-    Not on CPUs: it saves only seconds there, and XLA rejects some of its own cached programs
+    It does nothing on CPUs: a cache saves only seconds there, and XLA rejects some of its own cached programs
     (https://github.com/jax-ml/jax/issues/38445).
     """
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None and jax.default_backend() != "cpu":

@@ -1,7 +1,7 @@
-"""What tcq tells the person who watches: the handler of the "tcq" loggers, progress lines and durations.
+"""Logging on the command line: the handler of the "tcq" loggers, progress, durations.
 
-Every module logs to `logging.getLogger(__name__)`. Library code adds no handler: in Python, silence, levels and capture
-work as in any other library. The command line calls `show` once.
+Every module logs to `logging.getLogger(__name__)`. Library code adds no handler: a Python program silences, filters and
+captures tcq's messages as those of any other library. The command line calls `show` once.
 """
 
 import logging
@@ -12,7 +12,7 @@ EVERY = 5.0  # seconds between two progress lines
 
 
 def show(level: int = logging.INFO) -> None:
-    """Writes records of "tcq" at or above `level` to standard error, with the time; warnings and errors say so."""
+    """Writes records of "tcq" at or above `level` to standard error, with the time, and the level from warnings on."""
     logger = logging.getLogger("tcq")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)

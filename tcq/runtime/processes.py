@@ -1,4 +1,4 @@
-"""Several processes as one run: joining it, agreeing on small values, and noticing when one of them is gone.
+"""Several processes as one run: joining it, exchanging small values, and detecting failed processes.
 
 Everything goes through JAX's coordination service, which process 0 hosts. With one process nothing happens.
 """
@@ -20,7 +20,9 @@ import jax
 from tcq.runtime import signals, storage
 
 HEARTBEAT = 1.0  # seconds between two heartbeats of a process
-SILENT = float(os.environ.get("TCQ_SILENT_SECONDS", "20"))  # a process without a heartbeat for so long counts as dead
+SILENT = float(
+    os.environ.get("TCQ_SILENT_SECONDS", "20")
+)  # seconds without a heartbeat after which a process counts as dead
 STALLED = float(os.environ.get("TCQ_STALLED_SECONDS", "1800"))  # a run in which no process advances for so long ends
 STOP_TOGETHER = 8.0  # seconds within which all processes of a stopped run are done
 JAX_HEARTBEAT = 60  # seconds; JAX's own check, which does not say which process is gone
@@ -35,7 +37,7 @@ class ProcessError(RuntimeError):
 
 
 class RefusedError(ValueError):
-    """Process 0 refused a call, config or file; the message is its own."""
+    """Process 0 refused arguments, config or file; the message is the one of process 0."""
 
 
 class _Run:
@@ -49,7 +51,7 @@ class _Run:
 def join(*, coordinator: str | None = None, processes: int | None = None, process_id: int | None = None) -> None:
     """Joins the run; without arguments as JAX detects it (TPU, SLURM, Kubernetes, Open MPI).
 
-    To be called before anything uses a device. Only process 0 logs below the level of errors from then on.
+    Call it before anything uses a device. From then on the other processes log only errors.
     Raises ProcessError if the processes cannot come together.
     """
     jax.config.update("jax_enable_preemption_service", False)  # it would replace the handler of SIGTERM
@@ -64,7 +66,7 @@ def join(*, coordinator: str | None = None, processes: int | None = None, proces
     except (RuntimeError, ValueError) as error:
         how = f"coordinator {coordinator}, {processes} processes, this is {process_id}"
         raise ProcessError(
-            f"the processes cannot come together ({how if coordinator else 'detected by JAX'}): {error}\n"
+            f"the processes cannot connect ({how if coordinator else 'detected by JAX'}): {error}\n"
             f"give each of them --coordinator=HOST:PORT of process 0, --processes and --process_id"
         ) from None
     if not is_first():
@@ -141,21 +143,21 @@ def is_refusal(error: Exception) -> bool:
 def require_same(what: str, value: Any) -> None:
     """Raises ProcessError in all processes, naming those whose value differs from that of process 0."""
     text = json.dumps(value, sort_keys=True)
-    seen = exchange([hashlib.sha256(text.encode()).hexdigest(), platform.node()])
-    different = [f"process {i} on {host}" for i, (digest, host) in enumerate(seen) if digest != seen[0][0]]
+    values = exchange([hashlib.sha256(text.encode()).hexdigest(), platform.node()])
+    different = [f"process {i} on {host}" for i, (digest, host) in enumerate(values) if digest != values[0][0]]
     if different:
         raise ProcessError(
-            f"the {what} of {', '.join(different)} differ from those of process 0 on {seen[0][1]}: "
+            f"the {what} of {', '.join(different)} differ from those of process 0 on {values[0][1]}: "
             f"all processes need the same"
         )
 
 
 def require_visible(path: str | Path) -> None:
     """Raises ProcessError in all processes, naming those that do not see a file that process 0 has written."""
-    seen = exchange([storage.read(path) is not None, platform.node()])
-    blind = [f"process {i} on {host}" for i, (visible, host) in enumerate(seen) if not visible]
-    if blind:
-        raise ProcessError(f"{path} is not found by {', '.join(blind)}: all processes have to share the folder")
+    values = exchange([storage.read(path) is not None, platform.node()])
+    missing = [f"process {i} on {host}" for i, (visible, host) in enumerate(values) if not visible]
+    if missing:
+        raise ProcessError(f"{path} is not found by {', '.join(missing)}: all processes have to share the folder")
 
 
 def agree_to_stop() -> None:
@@ -170,7 +172,7 @@ def leave() -> None:
     """Leaves the run without an error."""
     if _Run.watching:
         _Run.watching = False
-        _send_heartbeat(left=True)
+        _send_heartbeat(leaving=True)
 
 
 def fail(message: str, status: int) -> None:
@@ -187,7 +189,7 @@ def fail(message: str, status: int) -> None:
 
 
 def exit_stopped(status: int) -> None:
-    """Exits after a signal, when the other processes are done as well or `STOP_TOGETHER` has passed twice."""
+    """Exits after a signal, once the others have stopped or 2 x `STOP_TOGETHER` has passed."""
     if not _Run.watching:
         return
     _Run.watching = False
@@ -203,7 +205,7 @@ def exit_stopped(status: int) -> None:
 
 
 def wait_for_diagnosis() -> None:
-    """After a collective failed: gives the watchdog time to find out which process is gone, and to say so and exit."""
+    """Waits after a failed collective until the watchdog has named the failed process."""
     if _Run.watching:
         time.sleep(SILENT + 5 * HEARTBEAT)
 
@@ -219,15 +221,15 @@ def _read(folder: str) -> dict[int, str]:
     return {int(key.rpartition("/")[2]): value for key, value in _client().key_value_dir_get(f"tcq/{folder}/")}
 
 
-def _send_heartbeat(*, left: bool = False) -> None:
-    beat = {"time": time.time(), "host": platform.node(), "pid": os.getpid(), "phase": _Run.phase, "left": left}
+def _send_heartbeat(*, leaving: bool = False) -> None:
+    beat = {"time": time.time(), "host": platform.node(), "pid": os.getpid(), "phase": _Run.phase, "leaving": leaving}
     beat["polls"] = signals.polls()
     _client().key_value_set(f"tcq/alive/{jax.process_index()}", json.dumps(beat), allow_overwrite=True)
 
 
 def _watch() -> None:
     """Sends heartbeats, and ends this process when another one fails, is silent, stalls, or stops by a signal."""
-    seen = _Seen()
+    observations = _Observations()
     while _Run.watching:
         try:
             _send_heartbeat()
@@ -243,13 +245,18 @@ def _watch() -> None:
             return
         if not _Run.watching:
             return
-        reason = seen.stop_reason(stopped) or seen.failure(failed) or seen.silence(alive) or seen.stall(alive)
+        reason = (
+            observations.stop_reason(stopped)
+            or observations.failure(failed)
+            or observations.silence(alive)
+            or observations.stall(alive)
+        )
         if reason:
             _end(*reason)
         time.sleep(HEARTBEAT)
 
 
-class _Seen:
+class _Observations:
     """What the watchdog has seen of the other processes so far, and when."""
 
     def __init__(self) -> None:
@@ -259,7 +266,7 @@ class _Seen:
         self.advanced = time.monotonic()
 
     def stop_reason(self, stopped: dict[int, str]) -> tuple[str, int] | None:
-        """Another process was stopped and has waited long enough for this one."""
+        """The reason to exit if another process stopped over `STOP_TOGETHER` ago; else None."""
         now = time.monotonic()
         for i, status in stopped.items():
             if now - self.stopped_since.setdefault(i, now) > STOP_TOGETHER:
@@ -267,23 +274,23 @@ class _Seen:
         return None
 
     def failure(self, failed: dict[int, str]) -> tuple[str, int] | None:
-        """Another process has said why it ends."""
+        """The reason to exit if another process reported a failure; else None."""
         others = {i: message for i, message in failed.items() if i != jax.process_index()}
         return next(((f"process {i} failed on {message}", 1) for i, message in others.items()), None)
 
     def silence(self, alive: dict[int, dict[str, Any]]) -> tuple[str, int] | None:
-        """Another process has sent no heartbeat for too long."""
+        """The reason to exit if another process sent no heartbeat for `SILENT` s; else None."""
         now = time.monotonic()
         for i, beat in alive.items():
             if self.heartbeats.get(i, (0.0, 0.0))[0] != beat["time"]:
                 self.heartbeats[i] = beat["time"], now
-            if now - self.heartbeats[i][1] > SILENT and not beat["left"] and i != jax.process_index():
+            if now - self.heartbeats[i][1] > SILENT and not beat["leaving"] and i != jax.process_index():
                 who = f"process {i} (pid {beat['pid']} on {beat['host']})"
                 return f"{who} has sent no heartbeat for {SILENT:.0f} s; its last phase: {beat['phase']}", 1
         return None
 
     def stall(self, alive: dict[int, dict[str, Any]]) -> tuple[str, int] | None:
-        """All processes are alive, and none advances."""
+        """The reason to exit if no process has advanced for `STALLED` seconds; else None."""
         now = time.monotonic()
         phases = {i: (beat["phase"], beat["polls"]) for i, beat in alive.items()}
         if phases != self.phases:

@@ -1,6 +1,6 @@
 """Stopping on SIGTERM (schedulers) and SIGINT (people): a handler sets a flag, and long loops poll it.
 
-Only the command line installs the handler. In Python code that uses tcq as a library signals do what they always do.
+Only the command line installs the handler. In Python code that uses tcq as a library signals keep their default effect.
 """
 
 import logging
@@ -29,7 +29,7 @@ class Stopped(BaseException):
 
 
 class _State:
-    """What this process knows; there is one process, so there is one state."""
+    """The state of signal handling; one per process, because handlers are per process."""
 
     requested: str | None = None  # name of the signal, received here or by another process of the run
     received: float | None = None  # time of the first signal here; schedulers and terminals may send one twice
@@ -80,7 +80,7 @@ def check() -> None:
 
 
 def poll() -> None:
-    """To be called in every round of a loop that may take long: counts as progress, and raises Stopped as `check`."""
+    """Counts a round of a long loop, and raises Stopped as `check`; call it in every round."""
     advance()
     check()
 
@@ -101,7 +101,7 @@ def status(name: str) -> int:
 
 
 def reset() -> None:
-    """Forgets any request to stop. For programs that go on after `Stopped`, such as tests."""
+    """Clears the request to stop, for programs that continue after `Stopped`, such as tests."""
     _State.requested = _State.received = None
 
 

@@ -197,7 +197,7 @@ def _filesystem(url: str | Path) -> Iterator[tuple[Any, str]]:
 
 
 def _files_below(fs: Any, inside: str, *, deep: bool = True) -> dict[str, dict[str, Any]]:
-    """What the file system knows of each file of a folder (and, if deep, below it), by its relative name, sorted."""
+    """Listing entries of the files in a folder (if deep, below it) by relative name, sorted."""
     try:
         listed = fs.find(inside, detail=True) if deep else {i["name"]: i for i in fs.ls(inside, detail=True)}
     except FileNotFoundError:
@@ -206,7 +206,7 @@ def _files_below(fs: Any, inside: str, *, deep: bool = True) -> dict[str, dict[s
     names = {path[start:]: info for path, info in listed.items() if info["type"] == "file" and path[start:]}
     for name in names:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise BucketError(f"{inside} holds {name!r}, a name that leads outside of it")
+            raise BucketError(f"{inside} holds {name!r}, a path outside of it: rename that file")
     return {n: names[n] for n in sorted(names) if not n.endswith("/")}
 
 
@@ -218,15 +218,15 @@ def _mark(info: dict[str, Any]) -> list[str]:
 def _fetch(fs: Any, inside: str, names: list[str], folder: Path, url: str) -> None:
     progress = log.Progress(logger, f"downloading {url}", len(names), unit="files")
     for first in range(0, len(names), DOWNLOAD_BATCH):
-        some = names[first : first + DOWNLOAD_BATCH]
-        for parent in {(folder / name).parent for name in some}:
+        chunk = names[first : first + DOWNLOAD_BATCH]
+        for parent in {(folder / name).parent for name in chunk}:
             parent.mkdir(parents=True, exist_ok=True)
-        temporary = [str((folder / n).with_name(f"{TEMPORARY}{Path(n).name}-{os.getpid()}")) for n in some]
-        fs.get([f"{inside}/{name}" for name in some], temporary)
-        for file, name in zip(temporary, some, strict=True):
+        temporary = [str((folder / n).with_name(f"{TEMPORARY}{Path(n).name}-{os.getpid()}")) for n in chunk]
+        fs.get([f"{inside}/{name}" for name in chunk], temporary)
+        for file, name in zip(temporary, chunk, strict=True):
             os.replace(file, folder / name)
         signals.poll()
-        progress.update(first + len(some))
+        progress.update(first + len(chunk))
 
 
 def _changes(folder: Path, uploaded: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:

@@ -52,7 +52,7 @@ def train(
             run.record_changes(mirror, config, changes)
             if state is None:
                 state = run.initial_state(config, model, optimizer, source, split)
-            run.introduce(config, source, split, state)
+            run.log_start(config, source, split, state)
             job = run.make_job(
                 config, model, optimizer, source, split, state, manager=manager, mirror=mirror, profile=profile
             )
@@ -66,11 +66,11 @@ def train(
 def _with_one_rollback(
     job: loop.Job, state: TrainState, newest: Callable[[], TrainState | None], mirror: storage.Mirror
 ) -> dict[str, float]:
-    """The loop; if too many steps are not finite, once more from the last checkpoint."""
+    """Runs the loop, and once more from the last checkpoint if too many steps are not finite."""
     with closing(job.journal):
         try:
             return loop.loop(job, state)
-        except loop.TooManySkipped as error:
+        except loop.TooManySkippedSteps as error:
             problem = str(error)
     logger.warning(f"{problem}: rolling back to the last checkpoint (one retry)")
     job.manager.wait_until_finished()
@@ -80,7 +80,7 @@ def _with_one_rollback(
     with closing(run.open_journal(mirror, restored)) as journal:
         try:
             return loop.loop(job._replace(journal=journal), restored)
-        except loop.TooManySkipped as error:
+        except loop.TooManySkippedSteps as error:
             raise TrainError(
                 f"{error}: failed again after the rollback; checkpoint {int(restored.step):,} is intact: {ADVICE}"
             ) from None

@@ -1,4 +1,4 @@
-"""The training loop: steps, logs one step late, validation, checkpoints, and what can go wrong in between."""
+"""The training loop: steps, logs read one step late, validation, checkpoints, failures."""
 
 import logging
 import time
@@ -23,15 +23,15 @@ logger = logging.getLogger(__name__)
 
 
 class TrainError(RuntimeError):
-    """Training cannot go on; the message says at which step and why."""
+    """Training cannot continue; the message says at which step and why."""
 
 
-class TooManySkipped(Exception):
+class TooManySkippedSteps(Exception):
     """Too many consecutive steps had numbers that are not finite; the message has the step and the quantity."""
 
 
 class Job(NamedTuple):
-    """What the loop works with."""
+    """The inputs of the loop."""
 
     config: ConfigDict
     steps: int
@@ -55,7 +55,7 @@ class Events(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What the logs of a step say, on all processes alike."""
+    """Flags from the logs of a step, equal on all processes."""
 
     stop: bool = False  # a process was asked to stop
     skipped: bool = False  # the step was not finite
@@ -76,7 +76,7 @@ def events(config: ConfigDict, steps: int, step: int) -> Events:
 def loop(job: Job, state: TrainState) -> dict[str, float]:
     """Trains from the step of a state to the last one; returns the last validation.
 
-    Raises TooManySkipped, TrainError, or Stopped when a process was asked to stop, after the state was saved.
+    Raises TooManySkippedSteps, TrainError, or Stopped when a process was asked to stop, after the state was saved.
     """
     start = int(state.step)
     state = devices.replicate(state)
@@ -100,12 +100,12 @@ def loop(job: Job, state: TrainState) -> dict[str, float]:
                 current, pending = _outcome(job, step, logs), None
                 outcome = Outcome(outcome.stop or current.stop, current.skipped)
                 if outcome.skipped and due.last:
-                    raise TooManySkipped(f"step {step:,}, the last one, is not finite")
+                    raise TooManySkippedSteps(f"step {step:,}, the last one, is not finite")
             if due.log:
                 _log(job, step, logs, speed, rate)
             if due.compare or step == start + 1:
                 compare_replicas(step, state)
-            # A state whose step was not finite is neither validated nor saved.
+            # After a skipped step nothing is validated, and nothing is saved unless the run stops.
             validates = due.validate and not outcome.stop and not outcome.skipped
             if validates:
                 validated = _validate(job, state, step)
@@ -140,13 +140,13 @@ def items(state: TrainState) -> dict[str, Any]:
 
 def from_items(parts: dict[str, Any]) -> TrainState:
     """The inverse of `items`."""
-    variables, rest = parts["variables"], parts["training"]
+    variables, training = parts["variables"], parts["training"]
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
-    return TrainState(rest["step"], params, batch_stats, rest["opt_state"], rest.get("queue", {}))
+    return TrainState(training["step"], params, batch_stats, training["opt_state"], training.get("queue", {}))
 
 
 def _outcome(job: Job, step: int, logs: Logs) -> Outcome:
-    """Reads the logs of a step; a skipped step is logged. Raises TooManySkipped."""
+    """Reads the logs of a step; a skipped step is logged. Raises TooManySkippedSteps."""
     in_a_row, stop = (float(devices.fetch(logs[name])) for name in ("skipped_in_a_row", "stop"))
     if in_a_row:
         values = {k: float(v) for k, v in devices.fetch(logs).items()}
@@ -154,7 +154,7 @@ def _outcome(job: Job, step: int, logs: Logs) -> Outcome:
         problem = f"{name} is {values.get(name, 'not finite')} at step {step:,}"
         limit = job.config.train.max_skipped
         if in_a_row >= limit:
-            raise TooManySkipped(f"{problem}, the last of {limit} consecutive steps that were not finite")
+            raise TooManySkippedSteps(f"{problem}, the last of {limit} consecutive steps that were not finite")
         counts = f"{values['skipped']:.0f} skipped in all, {in_a_row:.0f} in a row"
         logger.warning(f"{problem}: step skipped, nothing changed ({counts})")
     return Outcome(stop > 0, in_a_row > 0)

@@ -22,15 +22,15 @@ def make(config: ConfigDict, steps: int) -> optax.GradientTransformation:
     o = config.optim
     rate = learning_rate(config, steps)
     if o.name == "adamw":
-        rule = optax.adamw(rate, weight_decay=o.weight_decay, mask=_decayed)
+        rule = optax.adamw(rate, weight_decay=o.weight_decay, mask=_decay_mask)
     elif o.name == "lars":
-        rule = optax.lars(rate, o.weight_decay, _decayed, trust_ratio_mask=_decayed, momentum=o.momentum)
+        rule = optax.lars(rate, o.weight_decay, _decay_mask, trust_ratio_mask=_decay_mask, momentum=o.momentum)
     else:
-        rule = optax.chain(optax.add_decayed_weights(o.weight_decay, _decayed), optax.sgd(rate, o.momentum))
+        rule = optax.chain(optax.add_decayed_weights(o.weight_decay, _decay_mask), optax.sgd(rate, o.momentum))
     if o.clip_norm:
         rule = optax.chain(optax.clip_by_global_norm(o.clip_norm), rule)
     if not all(r == 1 for r in (o.backbone_rate, o.head_rate, o.codebooks_rate, o.layer_decay)):
-        rule = optax.chain(rule, optax.stateless(lambda updates, _: _scaled(updates, config)))
+        rule = optax.chain(rule, optax.stateless(lambda updates, _: _scale(updates, config)))
     if o.frozen_blocks:
         rule = optax.partition(
             {False: rule, True: optax.set_to_zero()},
@@ -65,7 +65,7 @@ def rate_of(path: tuple[Any, ...], config: ConfigDict) -> float:
     return o.backbone_rate * o.layer_decay ** (_depth(config) + 1 - _layer(path[1].key, config))
 
 
-def _scaled(updates: Params, config: ConfigDict) -> Params:
+def _scale(updates: Params, config: ConfigDict) -> Params:
     return jax.tree_util.tree_map_with_path(lambda path, u: u * rate_of(path, config), updates)
 
 
@@ -87,6 +87,6 @@ def _depth(config: ConfigDict) -> int:
     return vit.NAMED[m.name][0].depth if m.name else m.depth
 
 
-def _decayed(params: Params) -> Any:
+def _decay_mask(params: Params) -> Any:
     """Which parameters have weight decay: kernels; not biases, norms, positions, tokens and codewords."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)

@@ -81,9 +81,9 @@ def newest_state(
     """The state of the newest intact checkpoint; None if there is no checkpoint."""
     if not manager.all_steps():
         return None
-    like = loop.items(step.state_like(config, model, optimizer))
+    template = loop.items(step.state_template(config, model, optimizer))
     steps = checkpoint.candidates(manager, "latest")
-    _, parts = checkpoint.restore_first_intact(manager, steps, like, move=True)
+    _, parts = checkpoint.restore_first_intact(manager, steps, template, move=True)
     return loop.from_items(parts)
 
 
@@ -173,11 +173,11 @@ def _batches(
     )
 
 
-def introduce(config: ConfigDict, source: Source, split: protocols.Split, state: step.TrainState) -> None:
-    """Logs what is trained on what."""
+def log_start(config: ConfigDict, source: Source, split: protocols.Split, state: step.TrainState) -> None:
+    """Logs source, split, model, batch and steps at the start of a run."""
     B, q, steps = config.data.batch_size, config.quantizer, configs.total_steps(config, len(split.train))
     rule = configs.clip_rule(config, steps)
-    labels = "no labels" if source.labels is None else f"labels of {_some(source.classes)}, used only to score"
+    labels = "no labels" if source.labels is None else f"labels of {_summarize(source.classes)}, used only to score"
     logger.info(f"{config.data.source}: {len(source.images):,} images, {labels}; {len(source.skipped)} files skipped")
     logger.info(", ".join(f"{len(part):,} {name}" for name, part in split._asdict().items()))
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
@@ -194,7 +194,8 @@ def introduce(config: ConfigDict, source: Source, split: protocols.Split, state:
     warmup = configs.warmup_steps(config, steps)
     if isinstance(config.optim.warmup_steps, int) and warmup != config.optim.warmup_steps:
         logger.warning(
-            f"optim.warmup_steps {config.optim.warmup_steps} does not fit a run of {steps:,} steps: it is {warmup}"
+            f"optim.warmup_steps {config.optim.warmup_steps} does not fit a run of {steps:,} steps "
+            f"and is reduced to {warmup}"
         )
     if int(state.step):
         logger.info(f"resuming from step {int(state.step):,} of {steps:,}")
@@ -202,5 +203,5 @@ def introduce(config: ConfigDict, source: Source, split: protocols.Split, state:
         logger.info(f"{steps:,} steps; the first one compiles")
 
 
-def _some(names: list[str]) -> str:
+def _summarize(names: list[str]) -> str:
     return f"{len(names)} classes ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"

@@ -1,7 +1,7 @@
 """One training step: two views of each image, their embedding, the loss, and the update of the state.
 
 Letters: b images on this device, B in the global batch, F width of the backbone's output, D of the features, M
-  codebooks, K codewords, V views.
+codebooks, K codewords, V views.
 """
 
 import logging
@@ -60,7 +60,7 @@ class Rows(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """Two views of each image as the backbone sees them, and how to differentiate them."""
+    """The backbone's output for two views of each image, and its vector-Jacobian product."""
 
     views: Float[Array, "2 b F"]
     pull_back: Callable[[Array], retriever.Params]  # a gradient of the views to one of the parameters
@@ -82,24 +82,24 @@ def train_step(trainer: Trainer, state: TrainState, data: Any, batch: Batch) -> 
       state: the same on all devices.
       data: all training images, the same on all devices; or () if the batch has its images.
       batch: "index" as `loader.batches` yields it, with "image", or "row" where `data` has the images. It may have
-        "stop", a
-        number of this device whose mean is logged: so all processes learn in the same step that one is asked to stop.
+        "stop", a number of this device; its mean is logged, so that all processes learn of a stop request in the same
+        step.
 
     The step has two collectives and the transpose of the first: columns are gathered, and everything that is averaged
-      over the devices is reduced together (a ResNet's statistics, a queue and a ring have more). A loss or gradient
-      that is not finite changes only the number of the step, and is counted in the logs "skipped" and
-      "skipped_in_a_row".
+    over the devices is reduced together (a ResNet's statistics, a queue and a ring have more). A loss or gradient
+    that is not finite changes only the number of the step, and is counted in the logs "skipped" and
+    "skipped_in_a_row".
     """
     rows, step_key = _rows(trainer, state, data, batch)
     embedded = embed(trainer, state, rows, step_key)
     compute = jax.grad(partial(loss, trainer, state), (0, 1), has_aux=True)
-    (by_params, by_views), (logs, share, codes) = compute(state.params, embedded.views)
+    (by_params, by_views), (logs, share, soft_codes) = compute(state.params, embedded.views)
     grads = jax.tree.map(jnp.add, by_params, embedded.pull_back(by_views))
     logs |= {"stop": batch.get("stop", jnp.zeros((), jnp.float32))}
     grads, logs, share = jax.lax.pmean((grads, logs, share), AXIS)
     usage = quantizer.codeword_usage(share)
     logs |= {"codeword_usage": usage.mean(), "codeword_usage_min": usage.min()}
-    return update(trainer, state, grads, logs, embedded.batch_stats, codes)
+    return update(trainer, state, grads, logs, embedded.batch_stats, soft_codes)
 
 
 def _rows(trainer: Trainer, state: TrainState, data: Any, batch: Batch) -> tuple[Rows, Key[Array, ""]]:
@@ -155,7 +155,7 @@ def _embed(
     pairs = views(trainer.config, rows, step_key)
     if rows.image.ndim == 3:
         return jnp.stack(pairs), batch_stats
-    variables = {"params": _without_frozen(params, trainer.config), "batch_stats": batch_stats}
+    variables = {"params": _stop_frozen_gradients(params, trainer.config), "batch_stats": batch_stats}
     run = partial(trainer.model.apply, variables, jnp.concatenate(pairs), train=True, method="embed")
     output: Any
     output, changed = run(rngs={"dropout": key}, mutable=["batch_stats"])
@@ -199,7 +199,9 @@ def loss(
     """This device's part of the loss over the global batch; logs, shares of codewords, soft codes (2, b, M, K)."""
     config, model = trainer.config, trainer.model
     c, b = config.loss, embedded.shape[1]
-    out: Any = model.apply({"params": _without_frozen(params, config)}, embedded.reshape(2 * b, -1), method="head")
+    out: Any = model.apply(
+        {"params": _stop_frozen_gradients(params, config)}, embedded.reshape(2 * b, -1), method="head"
+    )
     queue: losses.Queue | None = None
     queued: Any = 0
     if c.queue:
@@ -228,16 +230,16 @@ def loss(
 
 
 def update(
-    trainer: Trainer, state: TrainState, grads: retriever.Params, logs: Logs, batch_stats: Any, codes: Array
+    trainer: Trainer, state: TrainState, grads: retriever.Params, logs: Logs, batch_stats: Any, soft_codes: Array
 ) -> tuple[TrainState, Logs]:
-    """The next state; the same but for its number if the loss or a gradient is not finite."""
+    """The next state; only its step number changes if the loss or a gradient is not finite."""
     logs |= {"gradient_norm": optax.tree.norm(grads)}
     # NaN gradients, which a loss that is not finite gets here, make the optimizer skip the step.
     grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(logs["loss"]), g, jnp.nan), grads)
     updates, opt_state = trainer.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     logs |= {"skipped": opt_state.total_notfinite, "skipped_in_a_row": opt_state.notfinite_count}
-    queue = _enqueue(state.queue, codes) if trainer.config.loss.queue else state.queue
+    queue = _enqueue(state.queue, soft_codes) if trainer.config.loss.queue else state.queue
     batch_stats, queue = jax.tree.map(
         lambda new, old: jnp.where(opt_state.last_finite, new, old),
         (batch_stats, queue),
@@ -246,16 +248,16 @@ def update(
     return TrainState(state.step + 1, params, batch_stats, opt_state, queue), logs
 
 
-def _without_frozen(params: retriever.Params, config: ConfigDict) -> retriever.Params:
+def _stop_frozen_gradients(params: retriever.Params, config: ConfigDict) -> retriever.Params:
     """The parameters, with no gradient for frozen ones."""
     return jax.tree_util.tree_map_with_path(
         lambda path, p: jax.lax.stop_gradient(p) if optimizers.is_frozen(path, config) else p, params
     )
 
 
-def _enqueue(queue: Float[Array, "Q M K"], codes: Float[Array, "2 b M K"]) -> Float[Array, "Q M K"]:
+def _enqueue(queue: Float[Array, "Q M K"], soft_codes: Float[Array, "2 b M K"]) -> Float[Array, "Q M K"]:
     """The queue with the soft codes of this batch from all devices, the newest first."""
-    gathered = jax.lax.all_gather(jax.lax.stop_gradient(codes), AXIS, axis=1, tiled=True)
+    gathered = jax.lax.all_gather(jax.lax.stop_gradient(soft_codes), AXIS, axis=1, tiled=True)
     return jnp.concatenate([gathered[1], gathered[0], queue])[: len(queue)]
 
 
@@ -277,7 +279,7 @@ def initial_state(config: ConfigDict, model: retriever.Retriever, optimizer: Any
     return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), optimizer.init(params), queue)
 
 
-def state_like(config: ConfigDict, model: retriever.Retriever, optimizer: Any) -> TrainState:
+def state_template(config: ConfigDict, model: retriever.Retriever, optimizer: Any) -> TrainState:
     """Shapes and dtypes of the state, without computing it."""
     variables = retriever.shapes(model, config.data.image_size)
     params = variables["params"]

@@ -55,7 +55,7 @@ def claim(
     if changes and not allow_changes:
         raise configs.ConfigError(
             f"{str(workdir)!r} holds a run with another config: use another --workdir, the same values, or "
-            f"--allow_changes\n" + _listed(changes)
+            f"--allow_changes\n" + _bullets(changes)
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,8 +87,8 @@ def claim_data(folder: Path, source: Source, split: protocols.Split) -> None:
 
 
 def record_changes(folder: Path, config: ConfigDict, changes: list[str]) -> None:
-    """Makes a config with changes, as `claim` returned them, the config of the run."""
-    logger.warning("the config has changed:\n" + _listed(changes))
+    """Stores a changed config as that of the run, and appends the changes to changes.jsonl."""
+    logger.warning("the config has changed:\n" + _bullets(changes))
     with open(folder / CHANGES, "a") as file:
         file.write(json.dumps({"time": time.time(), "changes": changes}) + "\n")
     storage.write_text(folder / CONFIG, configs.to_json(config))
@@ -99,5 +99,5 @@ def json_lines(rows: Iterable[Any]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def _listed(lines: list[str]) -> str:
+def _bullets(lines: list[str]) -> str:
     return "\n".join(f"  - {line}" for line in lines)

@@ -66,7 +66,7 @@ def save(
       step: of the checkpoint.
       state: the trees.
       score: the highest one is the best; None ranks last.
-      replace: whether to replace a checkpoint of this step, which had no score.
+      replace: whether to replace a checkpoint of this step, whose checkpoint has no score yet.
 
     Raises:
       CheckpointError: a number is not finite; such a state is never saved.
@@ -86,7 +86,7 @@ def save(
     manager.save(step, args=ocp.args.Composite(**items), metrics={"score": rank})
     if replaces:
         manager.wait_until_finished()
-        processes.on_first(lambda: _beside(manager.directory, REPLACED).rmtree())
+        processes.on_first(lambda: _sibling(manager.directory, REPLACED).rmtree())
 
 
 def candidates(manager: ocp.CheckpointManager, which: str) -> list[int]:
@@ -110,7 +110,7 @@ def candidates(manager: ocp.CheckpointManager, which: str) -> list[int]:
 
 
 def restore_first_intact(
-    manager: ocp.CheckpointManager, steps: Iterable[int], like: Mapping[str, Any], *, move: bool = False
+    manager: ocp.CheckpointManager, steps: Iterable[int], template: Mapping[str, Any], *, move: bool = False
 ) -> tuple[int, dict[str, Any]]:
     """The first of some checkpoints that is intact, and its step; logs a warning for each corrupted one.
 
@@ -120,7 +120,7 @@ def restore_first_intact(
     problems: list[str] = []
     for step in steps:
         try:
-            restored, problem = restore(manager, step, like), None
+            restored, problem = restore(manager, step, template), None
         except CorruptedError as error:
             restored, problem = {}, str(error)
         processes.agree_to_stop()
@@ -138,14 +138,14 @@ def restore_first_intact(
     raise CorruptedError("\n".join(problems) or f"no checkpoint found in {manager.directory}")
 
 
-def restore(manager: ocp.CheckpointManager, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
+def restore(manager: ocp.CheckpointManager, step: int, template: Mapping[str, Any]) -> dict[str, Any]:
     """The saved trees named in `like`, as NumPy arrays; `like` has their structures, shapes and dtypes.
 
     Raises CheckpointError if keys or shapes differ, CorruptedError if the files cannot be read or are not what was
     written.
     """
     where = f"checkpoint {step} in {manager.directory}"
-    target = {name: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree) for name, tree in like.items()}
+    target = {name: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree) for name, tree in template.items()}
     missing = [n for n in (*target, DIGESTS) if not (manager.directory / str(step) / n).exists()]
     if missing:
         raise CheckpointError(f"{where} lacks {' and '.join(missing)}: it is incomplete, or of an older version of tcq")
@@ -162,9 +162,9 @@ def restore(manager: ocp.CheckpointManager, step: int, like: Mapping[str, Any]) 
             if leaf["sha256"] != digests[name][key]["sha256"]
         ]
     except _TRANSIENT as error:
-        raise CheckpointError(f"{where} cannot be read now: {_short(error)}") from None
+        raise CheckpointError(f"{where} cannot be read now: {_describe(error)}") from None
     except Exception as error:  # Orbax and TensorStore raise errors of many kinds
-        raise CorruptedError(f"{where} cannot be read: {_short(error)}") from None
+        raise CorruptedError(f"{where} cannot be read: {_describe(error)}") from None
     if changed:
         raise CorruptedError(f"{where}: the numbers of {', '.join(changed[:5])} differ from those that were saved")
     return restored
@@ -181,9 +181,9 @@ def _read_digests(manager: ocp.CheckpointManager, step: int, where: str, target:
             for name in target
         }
     except _TRANSIENT as error:
-        raise CheckpointError(f"{where} cannot be read now: {_short(error)}") from None
+        raise CheckpointError(f"{where} cannot be read now: {_describe(error)}") from None
     except Exception as error:  # Orbax, JSON and TensorStore raise errors of many kinds
-        raise CorruptedError(f"{where} has no readable digests: {_short(error)}") from None
+        raise CorruptedError(f"{where} has no readable digests: {_describe(error)}") from None
 
 
 def _check_shapes(where: str, target: Mapping[str, Any], digests: Mapping[str, Any]) -> None:
@@ -206,13 +206,13 @@ def _digests(tree: Any) -> dict[str, dict[str, Any]]:
     return digests
 
 
-def _beside(folder: epath.Path, suffix: str) -> epath.Path:
+def _sibling(folder: epath.Path, suffix: str) -> epath.Path:
     return folder.with_name(f"{folder.name}_{suffix}")
 
 
 def _move(folder: epath.Path, step: int, suffix: str) -> None:
     """Moves a checkpoint to a folder beside the checkpoints."""
-    target = _beside(folder, suffix)
+    target = _sibling(folder, suffix)
     target.mkdir(exist_ok=True)
     (target / "README").write_text(README[suffix])  # in a bucket this creates the folder
     name = f"{step}-{len(list(target.iterdir()))}" if suffix == CORRUPTED else f"{step}"
@@ -221,7 +221,7 @@ def _move(folder: epath.Path, step: int, suffix: str) -> None:
 
 def _undo_replacement(folder: epath.Path) -> None:
     """Moves back a checkpoint whose replacement was not completed."""
-    replaced = _beside(folder, REPLACED)
+    replaced = _sibling(folder, REPLACED)
     if not replaced.exists():
         return
     for old in replaced.iterdir():
@@ -230,7 +230,7 @@ def _undo_replacement(folder: epath.Path) -> None:
     replaced.rmtree()
 
 
-def _short(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error)[:500]}"
 
 

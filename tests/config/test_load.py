@@ -34,7 +34,7 @@ def refused(overrides, file="configs/digits.py"):
             "loss.clip=254",
             "loss.clip 254 must be from 0 to 253: a batch of 128 has 2 x 128 - 2 = 254 negatives per anchor",
         ),
-        ("loss.clip=1.0", "loss.clip 1.0 is a share and must be in [0, 1); write a count without a point"),
+        ("loss.clip=1.0", "loss.clip 1.0 is a share and must be in [0, 1); write a count without a decimal point"),
         ("loss.clip=many", "--config.loss.clip=many: must be a count such as 64 or a share such as 0.1"),
         ("loss.clip=-1", "loss.clip -1 must be from 0 to 253"),
         ("loss.debias=1.0", "loss.debias 1.0 must be in [0, 1)"),

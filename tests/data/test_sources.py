@@ -13,15 +13,15 @@ def test_labels_are_sub_folders_and_bad_files_are_listed(tmp_path):
     write_images(tmp_path, ["cat/b.png", "cat/deep/a.png", "dog/c.png", ".hidden/x.png", "dog/.y.png"])
     (tmp_path / "dog" / "notes.txt").write_text("not an image")
     (tmp_path / "cat" / "empty.png").write_bytes(b"")
-    found = sources.folder(tmp_path, size=8)
-    assert found.names == ["cat/b.png", "cat/deep/a.png", "dog/c.png"]
-    assert found.classes == ["cat", "dog"]
-    np.testing.assert_array_equal(found.labels, [0, 0, 1])
-    assert {s["path"]: s["reason"].split(":")[0] for s in found.skipped} == {
+    source = sources.folder(tmp_path, size=8)
+    assert source.names == ["cat/b.png", "cat/deep/a.png", "dog/c.png"]
+    assert source.classes == ["cat", "dog"]
+    np.testing.assert_array_equal(source.labels, [0, 0, 1])
+    assert {s["path"]: s["reason"].split(":")[0] for s in source.skipped} == {
         "cat/empty.png": "the file is empty",
         "dog/notes.txt": "not an image of a known format (JPEG, PNG, GIF, BMP, WEBP, TIFF, PPM)",
     }
-    for name, pixels in zip(found.names, found.images, strict=True):
+    for name, pixels in zip(source.names, source.images, strict=True):
         np.testing.assert_array_equal(pixels, images.decode(tmp_path / name, size=8))
 
 
@@ -30,9 +30,9 @@ def test_classes_below_one_common_folder_and_behind_links(tmp_path):
     write_images(tmp_path / "images", ["train/cat/b.png", "train/dog/c.png"])
     (tmp_path / "images" / "train" / "fox").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "images" / "train" / "loop").symlink_to(tmp_path / "images")
-    found = sources.folder(tmp_path / "images", size=8)
-    assert found.classes == ["cat", "dog", "fox"]
-    assert found.names == ["train/cat/b.png", "train/dog/c.png", "train/fox/c.png"]
+    source = sources.folder(tmp_path / "images", size=8)
+    assert source.classes == ["cat", "dog", "fox"]
+    assert source.names == ["train/cat/b.png", "train/dog/c.png", "train/fox/c.png"]
 
 
 def test_without_sub_folders_there_are_no_labels(tmp_path):
@@ -96,7 +96,7 @@ def test_errors(tmp_path):
 def test_digits_are_the_real_scans():
     from sklearn.datasets import load_digits
 
-    found = sources.open_source(configs.load("configs/digits.py").data)
-    assert found.images.shape == (1797, 8, 8, 3) and found.images.dtype == np.uint8
-    np.testing.assert_allclose(found.images[..., 1] / 255 * 16, load_digits().images, atol=0.04)
-    np.testing.assert_array_equal(found.labels, load_digits().target)
+    source = sources.open_source(configs.load("configs/digits.py").data)
+    assert source.images.shape == (1797, 8, 8, 3) and source.images.dtype == np.uint8
+    np.testing.assert_allclose(source.images[..., 1] / 255 * 16, load_digits().images, atol=0.04)
+    np.testing.assert_array_equal(source.labels, load_digits().target)

@@ -42,10 +42,10 @@ def test_mecoq(world, k):
 def test_mecoq_precision_recall_curve(world):
     queries, codebooks, codes, *labels = world
     scores = np.asarray(ranking.scores(ranking.lookup_table(queries, codebooks, metric="ip"), codes))
-    found = metrics.search(scores, relevance(*labels), k=1, cuts=np.arange(1, 301), ties="index")
+    result = metrics.search(scores, relevance(*labels), k=1, cuts=np.arange(1, 301), ties="index")
     precision, recall = peers.mecoq_curve(queries, codebooks, codes, *labels)
-    np.testing.assert_allclose((found.hits / np.arange(1, 301)).mean(0), precision, atol=1e-9)
-    np.testing.assert_allclose((found.hits / np.maximum(found.relevant, 1)[:, None]).mean(0), recall, atol=1e-9)
+    np.testing.assert_allclose((result.hits / np.arange(1, 301)).mean(0), precision, atol=1e-9)
+    np.testing.assert_allclose((result.hits / np.maximum(result.relevant, 1)[:, None]).mean(0), recall, atol=1e-9)
 
 
 def test_deephash_leaves_out_the_item_ranked_last(world):

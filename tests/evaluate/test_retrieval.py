@@ -30,10 +30,10 @@ def test_a_query_can_be_excluded_from_its_answers(world):
     labels, scorers = world
     score, places = scorers["float"], np.arange(len(labels))
     options = {"k": 119, "ks": [1, 119]}
-    kept = retrieval.retrieve(score, labels, labels, **options)
+    included = retrieval.retrieve(score, labels, labels, **options)
     excluded = retrieval.retrieve(score, labels, labels, own=places, **options)
-    assert kept.precision[0] == 1 > excluded.precision[0]
-    np.testing.assert_array_equal(excluded.relevant, kept.relevant - 1)
+    assert included.precision[0] == 1 > excluded.precision[0]
+    np.testing.assert_array_equal(excluded.relevant, included.relevant - 1)
     for q in (0, 50):  # equals a database without it
         others = np.delete(places, q)
         one = retrieval.retrieve(

@@ -53,23 +53,23 @@ def nt_xent_and_gradients(a, b, temperature, clip, debias=0.0, queue=None):
     everything = np.concatenate([a, b, queue])
     n, u = 2 * len(a), unit(everything)
     s = u[:n] @ u.T
-    gone = clipped_rows(s, clip)
+    clipped = clipped_rows(s, clip)
     total, by_s = 0.0, np.zeros(s.shape)
     for i in range(n):
         p = (i + n // 2) % n
-        kept = [j for j in range(len(u)) if j != i and j != p and j not in gone[i]]
-        top = max(s[i, [p, *kept]])
-        powers, positive = np.exp((s[i, kept] - top) / temperature), np.exp((s[i, p] - top) / temperature)
+        remaining = [j for j in range(len(u)) if j != i and j != p and j not in clipped[i]]
+        top = max(s[i, [p, *remaining]])
+        powers, positive = np.exp((s[i, remaining] - top) / temperature), np.exp((s[i, p] - top) / temperature)
         negative, by_power, by_positive = powers.sum(), 1.0, 0.0
         if debias:
-            floor = len(kept) * np.exp((-1 - top) / temperature)
-            negative = (negative - debias * len(kept) * positive) / (1 - debias)
-            by_power, by_positive = 1 / (1 - debias), -debias * len(kept) / (1 - debias)
+            floor = len(remaining) * np.exp((-1 - top) / temperature)
+            negative = (negative - debias * len(remaining) * positive) / (1 - debias)
+            by_power, by_positive = 1 / (1 - debias), -debias * len(remaining) / (1 - debias)
             if negative < floor:
                 negative, by_power, by_positive = floor, 0.0, 0.0
         whole = positive + negative
         total += -np.log(positive / whole)
-        by_s[i, kept] = by_power * powers / whole / temperature
+        by_s[i, remaining] = by_power * powers / whole / temperature
         by_s[i, p] = (positive * (1 + by_positive) / whole - 1) / temperature
     by_u = by_s.T @ u[:n]
     by_u[:n] += by_s @ u

@@ -1,6 +1,6 @@
 """Files and activations of the libraries that define the published formats, for the recipes of recorded.py.
 
-`python tests/peer_models.py` records it in activations.json. It needs PyTorch, transformers and timm (`make
+`python tests/helpers/peer_models.py` records them in activations.json. It needs PyTorch, transformers and timm (`make
 test-peers`).
 """
 
@@ -200,8 +200,8 @@ def sides(name):
 def record(name):
     family, features = FAMILIES[name]()
     with torch.no_grad():
-        found = {str(side): features(side).numpy() for side in sides(name)}
-    digits = {side: [[float(f"{x:.8g}") for x in row] for row in rows] for side, rows in found.items()}
+        features_by_side = {str(side): features(side).numpy() for side in sides(name)}
+    digits = {side: [[float(f"{x:.8g}") for x in row] for row in rows] for side, rows in features_by_side.items()}
     return family | {"features": digits}
 
 

@@ -1,7 +1,7 @@
 """The scoring of the released code of SPQ, MeCoQ and DeepHash-pytorch, rewritten from its description in NumPy loops.
 
-All three: relevant is who shares a label; AP is divided by the hits among the first k; no hit scores 0 and counts; ties
-  are in the order of a sort (here a stable one).
+All three share these rules: an item is relevant if it shares a label; AP is divided by the hits among the first k; a
+query without a hit scores 0 and counts; ties are in the order of a sort (here a stable one).
 """
 
 import numpy as np

@@ -36,7 +36,7 @@ def write_cifar10(folder: Path, rows_per_file: int = 4) -> np.ndarray:
 
 
 def mirflickr_marks(num_images: int) -> tuple[np.ndarray, np.ndarray]:
-    """Potential labels (N, 24) and stricter ones (N, 14), a part of them."""
+    """Returns potential labels (N, 24) and stricter ones (N, 14), a subset of the former."""
     random = np.random.RandomState(1)
     potential = random.rand(num_images, 24) < 0.2
     columns = [list(mirflickr25k.LABELS).index(label) for label in mirflickr25k.STRICT_LABELS]

@@ -79,7 +79,7 @@ def test_add_and_remove(run, images, tmp_path):
     assert not [p for p in left.paths if "class 1" in p or p.endswith("003.png")]
     by_path = dict(zip(after.paths, after.codes.tolist(), strict=True))
     assert [by_path[p] for p in left.paths] == left.codes.tolist()
-    with pytest.raises(indexes.IndexFileError, match="none of nowhere is in"):
+    with pytest.raises(indexes.IndexFileError, match="none of nowhere found in index"):
         indexes.remove(out, ["nowhere"])
     assert sorted(p.name for p in tmp_path.iterdir()) == [".index.previous", "index"]
 

@@ -19,7 +19,7 @@ def views(b=6, d=5, seed=0):
 
 
 def loss_and_gradients(a, b, queue=None, *, clip, **options):
-    """In the form of the oracle. A clip above 0 is traced, so that another one needs no compilation."""
+    """Returns loss and gradients as the oracle does; a clip above 0 is traced, not compiled in."""
     vectors = np.zeros((0, a.shape[1]), "f4") if queue is None else queue
     run = compiled(clip=None if clip else 0, **options)
     return run(a, b, vectors, jnp.int32(clip))
@@ -35,7 +35,7 @@ def compiled(*, clip, **options):
 
 
 def assert_equals_the_oracle(got, want, rtol=1e-5):
-    """The gradients relative to the largest of their entries."""
+    """Compares the loss, and the gradients relative to their largest entry."""
     (loss, gradients), (true_loss, true_gradients) = got, want
     np.testing.assert_allclose(loss, true_loss, rtol=rtol, atol=1e-12)
     for ours, truth in zip(gradients, true_gradients, strict=True):
@@ -239,11 +239,11 @@ def memory(batch, devices=8, **options):
 @pytest.mark.parametrize("gather", losses.GATHERS)
 def test_memory_grows_no_faster_than_the_batch(gather):
     sizes = [2**14, 2**15, 2**16]
-    found = [memory(n, gather=gather, clip=n // 50) for n in sizes]
-    assert found[1] < 2.1 * found[0] and found[2] < 2.1 * found[1]
-    assert found[2] < 2**30
+    sizes_in_bytes = [memory(n, gather=gather, clip=n // 50) for n in sizes]
+    assert sizes_in_bytes[1] < 2.1 * sizes_in_bytes[0] and sizes_in_bytes[2] < 2.1 * sizes_in_bytes[1]
+    assert sizes_in_bytes[2] < 2**30
     whole = 4 * 2 * 2**16 // 8 * 2 * 2**16  # bytes of this device's share of the similarities
-    assert found[2] < whole / 20
+    assert sizes_in_bytes[2] < whole / 20
 
 
 ORDERS = r"\bsort\(|hlo\.sort|top_?k"
@@ -258,8 +258,8 @@ def test_no_backend_sorts(platform):
     for program in programs:
         assert "while" in program
         assert not re.search(ORDERS, program, re.IGNORECASE)
-    asked = jax.jit(lambda a: jax.lax.top_k(a, 3)).trace(a).lower(lowering_platforms=(platform,)).as_text()
-    assert re.search(ORDERS, asked, re.IGNORECASE)  # the pattern matches a program that sorts
+    sorting = jax.jit(lambda a: jax.lax.top_k(a, 3)).trace(a).lower(lowering_platforms=(platform,)).as_text()
+    assert re.search(ORDERS, sorting, re.IGNORECASE)  # the pattern matches a program that sorts
 
 
 def test_logs_say_what_was_clipped():
@@ -325,7 +325,7 @@ def test_errors_carry_the_numbers(untyped):
         "block_size 0 must be": {"block_size": 0},
         "gather 'some' is unknown": {"gather": "some"},
         "gather 'ring' needs the axis_name": {"gather": "ring"},
-        "a queue has none": {"queue": queue, "labels": np.zeros(6, int)},
+        "labels cannot be combined with a queue": {"queue": queue, "labels": np.zeros(6, int)},
         r"one shape \(B, D\), got \(5, 5\), \(6, 5\)": {"b": b[:5]},
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -16,11 +16,11 @@ def take(values, count):
     reach = jnp.sum(values >= low, axis=1, dtype=jnp.int32)
     low = jnp.full(len(values), low, jnp.float32)
     cut = _threshold.threshold(values, count, low=low, reach=reach, high=jnp.max(values, axis=1))
-    return _threshold.selected(values, cut), cut.value
+    return _threshold.select(values, cut), cut.value
 
 
 def want(row, count):
-    """By sorting in Python: the largest first, the first column first among ties."""
+    """Selects by sorting in Python: largest first, ties by column."""
     mask = np.zeros(len(row), bool)
     mask[sorted(range(len(row)), key=lambda j: (-row[j], j))[:count]] = True
     return mask

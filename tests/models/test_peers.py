@@ -21,15 +21,15 @@ NAMES = [*recorded.families(), "ResNet-34", "ResNet-101"]
 def test_features_are_the_peers(tmp_path, name):
     import peer_models
 
-    found = peer_models.record(name)
-    folder = recorded.write(found, tmp_path / "weights")
-    for side, want in found["features"].items():
+    computed = peer_models.record(name)
+    folder = recorded.write(computed, tmp_path / "weights")
+    for side, want in computed["features"].items():
         recorded.assert_close(recorded.ours(folder, int(side)), want)
-    kept = recorded.families().get(name)
-    if kept:  # what `make test` compares with is still what the libraries compute
-        assert (kept["shapes"], kept["file"]) == (found["shapes"], found["file"])
-        for side, want in kept["features"].items():
-            recorded.assert_close(found["features"][side], want)
+    stored = recorded.families().get(name)
+    if stored:  # what `make test` compares with is still what the libraries compute
+        assert (stored["shapes"], stored["file"]) == (computed["shapes"], computed["file"])
+        for side, want in stored["features"].items():
+            recorded.assert_close(computed["features"][side], want)
 
 
 def test_every_family_of_the_peers_is_recorded_or_named_here():
@@ -41,7 +41,7 @@ def test_every_family_of_the_peers_is_recorded_or_named_here():
 @pytest.mark.parametrize("kind", ["ViTImageProcessorPil", "BitImageProcessorPil"])
 @pytest.mark.parametrize("size", [(300, 260), (500, 333), (256, 256)])
 def test_images_are_prepared_as_transformers_does(kind, size):
-    """Up to the rounding of sizes: they scale to whole pixels and cut then, we scale the part that is kept."""
+    """Equal up to rounding: transformers resizes and then crops, tcq resizes the crop."""
     import transformers
 
     from tcq.data import images

@@ -99,7 +99,7 @@ def test_scan_and_remat_change_neither_parameters_nor_results(images):
             np.testing.assert_allclose(b, a, rtol=1e-4, atol=2e-5, err_msg=str(options))
 
 
-def test_remat_remembers_less_and_scan_compiles_one_block():
+def test_remat_stores_less_and_scan_compiles_one_block():
     images = jnp.ones((64, 32, 32, 3))
 
     def program(**options):
@@ -123,9 +123,12 @@ def test_extra_tokens_are_seen_but_not_pooled(images):
         assert x.shape == (3, 64 if pooling == "flat" else 16)
         moved = model.apply({"params": params | {"registers": params["registers"] + 1}}, images)
         assert float(jnp.abs(x - moved).max()) > 1e-5
-    kept = {k: params[k] for k in ("embed", "positions", "norm")}  # without blocks nobody sees the class token
+    without_blocks = {
+        k: params[k] for k in ("embed", "positions", "norm")
+    }  # without blocks the class token does not reach the patches
     alone = vit.ViT(**(SMALL | {"depth": 0}), pooling="mean")
     both = alone.clone(class_token=True)
     np.testing.assert_array_equal(
-        alone.apply({"params": kept}, images), both.apply({"params": kept | {"cls": params["cls"] + 9}}, images)
+        alone.apply({"params": without_blocks}, images),
+        both.apply({"params": without_blocks | {"cls": params["cls"] + 9}}, images),
     )

@@ -1,4 +1,4 @@
-"""Published weights: computed with as the code of their authors does, and checked strictly."""
+"""Published weights give the features of their authors' code, and are checked strictly."""
 
 import json
 import shutil
@@ -199,12 +199,12 @@ def test_bad_tensors_are_named(tmp_path, change, words):
     ("facts", "words"),
     [
         ("{", "cannot be read"),
-        ("[1]", "not a JSON object"),
-        ({"pretrained_cfg": "x"}, "not a JSON object"),
+        ("[1]", "must be a JSON object"),
+        ({"pretrained_cfg": "x"}, "must be a JSON object"),
         ({"model_args": [1]}, "model_args is"),
         ({"model_args": {"num_heads": True}}, "num_attention_heads is True"),
         ({"model_args": {"num_heads": 4.5}}, "width 32 cannot be 4.5"),
-        ({"num_attention_heads": 4, "mean": 0.5}, "mean is 0.5, must be three numbers"),
+        ({"num_attention_heads": 4, "mean": 0.5}, "mean 0.5 must be three numbers"),
         ({"num_attention_heads": 4, "std": [1, 1, 0]}, "std is 0"),
         ({"num_attention_heads": 4, "interpolation": ["x"]}, "interpolation"),
         ({"num_attention_heads": 4, "crop_pct": "0.9"}, "crop_pct is '0.9'"),
@@ -337,8 +337,8 @@ def test_a_run_is_initialized_from_weights_and_another_from_that_run(tmp_path, n
     train.train(c, tmp_path / "run")
     first = encode.load(tmp_path / "run")
     again = configs.load("configs/digits.py", [*plain, *flags, f"model.weights={tmp_path / 'run'}"])
-    kept = ("name", "width", "depth", "registers", "layer_scale", "mean", "std", "stem", "pooling")
-    assert [again.model[k] for k in kept] == [c.model[k] for k in kept]
+    keys = ("name", "width", "depth", "registers", "layer_scale", "mean", "std", "stem", "pooling")
+    assert [again.model[k] for k in keys] == [c.model[k] for k in keys]
     model = retriever.from_config(again)
     got = traverse_util.flatten_dict(backbone_from_weights(again, model), sep="/")
     for collection, values in first.variables.items():

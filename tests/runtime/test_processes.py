@@ -65,7 +65,7 @@ def two(images, tmp_path_factory):
     return workdir, output, done.stdout
 
 
-def test_when_one_is_asked_all_stop_after_the_same_step_and_resume(two):
+def test_a_signal_to_one_stops_all_after_the_same_step_and_they_resume(two):
     workdir, stopped, resumed = two
     steps = re.findall(r"\[(\d)\] tcq train: stopped by SIGTERM after step (\d+), which is saved", stopped)
     assert sorted(i for i, _ in steps) == ["0", "1"] and len({step for _, step in steps}) == 1, stopped
@@ -129,8 +129,8 @@ def test_doctor_leaves_nothing_behind(tmp_path):
     command = ("doctor", "--config=configs/digits.py", f"--workdir={workdir}", "--expect_devices=4")
     done = small.several(2, *command, "--expect_processes=3", devices=2)
     assert "visible to all processes" in done.stdout and not workdir.exists(), done.stdout
-    assert done.returncode == 2 and done.stdout.count("2 processes found, 3 expected") == 1, done.stdout
-    assert "devices found" not in done.stdout
+    assert done.returncode == 2 and done.stdout.count("processes: 2 found, must be 3") == 1, done.stdout
+    assert "devices: " not in done.stdout
 
 
 class Running:
@@ -186,8 +186,8 @@ def test_a_killed_process_ends_the_others_which_name_it(tmp_path, victim):
     if victim:
         assert f"process 1 (pid {run.processes[1].pid} on " in output and "has sent no heartbeat" in output, output
     else:  # JAX may notice it first
-        gone = "process 0, which hosts the coordination service, is gone"
-        assert gone in output or "leader (usually slice 0 task 0)" in output, output
+        message = "process 0, which hosts the coordination service, is gone"
+        assert message in output or "leader (usually slice 0 task 0)" in output, output
 
 
 SCRIPT = """
@@ -246,7 +246,7 @@ def test_what_process_0_refuses_all_refuse(tmp_path):
     ("flags", "message"),
     [
         (["--coordinator=localhost:1", "--processes=2"], "--coordinator needs --processes=N and --process_id=I"),
-        (["--processes=2", "--process_id=1"], "--processes and --process_id without --coordinator=HOST:PORT"),
+        (["--processes=2", "--process_id=1"], "--processes and --process_id must come with --coordinator=HOST:PORT"),
     ],
 )
 def test_an_incomplete_coordinator_is_refused(tmp_path, flags, message):

@@ -62,8 +62,8 @@ def test_a_run_in_a_bucket_equals_a_local_one(run, bucket, images, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, a.variables, b.variables)
     remote = [json.loads(line) for line in bucket.cat("gs://bucket/run/metrics.jsonl").splitlines()]
     local = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    kept = [[{k: v for k, v in x.items() if not k.startswith("speed/")} for x in lines] for lines in (remote, local)]
-    assert kept[0] == kept[1]
+    records = [[{k: v for k, v in x.items() if not k.startswith("speed/")} for x in lines] for lines in (remote, local)]
+    assert records[0] == records[1]
     names = {path.rpartition("/")[2] for path in bucket.ls("gs://bucket/run")}
     assert names >= {"config.json", "data.json", "metrics.jsonl", "checkpoints", "tensorboard"}
     done = small.main("evaluate", f"--workdir={run}")
@@ -72,8 +72,8 @@ def test_a_run_in_a_bucket_equals_a_local_one(run, bucket, images, tmp_path):
     assert results["mAP"]["asymmetric"] > 0 and bucket.exists("gs://bucket/run/gallery.png")
     other = small.main("train", "--config=configs/folder.py:gs://bucket/images", f"--workdir={run}", *FLAGS[:-1])
     assert other.returncode == 2 and "holds a run with another config" in other.stderr, other.stderr
-    found = small.main("doctor", "--config=configs/folder.py:gs://bucket/images", f"--workdir={run}", *FLAGS)
-    assert found.returncode == 0 and "it holds a run of this config, which train resumes" in found.stdout, found.stderr
+    done = small.main("doctor", "--config=configs/folder.py:gs://bucket/images", f"--workdir={run}", *FLAGS)
+    assert done.returncode == 0 and "it holds a run of this config, which train resumes" in done.stdout, done.stderr
 
 
 @pytest.mark.filterwarnings(
@@ -107,14 +107,14 @@ def test_an_index_in_a_bucket(run, bucket, images, tmp_path):
     query = opened.paths[7]
     (images / "query.png").unlink(missing_ok=True)
     (tmp_path / "query.png").write_bytes(bucket.cat(query))
-    found = small.main(
+    done = small.main(
         "search",
         "--index=gs://bucket/index",
         f"--query={tmp_path / 'query.png'}",
         "--k=120",
         f"--gallery={tmp_path / 'gallery.png'}",
     )
-    assert found.returncode == 0 and query in found.stdout and (tmp_path / "gallery.png").is_file(), found.stderr
+    assert done.returncode == 0 and query in done.stdout and (tmp_path / "gallery.png").is_file(), done.stderr
     hit = indexes.Hit(query, 1.0)
     assert indexes.image_of(hit) == bucket.cat(query)
     again = small.main("index", f"--workdir={run}", "--images=gs://bucket/images", "--out=gs://bucket/index")
@@ -147,7 +147,7 @@ def test_only_what_changed_is_fetched(bucket, tmp_path, monkeypatch):
 def test_names_that_lead_outside_are_refused(monkeypatch):
     memory = fsspec.filesystem("memory")
     monkeypatch.setattr(type(memory), "find", lambda *_, **__: {"/evil/../../out.txt": {"type": "file"}})
-    with pytest.raises(storage.BucketError, match="a name that leads outside of it"):
+    with pytest.raises(storage.BucketError, match="a path outside of it"):
         storage.download("memory://evil")
 
 

@@ -150,9 +150,9 @@ def test_a_bad_range_of_a_trace_is_refused(tmp_path):
     assert done.returncode == 2 and "must have the form 10:20" in done.stderr
 
 
-def test_a_warmup_that_does_not_fit_is_said(tmp_path, logs):
+def test_a_warmup_that_does_not_fit_is_logged(tmp_path, logs):
     c = small.config("train.total_steps=10", "optim.warmup_steps=100", "eval.every_steps=0")
     source, split = run.read_data(c)
     _, _, start = small.first_step(c)
-    run.introduce(c, source, split, start)
-    assert "optim.warmup_steps 100 does not fit a run of 10 steps: it is 1" in logs.text
+    run.log_start(c, source, split, start)
+    assert "optim.warmup_steps 100 does not fit a run of 10 steps and is reduced to 1" in logs.text

@@ -23,8 +23,8 @@ INSTRUCTIONS = """NUS-WIDE, unpacked, with the names of its archives:
   Groundtruth/AllLabels/Labels_<concept>.txt   81 files with a line of 0 or 1 for each image
   ConceptsList/Concepts81.txt
   ImageList/Imagelist.txt                      the images in the order of those lines, as actor\\0001_2124494179.jpg
-  Flickr/<folder>/<name>.jpg                   the photos (or in images/, Images/, that folder itself, or without
-  <folder>)
+  Flickr/<folder>/<name>.jpg                   the photos (images/, Images/ or the folder itself may replace Flickr/;
+                                               <folder>/ may be missing)
 or, instead of AllLabels, Groundtruth/TrainTestLabels/Labels_<concept>_{Train,Test}.txt with
 ImageList/TrainImagelist.txt and ImageList/TestImagelist.txt; without Imagelist.txt the images are then in the order of
 their paths.
@@ -118,7 +118,8 @@ class NusWide(tfds.core.GeneratorBasedBuilder):
         if len(missing) == len(kept):
             raise archives.ArchiveError(
                 f"{str(root)!r}: none of the {len(kept):,} images found; the first, "
-                f"{names[kept[0]] if len(kept) else 'of an empty list'!r}, is in none of {', '.join(IMAGE_FOLDERS)}"
+                f"{names[kept[0]] if len(kept) else 'of an empty list'!r}, is in none of the folders "
+                f"{', '.join(IMAGE_FOLDERS)}"
             )
         self.info.metadata["excluded"] += [{"id": name, "reason": "the file is missing"} for name in missing]
         return {"train": self._generate_examples(names, labels, kept, files)}

@@ -71,13 +71,13 @@ def _read(name: str, folder: str, home: str, data: ConfigDict) -> Source:
             f"{len(decoded.skipped)} of {total} images of {name!r} cannot be decoded, the first: {decoded.skipped[0]}"
         )
     labels, classes = _labels(decoded.arrays, features)
-    facts = builder.info.metadata or {}
-    notes = () if facts.get("verified", True) else (f"{name} was prepared from files that were not verified",)
-    excluded = [{"path": row["id"], "reason": row["reason"]} for row in facts.get("excluded", [])]
+    metadata = builder.info.metadata or {}
+    notes = () if metadata.get("verified", True) else (f"{name} was prepared from files that were not verified",)
+    excluded = [{"path": row["id"], "reason": row["reason"]} for row in metadata.get("excluded", [])]
     return Source(decoded.images, labels, decoded.names, classes, excluded, notes)
 
 
-def _rows(builder: Any) -> cache.Encoded:
+def _rows(builder: Any) -> cache.EncodedImages:
     """Names, encoded images, and the label features (numbers, or multi-hot columns), all in official order."""
     import tensorflow_datasets as tfds
 
@@ -104,7 +104,7 @@ def _rows(builder: Any) -> cache.Encoded:
         for row_number, r in enumerate(ranked):
             columns[key][row_number, np.asarray(labels[r][key], np.int64)] = True
     items = ((f"{rows[r][0]}/{ids[r]}", bytes(stores[rows[r][0]][rows[r][1]]["image"])) for r in ranked)
-    return cache.Encoded(items, len(ranked), columns)
+    return cache.EncodedImages(items, len(ranked), columns)
 
 
 def _advice(name: str, home: str, tfds_dir: str) -> str:

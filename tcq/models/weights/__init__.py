@@ -12,7 +12,7 @@ import numpy as np
 from flax import traverse_util
 
 from tcq.models.weights import files
-from tcq.models.weights.layouts import HALF, LAYOUTS, Family, Layout, OtherShape, WeightsError, number
+from tcq.models.weights.layouts import HALF, LAYOUTS, Family, Layout, ShapeError, WeightsError, number
 from tcq.models.weights.positions import resample
 
 # The preprocessing of our own training runs is in their config.
@@ -43,24 +43,24 @@ def read(path: str | Path) -> Weights:
         raise WeightsError(
             f"{str(file)!r} is not of a known family ({known}); its first tensors are {', '.join(sorted(tensors)[:5])}"
         )
-    tracked = _Tracked(tensors)
+    record = _TensorRecord(tensors)
     try:
-        facts = {} if file.suffix == ".npz" else files.facts(file.parent)
-        model = layout.model(tracked, facts)
-        width = number(facts, "hidden_size", 1, 1e9)
+        metadata = {} if file.suffix == ".npz" else files.metadata(file.parent)
+        model = layout.model(record, metadata)
+        width = number(metadata, "hidden_size", 1, 1e9)
         if width and width != model.get("width", width):
             raise WeightsError(
-                f"config.json beside it describes another model: hidden_size {width:g}, not {model['width']}"
+                f"config.json beside the weights describes another model: hidden_size {width:g}, not {model['width']}"
             )
-        family = files.preprocessing(layout.family, facts)
-        converted, problems = _convert(layout, tracked, model)
+        family = files.preprocessing(layout.family, metadata)
+        converted, problems = _convert(layout, record, model)
     except (WeightsError, KeyError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        reason = f"tensor {error} not found" if isinstance(error, KeyError) else error
         raise WeightsError(f"{str(file)!r} ({layout.family.name}) cannot be used: {reason}") from None
     problems += [
         f"unexpected: {k} {v.shape}"
         for k, v in sorted(tensors.items())
-        if k not in tracked.used and not re.fullmatch(layout.family.head, k)
+        if k not in record.used and not re.fullmatch(layout.family.head, k)
     ]
     return Weights(file, family, model, converted, problems)
 
@@ -70,30 +70,30 @@ def is_workdir(path: str | Path) -> bool:
     return (Path(path).expanduser() / "checkpoints").is_dir()
 
 
-def variables(weights: Weights, like: Mapping[str, Any], *, image_size: int) -> dict[str, Any]:
+def variables(weights: Weights, template: Mapping[str, Any], *, image_size: int) -> dict[str, Any]:
     """The variables of a backbone with the shapes of `like`, its positions resampled to its image size.
 
     Raises WeightsError that lists every variable which is missing, unexpected, or has another shape.
     """
     problems = list(weights.problems)
     have = {k: v for k, v in weights.variables.items() if not (problems and v.dtype.kind == "f" and np.isnan(v).all())}
-    want = {k: tuple(v.shape) for k, v in traverse_util.flatten_dict(dict(like), sep="/").items()}
-    for key in want.keys() & (weights.variables.keys() - have.keys()):
-        del want[key]  # already in the list of problems
+    expected = {k: tuple(v.shape) for k, v in traverse_util.flatten_dict(dict(template), sep="/").items()}
+    for key in expected.keys() & (weights.variables.keys() - have.keys()):
+        del expected[key]  # already in the list of problems
     key = "params/positions"
-    if key in have and key in want and have[key].shape != want[key]:
+    if key in have and key in expected and have[key].shape != expected[key]:
         grid = image_size // weights.model["patch"]
         try:
             have[key] = resample(have[key], (grid, grid), rule=weights.family.positions)
         except ValueError as error:
             problems.append(f"other shape: {key}: {error}")
-            del want[key], have[key]
-    problems += [f"missing: {k} {want[k]}" for k in sorted(want.keys() - have.keys())]
-    problems += [f"unexpected: {k} {have[k].shape}" for k in sorted(have.keys() - want.keys())]
+            del expected[key], have[key]
+    problems += [f"missing: {k} {expected[k]}" for k in sorted(expected.keys() - have.keys())]
+    problems += [f"unexpected: {k} {have[k].shape}" for k in sorted(have.keys() - expected.keys())]
     problems += [
-        f"other shape: {k} {have[k].shape} in the file, {want[k]} in the model"
-        for k in sorted(have.keys() & want.keys())
-        if have[k].shape != want[k]
+        f"other shape: {k} {have[k].shape} in the file, {expected[k]} in the model"
+        for k in sorted(have.keys() & expected.keys())
+        if have[k].shape != expected[k]
     ]
     problems += [f"not floating-point: {k} {v.dtype}" for k, v in sorted(have.items()) if v.dtype.kind != "f"]
     problems += [
@@ -106,7 +106,7 @@ def variables(weights: Weights, like: Mapping[str, Any], *, image_size: int) -> 
     return traverse_util.unflatten_dict({k: np.ascontiguousarray(v, np.float32) for k, v in have.items()}, sep="/")
 
 
-class _Tracked(dict[str, np.ndarray]):
+class _TensorRecord(dict[str, np.ndarray]):
     """Tensors by name, with a record of the names that were looked up."""
 
     def __init__(self, tensors: Mapping[str, np.ndarray]) -> None:
@@ -118,7 +118,7 @@ class _Tracked(dict[str, np.ndarray]):
         return super().__getitem__(key)
 
 
-def _convert(layout: Layout, tensors: _Tracked, model: dict[str, Any]) -> tuple[dict[str, np.ndarray], list[str]]:
+def _convert(layout: Layout, tensors: _TensorRecord, model: dict[str, Any]) -> tuple[dict[str, np.ndarray], list[str]]:
     """Our variables, NaN where a tensor is missing or has another shape; and these problems, at most `MAX_PROBLEMS`."""
     problems: list[str] = []
     converted: dict[str, np.ndarray] = {}
@@ -131,7 +131,7 @@ def _convert(layout: Layout, tensors: _Tracked, model: dict[str, Any]) -> tuple[
             problems.append(f"missing: {key}")
             similar = (v for k, v in tensors.items() if re.sub(r"[0-9]+", "#", k) == re.sub(r"[0-9]+", "#", key))
             tensors[key] = np.full_like(next(similar, np.zeros((1, 1, 1), np.float32)), np.nan)
-        except OtherShape as error:
+        except ShapeError as error:
             if f"missing: {error.key}" not in problems:
                 shape = tensors[error.key].shape
                 problems.append(f"other shape: {error.key} {shape} in the file, {error.expected} expected")

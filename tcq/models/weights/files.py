@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tcq.models.weights.layouts import Facts, Family, WeightsError, number
+from tcq.models.weights.layouts import Family, Metadata, WeightsError, number
 
 SUFFIXES = (".npz", ".safetensors")
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}  # Pillow's numbers
@@ -36,10 +36,10 @@ def find(path: Path) -> Path:
 
 def tensors(file: Path) -> dict[str, np.ndarray]:
     """All tensors of a file by name, floating-point ones as float32. Raises WeightsError, also for a pickle."""
-    with open(file, "rb") as opened:
-        start = opened.read(64)
+    with open(file, "rb") as stream:
+        start = stream.read(64)
     try:
-        if start[8:9] != b"{":  # the header of safetensors begins so, after its length
+        if start[8:9] != b"{":  # a safetensors file begins with the length of its header (8 bytes) and "{"
             if start[:2] == b"PK" and file.suffix == ".npz":
                 with np.load(file, allow_pickle=False) as saved:
                     return {k.removeprefix("params/"): _float32(saved[k]) for k in saved.files}
@@ -64,7 +64,7 @@ def _float32(tensor: np.ndarray) -> np.ndarray:
         return tensor.astype(np.float32)
 
 
-def facts(folder: Path) -> dict[str, Any]:
+def metadata(folder: Path) -> dict[str, Any]:
     """The contents of config.json and preprocessor_config.json beside the weights, merged. Raises WeightsError."""
     merged: dict[str, Any] = {}
     for file in (folder / "config.json", folder / "preprocessor_config.json"):
@@ -73,61 +73,63 @@ def facts(folder: Path) -> dict[str, Any]:
         try:
             values = json.loads(file.read_text())
         except (OSError, ValueError, RecursionError) as error:
-            raise WeightsError(f"{str(file)!r} beside it cannot be read: {error}") from None
+            raise WeightsError(f"{str(file)!r} beside the weights cannot be read: {error}") from None
         nested = values.get("pretrained_cfg") if isinstance(values, dict) else 0  # timm
         if nested is not None and not isinstance(nested, dict):
-            raise WeightsError(f"{str(file)!r} beside it is not a JSON object as Hugging Face and timm write it")
+            raise WeightsError(f"{str(file)!r} must be a JSON object as Hugging Face and timm write it")
         merged |= values | (nested or {})
     return merged
 
 
-def preprocessing(family: Family, facts: Facts) -> Family:
+def preprocessing(family: Family, metadata: Metadata) -> Family:
     """The family with the preprocessing that the JSON files beside the weights require.
 
     Raises WeightsError where they require something that tcq does not support.
     """
-    mean, std = (_three_numbers(facts, f"image_{k}") or _three_numbers(facts, k) for k in ("mean", "std"))
+    mean, std = (_three_numbers(metadata, f"image_{k}") or _three_numbers(metadata, k) for k in ("mean", "std"))
     family = family._replace(mean=mean or family.mean, std=std or family.std)
-    interpolation = facts.get("resample", facts.get("interpolation"))
+    interpolation = metadata.get("resample", metadata.get("interpolation"))
     if interpolation is not None:
         if not isinstance(interpolation, int | str) or interpolation not in INTERPOLATIONS:
             raise WeightsError(
-                f"the JSON beside it requires the interpolation {interpolation!r}; tcq supports bilinear and bicubic"
+                f"the JSON beside the weights requires the interpolation {interpolation!r}: must be bilinear or bicubic"
             )
         family = family._replace(interpolation=INTERPOLATIONS[interpolation])
-    if facts.get("do_resize"):
-        return _hugging_face_resize(family, facts)
-    share = number(facts, "crop_pct", 0.01, 1)  # timm
+    if metadata.get("do_resize"):
+        return _hugging_face_resize(family, metadata)
+    share = number(metadata, "crop_pct", 0.01, 1)  # timm
     if share is None:
         return family
-    mode = facts.get("crop_mode") or "center"
+    mode = metadata.get("crop_mode") or "center"
     if mode not in ("center", "squash") or (mode == "squash" and share < 1):
         raise WeightsError(
-            f"the JSON beside it requires crop_mode {mode!r} with crop_pct {share}, which tcq does not support"
+            f"the JSON beside the weights requires crop_mode {mode!r} with crop_pct {share}, which tcq does not support"
         )
     return family._replace(resize="crop" if mode == "center" else "squash", crop_share=share)
 
 
-def _hugging_face_resize(family: Family, facts: Facts) -> Family:
-    size = facts.get("size")
-    edge = number(size, "shortest_edge", 1, 1e5) if isinstance(size, dict) else number(facts, "size", 1, 1e5)
-    if facts.get("do_center_crop"):
-        crop = facts.get("crop_size")
-        kept = number(crop, "height", 1, 1e5) if isinstance(crop, dict) else number(facts, "crop_size", 1, 1e5)
-        if edge is None or kept is None:
-            raise WeightsError(f"the JSON beside it requires a crop of {crop} from {size}, which tcq does not support")
-        return family._replace(resize="crop", crop_share=min(1.0, kept / edge))
+def _hugging_face_resize(family: Family, metadata: Metadata) -> Family:
+    size = metadata.get("size")
+    edge = number(size, "shortest_edge", 1, 1e5) if isinstance(size, dict) else number(metadata, "size", 1, 1e5)
+    if metadata.get("do_center_crop"):
+        crop = metadata.get("crop_size")
+        crop_side = number(crop, "height", 1, 1e5) if isinstance(crop, dict) else number(metadata, "crop_size", 1, 1e5)
+        if edge is None or crop_side is None:
+            raise WeightsError(
+                f"the JSON beside the weights requires a crop of {crop} from {size}, which tcq does not support"
+            )
+        return family._replace(resize="crop", crop_share=min(1.0, crop_side / edge))
     keeps_shape = isinstance(size, dict) and edge is not None
     return family._replace(resize="crop" if keeps_shape else "squash", crop_share=1.0)
 
 
-def _three_numbers(facts: Facts, key: str) -> tuple[float, float, float] | None:
-    values = facts.get(key)
+def _three_numbers(metadata: Metadata, key: str) -> tuple[float, float, float] | None:
+    values = metadata.get(key)
     if values is None:
         return None
     low = 1e-6 if key.endswith("std") else -1e6
     numbers = [number({key: v}, key, low, 1e6) for v in values] if isinstance(values, list) else []
     if len(numbers) != 3 or None in numbers:
-        raise WeightsError(f"config.json: {key} is {values!r}, must be three numbers")
+        raise WeightsError(f"the JSON beside the weights: {key} {values!r} must be three numbers")
     a, b, c = (float(x) for x in numbers if x is not None)
     return a, b, c

@@ -15,14 +15,14 @@ from tcq.models import resnet
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Tensors = Mapping[str, np.ndarray]
-Facts = Mapping[str, Any]  # of the JSON files beside the weights
+Metadata = Mapping[str, Any]  # of the JSON files beside the weights
 
 
 class WeightsError(ValueError):
     """These weights cannot be used; the message says what they hold, what was expected, and what to do."""
 
 
-class OtherShape(Exception):
+class ShapeError(Exception):
     """A tensor does not have the shape that the other tensors imply."""
 
     def __init__(self, key: str, expected: tuple[int, ...]) -> None:
@@ -48,14 +48,14 @@ class Layout(NamedTuple):
 
     family: Family
     matches: Callable[[Tensors], bool]
-    model: Callable[[Tensors, Facts], dict[str, Any]]
+    model: Callable[[Tensors, Metadata], dict[str, Any]]
     convert: Callable[[Tensors, dict[str, Any]], dict[str, np.ndarray]]
 
 
 # Google ------------------------------------------------------------------------------------------------------------
 
 
-def _google_model(t: Tensors, _: Facts) -> dict[str, Any]:
+def _google_model(t: Tensors, _: Metadata) -> dict[str, Any]:
     width, heads, _each = _shape(t, "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel", 3)
     return _vit(
         width=width,
@@ -111,7 +111,7 @@ def _positions_and_cls(t: Tensors, positions: str, cls: str, width: int) -> dict
     """Positions of the patches, and the class token with its position added to it."""
     token, places = _tensor(t, cls, (1, 1, width)), t[positions]
     if places.ndim != 3 or places.shape[0] != 1 or places.shape[2] != width:
-        raise OtherShape(positions, (1, places.shape[1] if places.ndim == 3 else 1, width))
+        raise ShapeError(positions, (1, places.shape[1] if places.ndim == 3 else 1, width))
     if _is_square(places.shape[1]):  # timm with no_embed_class
         return {"positions": places, "cls": token}
     return {"positions": places[:, 1:], "cls": token + places[:, :1]}
@@ -120,7 +120,7 @@ def _positions_and_cls(t: Tensors, positions: str, cls: str, width: int) -> dict
 def _tensor(t: Tensors, key: str, shape: tuple[int, ...]) -> np.ndarray:
     """A tensor with its shape checked, for those that are reshaped or added, which could hide another shape."""
     if t[key].shape != shape:
-        raise OtherShape(key, shape)
+        raise ShapeError(key, shape)
     return t[key]
 
 
@@ -136,7 +136,7 @@ def _nest(prefix: str, tensors: Tensors) -> dict[str, np.ndarray]:
     return {f"{prefix}/{k}": v for k, v in tensors.items()}
 
 
-def _hf_model(t: Tensors, facts: Facts) -> dict[str, Any]:
+def _hf_model(t: Tensors, metadata: Metadata) -> dict[str, Any]:
     p = _hf_prefix(t)
     width, _, patch, _ = _shape(t, f"{p}embeddings.patch_embeddings.projection.weight", 4)
     dinov2 = f"{p}encoder.layer.0.layer_scale1.lambda1" in t
@@ -145,13 +145,13 @@ def _hf_model(t: Tensors, facts: Facts) -> dict[str, Any]:
     return _vit(
         width=width,
         depth=_count(t, re.escape(p) + r"encoder\.layer\.([0-9]+)\."),
-        heads=_heads(width, facts),
+        heads=_heads(width, metadata),
         patch=patch,
         mlp_ratio=_shape(t, mlp, 1)[0] / width,
         registers=_shape(t, registers, 3)[1] if registers in t else 0,
         layer_scale=dinov2,
-        gelu=_gelu(facts.get("hidden_act", "gelu")),
-        norm_eps=number(facts, "layer_norm_eps", 0, 1) or (1e-6 if dinov2 else 1e-12),
+        gelu=_gelu(metadata.get("hidden_act", "gelu")),
+        norm_eps=number(metadata, "layer_norm_eps", 0, 1) or (1e-6 if dinov2 else 1e-12),
     )
 
 
@@ -189,15 +189,15 @@ def _hf(t: Tensors, model: dict[str, Any]) -> dict[str, np.ndarray]:
     return _nest("params", out)
 
 
-def _timm_model(t: Tensors, facts: Facts) -> dict[str, Any]:
+def _timm_model(t: Tensors, metadata: Metadata) -> dict[str, Any]:
     width, _, patch, _ = _shape(t, "patch_embed.proj.weight", 4)
-    arguments = facts.get("model_args") or {}
+    arguments = metadata.get("model_args") or {}
     if not isinstance(arguments, dict):
         raise WeightsError(f"config.json: model_args is {arguments!r}, must be a JSON object")
     return _vit(
         width=width,
         depth=_count(t, r"blocks\.([0-9]+)\."),
-        heads=_heads(width, {"num_attention_heads": arguments.get("num_heads"), **facts}),
+        heads=_heads(width, {"num_attention_heads": arguments.get("num_heads"), **metadata}),
         patch=patch,
         mlp_ratio=_shape(t, "blocks.0.mlp.fc1.bias", 1)[0] / width,
         registers=_shape(t, "reg_token", 3)[1] if "reg_token" in t else 0,
@@ -258,9 +258,9 @@ def _vit(**keys: Any) -> dict[str, Any]:
     }
 
 
-def number(facts: Facts, key: str, low: float, high: float) -> float | None:
+def number(metadata: Metadata, key: str, low: float, high: float) -> float | None:
     """A number of the JSON files, or None if the key is absent. Raises WeightsError for another type or range."""
-    value = facts.get(key)
+    value = metadata.get(key)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
@@ -268,9 +268,9 @@ def number(facts: Facts, key: str, low: float, high: float) -> float | None:
     return float(value)
 
 
-def _heads(width: int, facts: Facts) -> int:
-    stated = number(facts, "num_attention_heads", 1, width)
-    heads = stated or {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}.get(width)
+def _heads(width: int, metadata: Metadata) -> int:
+    num_heads = number(metadata, "num_attention_heads", 1, width)
+    heads = num_heads or {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}.get(width)
     if heads is None or heads % 1 or width % heads:
         problem = "is unknown" if heads is None else f"cannot be {heads:g}"
         raise WeightsError(
@@ -290,8 +290,8 @@ def _gelu(name: Any) -> str:
 # ResNets: torchvision and timm use the same names ------------------------------------------------------------------
 
 
-def _resnet_model(t: Tensors, facts: Facts) -> dict[str, Any]:
-    kind = facts.get("architecture")  # timm's variants may compute something else with the same tensors
+def _resnet_model(t: Tensors, metadata: Metadata) -> dict[str, Any]:
+    kind = metadata.get("architecture")  # timm's variants may compute something else with the same tensors
     if kind is not None and not re.fullmatch(r"(tv_)?resnet(18|34|50|101)(\..*)?", str(kind)):
         raise WeightsError(f"config.json: architecture {kind!r} is unknown: must be one of {', '.join(resnet.NAMED)}")
     stages = tuple(_count(t, rf"layer{i}\.([0-9]+)\.") for i in range(1, 5))

@@ -12,8 +12,8 @@ def resample(
     """Positions of a square grid of patches, resampled to another grid (rows, columns); float32.
 
     Rules: "linear" is `scipy.ndimage.zoom` of order 1, which keeps the corners in place (Google's ViT code); "bicubic"
-      is PyTorch's `interpolate(mode="bicubic", align_corners=False)` (Hugging Face), "bicubic_antialias" the same with
-      antialias=True (timm). Raises ValueError for an unknown rule, or if the old grid is not square.
+    is PyTorch's `interpolate(mode="bicubic", align_corners=False)` (Hugging Face), "bicubic_antialias" the same with
+    antialias=True (timm). Raises ValueError for an unknown rule, or if the old grid is not square.
     """
     old = round(positions.shape[1] ** 0.5)
     if old * old != positions.shape[1]:

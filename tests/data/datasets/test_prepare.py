@@ -27,14 +27,14 @@ def make(dataset, files, home):
 class TestCifar10:
     def test_pixels_labels_and_official_order(self, tmp_path):
         rows = upstream.write_cifar10(tmp_path / "files")
-        made = make("cifar10", tmp_path / "files", tmp_path / "tfds")
-        assert made == tmp_path / "tfds" / "cifar10" / "3.0.2"
-        found = source("cifar10", tmp_path / "tfds", size=32)
-        assert found.names == [f"train/train_{i:05d}" for i in range(20)] + [f"test/test_{i:05d}" for i in range(4)]
-        np.testing.assert_array_equal(found.labels, rows[:, 0])
-        np.testing.assert_array_equal(found.images, rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-        assert found.classes[:2] == ["airplane", "automobile"]
-        assert found.notes == ("cifar10 was prepared from files that were not verified",)
+        prepared = make("cifar10", tmp_path / "files", tmp_path / "tfds")
+        assert prepared == tmp_path / "tfds" / "cifar10" / "3.0.2"
+        result = source("cifar10", tmp_path / "tfds", size=32)
+        assert result.names == [f"train/train_{i:05d}" for i in range(20)] + [f"test/test_{i:05d}" for i in range(4)]
+        np.testing.assert_array_equal(result.labels, rows[:, 0])
+        np.testing.assert_array_equal(result.images, rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        assert result.classes[:2] == ["airplane", "automobile"]
+        assert result.notes == ("cifar10 was prepared from files that were not verified",)
 
     def test_tensorflow_is_not_imported_and_the_command_says_where(self, tmp_path):
         upstream.write_cifar10(tmp_path / "tfds" / "downloads" / "manual")
@@ -67,13 +67,13 @@ class TestMirflickr:
     def test_labels_and_official_order(self, tmp_path):
         upstream.write_mirflickr(tmp_path / "files")
         make("mirflickr25k", tmp_path / "files", tmp_path / "tfds")
-        found = source("mirflickr25k", tmp_path / "tfds")
-        assert found.names == [f"train/im{i}" for i in range(1, 13)]
+        result = source("mirflickr25k", tmp_path / "tfds")
+        assert result.names == [f"train/im{i}" for i in range(1, 13)]
         potential, strict = upstream.mirflickr_marks(12)
-        np.testing.assert_array_equal(found.labels, np.concatenate([potential, strict], 1))
-        assert found.classes[18:25] == ["sky", "structures", "sunset", "transport", "tree", "water", "baby (strict)"]
+        np.testing.assert_array_equal(result.labels, np.concatenate([potential, strict], 1))
+        assert result.classes[18:25] == ["sky", "structures", "sunset", "transport", "tree", "water", "baby (strict)"]
         for i in range(12):
-            np.testing.assert_array_equal(found.images[i], images.decode(upstream.jpeg(i + 1), size=16))
+            np.testing.assert_array_equal(result.images[i], images.decode(upstream.jpeg(i + 1), size=16))
 
     def test_each_protocol_sees_its_labels(self, tmp_path):
         upstream.write_mirflickr(tmp_path / "files")
@@ -150,30 +150,30 @@ class TestNusWide:
     def test_every_layout_gives_the_same(self, tmp_path, layout, folder):
         labels = upstream.write_nus_wide(tmp_path / "files", layout=layout, images=folder)
         make("nus_wide/concepts81", tmp_path / "files", tmp_path / "tfds")
-        found = source("nus_wide/concepts81", tmp_path / "tfds")
-        assert found.names[:2] == ["train/actor/0000_1000.jpg", "train/actor/0002_1002.jpg"]
-        np.testing.assert_array_equal(found.labels, labels)
-        for name, pixels in zip(found.names, found.images, strict=True):
+        result = source("nus_wide/concepts81", tmp_path / "tfds")
+        assert result.names[:2] == ["train/actor/0000_1000.jpg", "train/actor/0002_1002.jpg"]
+        np.testing.assert_array_equal(result.labels, labels)
+        for name, pixels in zip(result.names, result.images, strict=True):
             np.testing.assert_array_equal(pixels, images.decode(upstream.jpeg(int(name[-8:-4]) - 1000), size=16))
 
     def test_the_21_most_frequent_concepts(self, tmp_path):
         labels = upstream.write_nus_wide(tmp_path / "files")
         make("nus_wide", tmp_path / "files", tmp_path / "tfds")
-        found = source("nus_wide", tmp_path / "tfds")
+        result = source("nus_wide", tmp_path / "tfds")
         frequent = sorted(sorted(range(81), key=lambda c: (-labels[:, c].sum(), c))[:21])
-        kept = np.flatnonzero(labels[:, frequent].any(1))
-        assert 0 < len(kept) < 30
-        assert found.classes == [upstream.CONCEPTS[c] for c in frequent]
-        np.testing.assert_array_equal(found.labels, labels[kept][:, frequent])
+        rows_with_concepts = np.flatnonzero(labels[:, frequent].any(1))
+        assert 0 < len(rows_with_concepts) < 30
+        assert result.classes == [upstream.CONCEPTS[c] for c in frequent]
+        np.testing.assert_array_equal(result.labels, labels[rows_with_concepts][:, frequent])
 
-    def test_missing_and_damaged_photos_are_refused_or_listed(self, tmp_path, monkeypatch):
+    def test_missing_and_corrupted_photos_are_refused_or_listed(self, tmp_path, monkeypatch):
         upstream.write_nus_wide(tmp_path)
         (tmp_path / "Flickr" / "zebra" / "0007_1007.jpg").write_bytes(b"")
         (tmp_path / "Flickr" / "actor" / "0004_1004.jpg").unlink()
         make("nus_wide/concepts81", tmp_path, tmp_path / "tfds")
-        found = source("nus_wide/concepts81", tmp_path / "tfds")
-        assert len(found.images) == 28
-        assert found.skipped == [
+        result = source("nus_wide/concepts81", tmp_path / "tfds")
+        assert len(result.images) == 28
+        assert result.skipped == [
             {"path": "actor/0004_1004.jpg", "reason": "the file is missing"},
             {"path": "zebra/0007_1007.jpg", "reason": "the file is empty"},
         ]
@@ -223,7 +223,8 @@ class TestNusWide:
         upstream.write_nus_wide(tmp_path)
         (tmp_path / "Flickr").rename(tmp_path / "photos")
         with pytest.raises(
-            prepare.PrepareError, match=r"none of the 30 images found; the first, .* is in none of Flickr, images"
+            prepare.PrepareError,
+            match=r"none of the 30 images found; the first, .* is in none of the folders Flickr, images",
         ):
             make("nus_wide/concepts81", tmp_path, tmp_path / "tfds")
         (tmp_path / "photos").rename(tmp_path / "Flickr")
@@ -246,12 +247,12 @@ class TestNusWide:
 
 def test_a_prepared_dataset_is_not_overwritten_nor_its_cache_reused(tmp_path):
     upstream.write_mirflickr(tmp_path / "files")
-    made = make("mirflickr25k", tmp_path / "files", tmp_path / "tfds")
+    prepared = make("mirflickr25k", tmp_path / "files", tmp_path / "tfds")
     before = source("mirflickr25k", tmp_path / "tfds")
     for verify in (True, False):
         with pytest.raises(prepare.PrepareError, match=r"mirflickr25k/1.0.0' exists: use it"):
             prepare.prepare("mirflickr25k", files=tmp_path, data_dir=tmp_path / "tfds", verify=verify)
-    shutil.rmtree(made)
+    shutil.rmtree(prepared)
     upstream.write_mirflickr(tmp_path / "files", photos={3: upstream.jpeg(99)})
     make("mirflickr25k", tmp_path / "files", tmp_path / "tfds")
     after = source("mirflickr25k", tmp_path / "tfds")
@@ -272,14 +273,14 @@ def test_a_cached_dataset_is_not_read_again(tmp_path, monkeypatch):
 @pytest.mark.parametrize("damage", ["cut", "gone", "info"])
 def test_a_corrupted_dataset_is_named(tmp_path, damage):
     upstream.write_mirflickr(tmp_path / "files")
-    made = make("mirflickr25k", tmp_path / "files", tmp_path / "tfds")
-    (shard,) = made.glob("*array_record*")
+    prepared = make("mirflickr25k", tmp_path / "files", tmp_path / "tfds")
+    (shard,) = prepared.glob("*array_record*")
     if damage == "cut":
         shard.write_bytes(shard.read_bytes()[:1000])
     elif damage == "gone":
         shard.unlink()
     else:
-        (made / "dataset_info.json").write_text("{")
+        (prepared / "dataset_info.json").write_text("{")
     with pytest.raises(
         sources.SourceError, match=r"mirflickr25k/1.0.0 cannot be read .*: delete that folder and prepare"
     ):

@@ -27,11 +27,11 @@ def config(prepared, name):
 
 
 def test_official_order_labels_and_pixels(prepared):
-    found = sources.open_source(config(prepared, "tiny_shapes"))
-    assert found.names == [f"train/train_{i:05d}" for i in range(20)] + [f"test/test_{i:05d}" for i in range(6)]
-    np.testing.assert_array_equal(found.labels, [i % 3 for i in range(20)] + [i % 3 for i in range(6)])
-    assert found.classes == ["circle", "square", "star"]
-    np.testing.assert_array_equal(found.images[7], fake_tfds.pixels(7))
+    source = sources.open_source(config(prepared, "tiny_shapes"))
+    assert source.names == [f"train/train_{i:05d}" for i in range(20)] + [f"test/test_{i:05d}" for i in range(6)]
+    np.testing.assert_array_equal(source.labels, [i % 3 for i in range(20)] + [i % 3 for i in range(6)])
+    assert source.classes == ["circle", "square", "star"]
+    np.testing.assert_array_equal(source.images[7], fake_tfds.pixels(7))
 
 
 def test_in_a_bucket(prepared):

@@ -85,9 +85,9 @@ def test_cifar10_is_what_tfds_own_builder_makes(tmp_path):
     assert ours.info.full_name == theirs.info.full_name
     assert ours.info.features["label"].names == theirs.info.features["label"].names
     count = 0
-    for split, found in examples.items():
+    for split, rows_by_id in examples.items():
         for row in ours.as_data_source(split=split):
-            example = found[row["id"].decode()]
+            example = rows_by_id[row["id"].decode()]
             np.testing.assert_array_equal(row["image"], example["image"])
             assert row["label"] == example["label"]
             count += 1
