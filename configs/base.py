@@ -83,15 +83,11 @@ def _data() -> ConfigDict:
     data.query = 0.1  # share of the images held out as queries (protocol folder); 0 without labels
     data.validation = 0.1  # share of the training images held out for validation
     data.image_size = 32  # pixels, the side to which images are decoded, once
-    data.resize = (
-        "crop"  # crop (a central square) | squash (scale both sides); weights set it unless the command line does
-    )
+    data.resize = "crop"  # crop (a central square) | squash (scale both sides); weights set it unless given
     data.interpolation = "bicubic"  # bicubic | bilinear; weights set it unless the command line does
     data.crop_share = 1.0  # share of the shorter side that "crop" keeps; weights set it unless the command line does
     data.batch_size = 256  # images per step over all devices (two views each)
-    data.views = (
-        0  # number of views of each image; 0 draws new ones in every step. A frozen backbone embeds each view once
-    )
+    data.views = 0  # views of each image; 0 draws new ones in every step. A frozen backbone embeds each view once
     data.resident = 1024  # MiB; training images of up to this size are kept on every device
     data.threads = 2  # that read batches ahead
     data.tfds_dir = ""  # folder of prepared TFDS datasets; "" is the default of TFDS (~/tensorflow_datasets)

@@ -7,9 +7,8 @@ author and its users did not always reach (0.767 to 0.784). Not run by us in ful
 
 The released code differs: its learning rate oscillates with a period of 390 epochs (here it decays once, to 0); the
 reported checkpoint is the best on the test queries (here on validation images, 2 % of the training images,
-held out); the loss is the sum over the two pairs (here their mean); the softmax scale is 5, as its author corrects
-  the paper. It has one more layer before the projection, weight decay in the gradient (Adam, here AdamW), and views by
-  Kornia.
+held out); the loss is the sum over the two pairs (here their mean); the softmax scale is 5, as its author corrects the
+paper. It has one more layer before the projection, weight decay in the gradient (Adam, here AdamW), views by Kornia.
 """
 
 from ml_collections import ConfigDict
