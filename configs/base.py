@@ -153,7 +153,8 @@ def _loss() -> ConfigDict:
     loss = ConfigDict()
     loss.pairing = "cross"  # cross | quantized | float
     loss.temperature = 0.5
-    loss.clip = count_or_share(0)  # negatives clipped for each anchor: a count, or a share of them as a float
+    loss.clip = count_or_share(0)  # negatives clipped: a count (of each anchor), a share (float), or "kinds=N": 1 / N
+    loss.clip_scope = "anchor"  # anchor (the same number of each) | batch (the most similar pairs of the whole batch)
     loss.clip_from = 0.0  # share of the run before which nothing is clipped
     loss.clip_full = 0.0  # share of the run after which all of `clip` is; in between it grows
     loss.clip_ramp = "linear"  # linear | cosine

@@ -175,7 +175,7 @@ def _config(config: str, overrides: Sequence[str], workdir: str | Path | None) -
         lines.append(
             f"config {config}: batch {B} global, {B // jax.process_count()} per process, "
             f"{B // jax.device_count()} per device, {configs.bits(c)} bits, "
-            f"clip {rule.count(queued=c.loss.queue)} of {rule.negatives + c.loss.queue}"
+            f"{rule.text(queued=c.loss.queue)}"
         )
         params = retriever.shapes(retriever.from_config(c), c.data.image_size)["params"]
         lines.append(f"model: {retriever.parameter_count(params):,} parameters, weights {c.model.weights or 'random'}")

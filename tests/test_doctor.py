@@ -7,7 +7,7 @@ import small
 def test_a_machine_and_a_config_that_fit():
     done = small.main("doctor", "--config=configs/digits.py")
     assert done.returncode == 0 and "8 devices" in done.stdout and "1,797 images" in done.stdout, done.stderr
-    assert "clip 25 of 254" in done.stdout
+    assert "25 of 254 negatives clipped" in done.stdout
 
 
 def test_a_batch_that_does_not_fit():

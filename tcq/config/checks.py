@@ -113,6 +113,7 @@ ALLOWED: dict[str, Choice | Range] = {
     "loss.clip_from": SHARE,
     "loss.clip_full": SHARE,
     "loss.clip_ramp": _one_of(RAMPS),
+    "loss.clip_scope": _one_of(losses.SCOPES),
     "loss.debias": SHARE_BELOW_1,
     "loss.queue": COUNT,
     "loss.queue_from": SHARE,
@@ -272,9 +273,14 @@ def _quantizer_problems(c: ConfigDict) -> Iterator[str]:
 def _loss_problems(c: ConfigDict) -> Iterator[str]:
     loss, batch_size = c.loss, c.data.batch_size
     negatives = 2 * batch_size - 2 + loss.queue
-    if isinstance(loss.clip, float) and not 0 <= loss.clip < 1:
+    try:
+        amount = derived.clip_amount(loss.clip)
+    except ValueError as error:
+        yield str(error)
+        return
+    if isinstance(amount, float) and not 0 <= amount < 1:
         yield f"loss.clip {loss.clip} is a share and must be in [0, 1); write a count without a decimal point"
-    elif loss.clip < 0 or derived.clip_rule(c, 1).count(queued=loss.queue) >= max(negatives, 1):
+    elif amount < 0 or derived.clip_rule(c, 1).count(queued=loss.queue) >= max(negatives, 1):
         sizes = f"2 x {batch_size} - 2{f' + {loss.queue}' if loss.queue else ''} = {negatives}"
         yield (
             f"loss.clip {loss.clip} must be from 0 to {negatives - 1}: a batch of {batch_size} has {sizes} negatives "
@@ -309,7 +315,8 @@ def _type_problems(config: ConfigDict, base: ConfigDict) -> list[str]:
     for key in values.keys() & known.keys():
         value = values[key]
         if key in COUNT_OR_SHARE:
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            kinds = key == "loss.clip" and isinstance(value, str)  # its text is checked below
+            if not kinds and (isinstance(value, bool) or not isinstance(value, int | float)):
                 problems.append(f"{key} {value!r} must be a count such as 64 or a share such as 0.1")
             continue
         expected = type(known[key])

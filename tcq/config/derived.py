@@ -1,7 +1,7 @@
 """Values computed from a config: bits, steps, the clip rule, the scoring conventions."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -36,30 +36,56 @@ def warmup_steps(config: ConfigDict, steps: int) -> int:
     return warmup if warmup < steps else round(SHORT_WARMUP * steps)
 
 
+def clip_amount(clip: int | float | str) -> int | float:
+    """`loss.clip` as a count (int) or a share of the negatives (float): "kinds=N" is the share 1 / N.
+
+    Raises ValueError for another text or N below 2.
+    """
+    if not isinstance(clip, str):
+        return clip
+    name, _, kinds = clip.partition("=")
+    if name != "kinds" or not kinds.isdecimal() or int(kinds) < 2:
+        raise ValueError(
+            f"loss.clip {clip!r} must be a count such as 25, a share such as 0.1, or kinds=N with N from 2"
+        )
+    return 1 / int(kinds)
+
+
 @dataclass(frozen=True)
 class ClipRule:
-    """How many negatives of each anchor are clipped: the meaning of the keys `loss.clip*`."""
+    """How many negatives of each anchor are clipped: the meaning of the keys `loss.clip*`.
+
+    With scope "batch" the count is the mean over the anchors, and a float.
+    """
 
     clip: int | float  # a count, or as a float a fraction of the negatives
     negatives: int  # of each anchor in the global batch, 2B - 2
     start: float  # step after which the count grows from 0
     full: float  # step from which it is complete; 0: from the first step on
     ramp: str  # how it grows in between: "linear" or "cosine"
+    scope: str = "anchor"  # `losses.nt_xent`'s clip_scope
 
-    def count(self, step: ArrayLike | None = None, *, queued: ArrayLike = 0) -> int | Array:
+    def count(self, step: ArrayLike | None = None, *, queued: ArrayLike = 0) -> float | Array:
         """The count at a step (from 0), or when it is complete if no step is given.
 
         `queued` further negatives of each anchor are in the queue; a fraction is also one of these.
-        An int if it is constant during the run, else int32 that may be traced.
+        A Python number if it is constant during the run, else an array that may be traced.
         """
         if step is None:
-            return int(self.clip * (self.negatives + queued)) if isinstance(self.clip, float) else self.clip  # type: ignore[arg-type]
+            if not isinstance(self.clip, float):
+                return self.clip
+            count: Any = self.clip * (self.negatives + queued)
+            return float(count) if self.scope == "batch" else int(count)
         if not self.clip or not (self.full or self._grows_with(queued)):
             return self.count()
         complete: ArrayLike = self.count()
         if self._grows_with(queued):
-            complete = jnp.floor(jnp.float32(self.clip) * (self.negatives + queued))
-        return jnp.floor(complete * self._share(step)).astype(jnp.int32)
+            complete = self._whole(jnp.float32(self.clip) * (self.negatives + queued))
+        count = self._whole(complete * self._share(step))
+        return jnp.asarray(count) if self.scope == "batch" else jnp.asarray(count).astype(jnp.int32)
+
+    def _whole(self, count: ArrayLike) -> ArrayLike:
+        return count if self.scope == "batch" else jnp.floor(count)
 
     def _grows_with(self, queued: ArrayLike) -> bool:
         return isinstance(self.clip, float) and not isinstance(queued, int)
@@ -72,15 +98,25 @@ class ClipRule:
         share = jnp.clip((step - self.start + 1) / max(self.full - self.start, 1), 0, 1)
         return (1 - jnp.cos(jnp.pi * share)) / 2 if self.ramp == "cosine" else share
 
-    def of_negatives(self, negatives: int) -> int:
-        """The count for a batch with another number of negatives: the same share, rounded down."""
+    def of_negatives(self, negatives: int) -> float:
+        """The count for a batch with another number of negatives: the same share, in scope "anchor" rounded down."""
+        if self.scope == "batch":
+            return min(float(self.count()) * negatives / self.negatives, float(negatives))
         return min(int(self.count()) * negatives // self.negatives, negatives)
+
+    def text(self, *, queued: int = 0) -> str:
+        """The complete count and what it is a count of, for the log."""
+        count, negatives = self.count(queued=queued), self.negatives + queued
+        if self.scope == "batch":
+            return f"the most similar {count / negatives:.2%} of all negative pairs clipped"
+        return f"{count} of {negatives} negatives clipped"
 
 
 def clip_rule(config: ConfigDict, steps: int) -> ClipRule:
-    """The rule of `loss.clip`, `loss.clip_from`, `loss.clip_full` and `loss.clip_ramp` for a run of some steps."""
-    c = config.loss
-    return ClipRule(c.clip, 2 * config.data.batch_size - 2, c.clip_from * steps, c.clip_full * steps, c.clip_ramp)
+    """The rule of the keys `loss.clip*` for a run of some steps."""
+    c, negatives = config.loss, 2 * config.data.batch_size - 2
+    start, full = c.clip_from * steps, c.clip_full * steps
+    return ClipRule(clip_amount(c.clip), negatives, start, full, c.clip_ramp, c.clip_scope)
 
 
 class Conventions(NamedTuple):

@@ -40,6 +40,8 @@ def _value(key: str, text: str, example: Any) -> Any:
     try:
         if key in COUNT_OR_SHARE:
             expected = "a count such as 64 or a share such as 0.1"
+            if key == "loss.clip" and text.startswith("kinds="):
+                return text
             return float(text) if _is_float(text) else int(text)
         if isinstance(example, bool):
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]

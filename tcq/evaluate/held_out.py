@@ -63,6 +63,7 @@ def clip_quality(encoder: encode.Encoder, images: UInt8[np.ndarray, "N H W 3"], 
             pairing=c.loss.pairing,
             temperature=c.loss.temperature,
             clip=clip,
+            clip_scope=c.loss.clip_scope,
             debias=c.loss.debias,
             block_size=c.loss.block_size or None,
             labels=None if labels is None else labels[chosen].astype(np.int32),
@@ -72,7 +73,9 @@ def clip_quality(encoder: encode.Encoder, images: UInt8[np.ndarray, "N H W 3"], 
 
 
 # Compiled as a whole: outside of jit its scan would be compiled again for every batch.
-_loss = jax.jit(losses.contrastive_loss, static_argnames=("pairing", "temperature", "clip", "debias", "block_size"))
+_loss = jax.jit(
+    losses.contrastive_loss, static_argnames=("pairing", "temperature", "clip", "clip_scope", "debias", "block_size")
+)
 
 
 @lru_cache(maxsize=4)

@@ -7,7 +7,9 @@ other view, the other 2B - 2 rows are its negatives. With s the cosine similarit
 
 Clipping (TransClippedCLR, arXiv 2401.15362) drops the `clip` most similar negatives of each anchor: they are likely to
 show the same thing (false negatives). The paper's equations are not public to us. That the count is per anchor, over
-both views and the global batch, and that a clipped pair has no value and no gradient, is our reading.
+both views and the global batch, and that a clipped pair has no value and no gradient, is our reading. With
+`clip_scope="batch"`, which is ours, the most similar pairs of the whole batch are dropped instead: an anchor that has
+many false negatives loses many, one that has none loses none.
 
 All functions work on one device and inside a mapped axis (`axis_name`): rows stay local, columns are gathered, and loss
 and logs are those of the global batch. Differentiate, then average the gradients over the axis.
@@ -20,13 +22,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Num
 
-from tcq.losses import _blocked
-from tcq.losses._blocked import GATHERS
+from tcq.losses import _blocked, _pooled
+from tcq.losses._blocked import GATHERS, SCOPES
 from tcq.quantizer import unit
 
 __all__ = [
     "GATHERS",
     "PAIRINGS",
+    "SCOPES",
     "Queue",
     "assignment_entropy",
     "codeword_diversity",
@@ -49,7 +52,8 @@ class _Options(NamedTuple):
     """The arguments of `nt_xent` apart from the views."""
 
     temperature: float
-    clip: int | Array = 0
+    clip: float | Array = 0
+    clip_scope: str = "anchor"
     debias: float = 0.0
     queue: Queue | None = None
     block_size: int | None = None
@@ -64,7 +68,8 @@ def nt_xent(
     b: Float[ArrayLike, "b D"],
     *,
     temperature: float,
-    clip: int | Int[Array, ""] = 0,
+    clip: float | Int[Array, ""] | Float[Array, ""] = 0,
+    clip_scope: str = "anchor",
     debias: float = 0.0,
     queue: Queue | None = None,
     block_size: int | None = None,
@@ -81,6 +86,10 @@ def nt_xent(
       clip: number of negatives dropped for each anchor, of the 2B - 2 in the batch and those in the queue, most similar
         first: exactly that many; ties go by their order in [a, b, queue]. 0 is plain NT-Xent. An array may change from
         step to step without recompilation; its value is not checked, and at most all negatives are dropped.
+      clip_scope: "anchor": each anchor loses `clip` negatives. "batch": of all negative pairs of the global batch the
+        clip x 2B most similar ones are dropped, so `clip` is the mean of each anchor, and may be a float (rounded down
+        to whole pairs); ties go by the order of the anchors in [a, b], then by that of their columns. A pair counts
+        for each of its two anchors.
       debias: rho, the assumed share of false negatives, of the debiased contrastive loss (Chuang et al. 2020) over the
         kept negatives; 0 is off.
       queue: further negatives; normalized inside, with gradient.
@@ -112,7 +121,7 @@ def nt_xent(
       >>> sorted(logs)
       ['accuracy', 'clip_similarity', 'negative_similarity', 'positive_similarity']
     """
-    options = _Options(temperature, clip, debias, queue, block_size, gather, axis_name, average, labels)
+    options = _Options(temperature, clip, clip_scope, debias, queue, block_size, gather, axis_name, average, labels)
     return _mean_over_pairs([(a, b)], options)
 
 
@@ -164,11 +173,12 @@ def _mean_over_pairs(pairs: list[tuple[ArrayLike, ArrayLike]], o: _Options) -> t
     columns = _gather(views, o.axis_name, axis=2) if o.gather == "all" else views
     settings = _blocked.Settings(
         temperature=o.temperature,
-        clips=not isinstance(o.clip, int) or o.clip > 0,
+        clips=not isinstance(o.clip, int | float) or o.clip > 0,
         debias=o.debias,
         block_size=o.block_size or _blocked.default_block_size(2 * b, num_columns + len(queue.vectors)),
         gather=o.gather,
         axis_name=o.axis_name,
+        scope=o.clip_scope,
     )
     own = _own_columns(b, num_columns, o.axis_name)
     labels = _both_views(o.labels, o.axis_name)
@@ -183,9 +193,12 @@ def _mean_over_pairs(pairs: list[tuple[ArrayLike, ArrayLike]], o: _Options) -> t
             own=own,
             partner=(own + num_columns // 2) % num_columns,
             filled=jnp.asarray(queue.filled, jnp.int32),
-            clip=jnp.asarray(o.clip, jnp.int32),
+            clip=jnp.asarray(0 if o.clip_scope == "batch" else o.clip, jnp.int32),
+            pool=None,
             labels=labels,
         )
+        if settings.clips and o.clip_scope == "batch":
+            batch = batch._replace(pool=_pool(settings, batch, o.clip))
         loss, stats = _blocked.total_loss(settings, batch)
         results.append((loss / (2 * b), _logs(batch, stats, settings, num_columns)))
     loss, logs = jax.tree.map(lambda *values: jnp.stack(values).mean(0), *results)
@@ -193,13 +206,36 @@ def _mean_over_pairs(pairs: list[tuple[ArrayLike, ArrayLike]], o: _Options) -> t
     return loss, _shares(logs)
 
 
+def _pool(settings: _blocked.Settings, batch: _blocked.Batch, clip: ArrayLike) -> _blocked.Pool:
+    """The pairs of the batch that are clipped, `clip` of each anchor on average."""
+    num_anchors = _blocked.num_columns(settings, batch)
+    most = (num_anchors - 2 + batch.filled).astype(jnp.uint32) * jnp.uint32(num_anchors)
+    if isinstance(clip, int | float):
+        pairs = jnp.uint32(int(clip * num_anchors + 1e-6))
+    else:
+        mean = jnp.asarray(clip)
+        whole = mean.astype(jnp.uint32)  # computed apart: a product in float32 would lose pairs
+        rest = jnp.floor((mean - whole).astype(jnp.float32) * num_anchors).astype(jnp.uint32)
+        pairs = whole * jnp.uint32(num_anchors) + rest
+    return _pooled.pool(settings, jax.lax.stop_gradient(batch), jnp.minimum(pairs, most))
+
+
 def _check(o: _Options, *, batch_size: int, queue_size: int) -> None:
     """Raises ValueError for options out of their range; the batch size is global."""
     num_negatives = 2 * batch_size - 2 + queue_size
     if not o.temperature > 0:
         raise ValueError(f"temperature {o.temperature} must be above 0")
-    if isinstance(o.clip, int) and not 0 <= o.clip <= num_negatives:
+    if isinstance(o.clip, int | float) and not 0 <= o.clip <= num_negatives:
         raise ValueError(f"clip {o.clip} must be from 0 to the {num_negatives} negatives of a batch of {batch_size}")
+    if o.clip_scope not in SCOPES:
+        raise ValueError(f"clip_scope {o.clip_scope!r} is unknown: use one of {', '.join(SCOPES)}")
+    if isinstance(o.clip, float) and o.clip_scope != "batch":
+        raise ValueError(f"clip {o.clip} must be an integer; only with clip_scope 'batch' it is a mean")
+    if o.clip_scope == "batch" and 2 * batch_size * num_negatives > _pooled.MAX_PAIRS:
+        raise ValueError(
+            f"a batch of {batch_size} with {num_negatives} negatives of each anchor has more than {_pooled.MAX_PAIRS} "
+            "pairs: use clip_scope 'anchor' or a smaller batch or queue"
+        )
     if not 0 <= o.debias < 1:
         raise ValueError(f"debias {o.debias} is a share of the negatives and must be in [0, 1)")
     if o.block_size is not None and o.block_size < 1:
@@ -246,7 +282,7 @@ def _logs(batch: _blocked.Batch, stats: _blocked.Stats, settings: _blocked.Setti
     if batch.labels is not None:
         counts = {"same": stats.same, "negatives": jnp.array(num_columns - 2, jnp.float32)}
         if settings.clips:
-            counts |= {"same_clipped": stats.same_clipped, "clipped": batch.clip}
+            counts |= {"same_clipped": stats.same_clipped, "clipped": stats.clipped}
         logs |= {f"count_{name}": jnp.mean(values.astype(jnp.float32)) for name, values in counts.items()}
     return logs
 

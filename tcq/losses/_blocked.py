@@ -16,6 +16,7 @@ from tcq.losses import _threshold
 
 T = TypeVar("T")
 GATHERS = ("all", "ring")
+SCOPES = ("anchor", "batch")
 BLOCK = 2**22  # similarities of a block of the default size: 16 MiB, and a few temporaries of that size
 MIN_BLOCK = 128  # anchors of such a block; smaller ones move the gradient of the columns through memory too often
 
@@ -29,6 +30,14 @@ class Settings(NamedTuple):
     block_size: int
     gather: str  # "all": `columns` are those of all devices; "ring": those of this device, passed round
     axis_name: str | None
+    scope: str = "anchor"  # the most similar negatives are clipped of each "anchor", or of the whole "batch"
+
+
+class Pool(NamedTuple):
+    """The negative pairs of the whole batch that are clipped: those above a value, and some of those that equal it."""
+
+    value: Float[Array, ""]
+    room: Int32[Array, " R"]  # of the pairs of each anchor that equal the value, so many are clipped, the first ones
 
 
 class Batch(NamedTuple):
@@ -41,7 +50,8 @@ class Batch(NamedTuple):
     own: Int32[Array, " R"]  # column of the anchor itself in the global batch
     partner: Int32[Array, " R"]  # column of its positive
     filled: Int32[Array, ""]  # entries of the queue that are valid, from the first on
-    clip: Int32[Array, ""]
+    clip: Int32[Array, ""]  # negatives clipped of each anchor; scope "anchor"
+    pool: Pool | None  # scope "batch"
     labels: tuple[Num[Array, " R *L"], Num[Array, " C *L"]] | None  # of the anchors and of the columns
 
 
@@ -50,6 +60,7 @@ class Stats(NamedTuple):
 
     hardest: Float[Array, " R"]  # similarity of the most similar negative
     threshold: Float[Array, " R"]  # clipped negatives are at least as similar, kept ones at most
+    clipped: Int32[Array, " R"]  # number of clipped negatives
     same: Int32[Array, " R"]  # negatives of the anchor's class
     same_clipped: Int32[Array, " R"]
 
@@ -78,14 +89,14 @@ def _forward(settings: Settings, batch: Batch) -> tuple[tuple[Array, Stats], tup
 
 def _backward(settings: Settings, gradients: tuple[Array, ...], cotangents: tuple[Array, Stats]) -> tuple[Batch]:
     anchors, positive, columns, queue = (cotangents[0] * g for g in gradients)
-    return (Batch(anchors, positive, columns, queue, None, None, None, None, None),)  # type: ignore[arg-type]
+    return (Batch(anchors, positive, columns, queue, None, None, None, None, None, None),)  # type: ignore[arg-type]
 
 
 total_loss.defvjp(_forward, _backward)
 
 
 def objective(
-    log_sum: Float[Array, " R"], positive: Float[Array, " R"], *, num_kept: Int32[Array, ""], settings: Settings
+    log_sum: Float[Array, " R"], positive: Float[Array, " R"], *, num_kept: Int32[Array, "*R"], settings: Settings
 ) -> Float[Array, " R"]:
     """The loss of each anchor from its log-sum-exp over the kept negatives (/ temperature) and its positive similarity.
 
@@ -107,14 +118,9 @@ def _all_blocks(settings: Settings, batch: Batch, *, differentiate: bool) -> tup
     """Scans over the blocks: the total loss, statistics, and the gradients of anchors, positive, columns and queue."""
     num_anchors, width = batch.anchors.shape
     size = min(settings.block_size, num_anchors)
-    num_blocks = -(-num_anchors // size)
-    padding = num_blocks * size - num_anchors
-
-    def blocks(x: Array) -> Array:
-        return jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(num_blocks, size, *x.shape[1:])
-
-    rows = batch.anchors, batch.positive, batch.own, batch.partner, jnp.ones(num_anchors, jnp.float32)
-    labels = None if batch.labels is None else blocks(batch.labels[0])
+    room = jnp.zeros(num_anchors, jnp.int32) if batch.pool is None else batch.pool.room
+    rows = batch.anchors, batch.positive, batch.own, batch.partner, room, jnp.ones(num_anchors, jnp.float32)
+    labels = None if batch.labels is None else split(batch.labels[0], size)
 
     def one_block(carry: tuple[Array, ...], block: tuple[tuple[Array, ...], Array | None]) -> tuple[tuple, tuple]:
         loss, stats, gradients = _block(settings, batch, *block, differentiate=differentiate)
@@ -126,20 +132,28 @@ def _all_blocks(settings: Settings, batch: Batch, *, differentiate: bool) -> tup
     start: tuple[Array, ...] = (jnp.zeros((), jnp.float32),)
     if differentiate:  # transposed, because the product that computes them is twice as fast on CPUs
         start += tuple(jnp.zeros((width, len(x)), jnp.float32) for x in (batch.columns, batch.queue))
-    carry, (stats, by_rows) = jax.lax.scan(one_block, start, (tuple(map(blocks, rows)), labels))
+    carry, (stats, by_rows) = jax.lax.scan(one_block, start, (tuple(split(x, size) for x in rows), labels))
     stats, by_rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_anchors], (stats, by_rows))
     return carry[0], stats, (*by_rows, *(x.T for x in carry[1:]))
+
+
+def split(x: Array, size: int) -> Array:
+    """Rows in blocks of one size, the last one padded with zeros."""
+    num_blocks = -(-len(x) // size)
+    padding = num_blocks * size - len(x)
+    return jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(num_blocks, size, *x.shape[1:])
 
 
 def _block(
     settings: Settings, batch: Batch, rows: tuple[Array, ...], labels: Array | None, *, differentiate: bool
 ) -> tuple[Array, Stats, tuple[Array, ...]]:
     """Loss and statistics of some anchors; gradients by the anchors, their positives, the columns and the queue."""
-    anchors, positive, own, partner, weight = rows
-    similarity, num_columns = _negatives(settings, batch, anchors, own, partner)
+    anchors, positive, own, partner, room, weight = rows
+    similarity, num_columns = negatives(settings, batch, anchors, own, partner)
     num_negatives = num_columns - 2 + batch.filled
     hardest = jnp.max(similarity, axis=1)
-    clipped, cut, num_kept = _clip(settings, batch, similarity, hardest, num_negatives)
+    clipped, cut, num_clipped = _clip(settings, batch, similarity, hardest, room, num_negatives)
+    num_kept = num_negatives - num_clipped
 
     remaining = similarity if clipped is None else jnp.where(clipped, -jnp.inf, similarity)
     top = hardest if clipped is None else jnp.max(remaining, axis=1)
@@ -147,7 +161,7 @@ def _block(
     powers = jnp.exp((remaining - top[:, None]) / settings.temperature)
     total = jnp.sum(powers, axis=1)
     log_sum = top / settings.temperature + jnp.log(total)
-    stats = Stats(hardest, cut, *_count_same(batch, labels, similarity, clipped, num_columns))
+    stats = Stats(hardest, cut, num_clipped, *_count_same(batch, labels, similarity, clipped, num_columns))
 
     def loss_of(log_sum: Array, positive: Array) -> Array:
         # `where` instead of a product with the weight: padding may hold NaN.
@@ -160,12 +174,17 @@ def _block(
     by_anchors, by_columns = _pull_back(settings, powers[:, :num_columns], anchors * scale, batch.columns)
     by_queue = jnp.zeros((anchors.shape[1], 0), jnp.float32)
     if len(batch.queue):
-        by_anchors += _product(powers[:, num_columns:], batch.queue)
-        by_queue = _product((anchors * scale).T, powers[:, num_columns:])
+        by_anchors += product(powers[:, num_columns:], batch.queue)
+        by_queue = product((anchors * scale).T, powers[:, num_columns:])
     return loss, stats, (by_anchors * scale, by_positive, by_columns, by_queue)
 
 
-def _negatives(
+def num_columns(settings: Settings, batch: Batch) -> int:
+    """The columns of the global batch."""
+    return len(batch.columns) * (jax.lax.axis_size(settings.axis_name) if settings.gather == "ring" else 1)
+
+
+def negatives(
     settings: Settings, batch: Batch, anchors: Array, own: Array, partner: Array
 ) -> tuple[Float[Array, "r C_and_Q"], int]:
     """Similarities of anchors to columns, -inf for non-negatives; and the batch's column count."""
@@ -175,22 +194,25 @@ def _negatives(
     similarity = jnp.where((column == own[:, None]) | (column == partner[:, None]), -jnp.inf, similarity)
     if len(batch.queue):
         valid = (jnp.arange(len(batch.queue)) < batch.filled)[None]
-        queued = jnp.where(valid, _product(anchors, batch.queue.T), -jnp.inf)
+        queued = jnp.where(valid, product(anchors, batch.queue.T), -jnp.inf)
         similarity = jnp.concatenate([similarity, queued], axis=1)
     return similarity, num_columns
 
 
 def _clip(
-    settings: Settings, batch: Batch, similarity: Array, hardest: Array, num_negatives: Array
-) -> tuple[Array | None, Array, Array]:
-    """The mask of the clipped negatives or None, the threshold, and the number of the others."""
+    settings: Settings, batch: Batch, similarity: Array, hardest: Array, room: Array, num_negatives: Array
+) -> tuple[Array | None, Array, Int32[Array, " r"]]:
+    """The mask of the clipped negatives or None, the threshold and the number of them, both of each anchor."""
     if not settings.clips:
-        return None, hardest, num_negatives
+        return None, hardest, jnp.zeros(len(similarity), jnp.int32)
+    if batch.pool is not None:
+        mask = _threshold.first_ties(similarity, batch.pool.value, room)
+        return mask, jnp.minimum(batch.pool.value, hardest), _threshold.count_true(mask)
     clip = jnp.minimum(batch.clip, num_negatives)
     low = jnp.full(hardest.shape, -2.0, jnp.float32)  # below any cosine
     reach = jnp.broadcast_to(num_negatives, hardest.shape)
     cut = _threshold.threshold(similarity, clip, low=low, reach=reach, high=hardest)
-    return _threshold.select(similarity, cut), jnp.minimum(cut.value, hardest), num_negatives - clip
+    return _threshold.select(similarity, cut), jnp.minimum(cut.value, hardest), jnp.broadcast_to(clip, hardest.shape)
 
 
 def _count_same(
@@ -210,10 +232,10 @@ def _count_same(
 def _similarities(settings: Settings, anchors: Array, columns: Array) -> Float[Array, "r C"]:
     """Similarities of anchors to the columns of all devices."""
     if settings.gather == "all":
-        return _product(anchors, columns.T)
+        return product(anchors, columns.T)
 
     def hop(remote: Array, _: None) -> tuple[Array, Array]:
-        return _pass_on(settings, remote), _product(anchors, remote.T)
+        return _pass_on(settings, remote), product(anchors, remote.T)
 
     _, parts = jax.lax.scan(hop, columns, length=jax.lax.axis_size(settings.axis_name))
     return _to_columns(settings, parts)
@@ -224,12 +246,12 @@ def _pull_back(
 ) -> tuple[Float[Array, "r D"], Float[Array, "D C"]]:
     """powers @ columns, and (powers.T @ scaled).T."""
     if settings.gather == "all":
-        return _product(powers, columns), _product(scaled.T, powers)
+        return product(powers, columns), product(scaled.T, powers)
 
     def hop(state: tuple[Array, Array, Array], part: Array) -> tuple[tuple[Array, Array, Array], None]:
         remote, remote_grad, local_grad = state
-        local_grad += _product(part, remote)
-        remote_grad += _product(scaled.T, part)
+        local_grad += product(part, remote)
+        remote_grad += product(scaled.T, part)
         return (*_pass_on(settings, (remote, remote_grad)), local_grad), None
 
     start = columns, jnp.zeros(columns.shape[::-1], jnp.float32), jnp.zeros(scaled.shape, jnp.float32)
@@ -263,5 +285,5 @@ def same_class(labels: Num[Array, " r *L"], others: Num[Array, " C *L"]) -> Arra
     return labels[:, None] == others[None] if labels.ndim == 1 else (labels @ others.T) > 0
 
 
-def _product(a: Array, b: Array) -> Array:
+def product(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision="highest")

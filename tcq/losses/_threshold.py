@@ -36,7 +36,7 @@ def threshold(
 
     Args:
       values: float32. NaN is never selected, and counts as lower than any number.
-      count: from 0 to the smallest `reach`; may be traced.
+      count: from 0 to `reach`, for all rows or for each; may be traced.
       low, reach: for each row a finite number that at least `count` values reach, and how many reach it.
       high: the largest value of each row.
 
@@ -45,12 +45,42 @@ def threshold(
     """
     num_rows, num_columns = values.shape
     count = jnp.asarray(count, jnp.int32)
-    rows = gcd(num_rows, 1 << max(CACHED // num_columns, 1).bit_length() - 1)
+    count = jnp.broadcast_to(count, (num_rows,))
+    rows = _cached_rows(num_rows, num_columns)
     if jax.default_backend() != "cpu" or rows == num_rows:
         return _search(values, count, low, reach, high)
-    parts = [x.reshape(num_rows // rows, rows, *x.shape[1:]) for x in (values, low, reach, high)]
-    results = jax.lax.map(lambda part: _search(part[0], count, *part[1:]), parts)
+    parts = [x.reshape(num_rows // rows, rows, *x.shape[1:]) for x in (values, count, low, reach, high)]
+    results = jax.lax.map(lambda part: _search(*part), parts)
     return Threshold(*(x.reshape(num_rows) for x in results))
+
+
+def first_ties(values: Float[Array, "R C"], value: Float[Array, ""], room: Int32[Array, " R"]) -> Bool[Array, "R C"]:
+    """The mask of the values above `value`, and of the first `room` in each row that equal it; NaN is not selected."""
+    equal = values == value
+    ties = count_true(equal)
+    last = jnp.where(room > 0, values.shape[1] - 1, -1).astype(jnp.int32)
+    rows = jnp.broadcast_to(value, last.shape)
+    some = (room > 0) & (room < ties)
+    last = jax.lax.cond(jnp.any(some), lambda: jnp.where(some, _last_tie(values, rows, room), last), lambda: last)
+    return select(values, Threshold(rows, last))
+
+
+def count_reaching(values: Float[Array, "R C"], trials: Float[Array, " P"]) -> Int32[Array, "R P"]:
+    """How many values of each row reach each trial value."""
+    if jax.default_backend() != "cpu":
+        return jnp.sum(values[:, :, None] >= trials, axis=1, dtype=jnp.int32)
+    num_rows, num_columns = values.shape
+    rows = _cached_rows(num_rows, num_columns)
+
+    def one_part(part: Array) -> Array:
+        return jnp.stack([count_true(part >= trials[i]) for i in range(len(trials))], axis=1)
+
+    return jax.lax.map(one_part, values.reshape(-1, rows, num_columns)).reshape(num_rows, len(trials))
+
+
+def rows_to_count(num_columns: int) -> int:
+    """The number of rows for which `count_reaching` is fast: on a CPU two parts that fit its cache, a loop unrolled."""
+    return 2 * _cached_rows(1 << 20, num_columns) if jax.default_backend() == "cpu" else 1 << 20
 
 
 def select(values: Float[Array, "R C"], by: Threshold) -> Bool[Array, "R C"]:
@@ -80,7 +110,7 @@ def _search(values: Array, count: Array, low: Array, reach: Array, high: Array) 
 
     def narrow(s: _State) -> _State:
         guess = _guess(s, target, num_columns)
-        reached = _count(values >= _to_ordered_int(guess)[:, None])
+        reached = count_true(values >= to_ordered_int(guess)[:, None])
         enough, live = reached >= count, is_open(s)
         side = jnp.where(enough, jnp.int32(1), jnp.int32(-1))
         return _State(
@@ -95,10 +125,9 @@ def _search(values: Array, count: Array, low: Array, reach: Array, high: Array) 
 
     zero = jnp.zeros(low.shape, jnp.int32)
     weight = jnp.ones(low.shape, jnp.float32)
-    start = _State(jnp.int32(0), _to_ordered_int(low), _to_ordered_int(high) + 1, reach, zero, zero, weight)
+    start = _State(jnp.int32(0), to_ordered_int(low), to_ordered_int(high) + 1, reach, zero, zero, weight)
     end = jax.lax.while_loop(lambda s: jnp.any(is_open(s)), narrow, start)
-    value = _to_ordered_int(end.under)
-    value = jnp.where(count > 0, jnp.where(value == 0, 0.0, value), jnp.inf)  # XLA flushes numbers below 1e-38 to 0
+    value = jnp.where(count > 0, flushed(to_ordered_int(end.under)), jnp.inf)
     ties = (end.reach_under > count) & (count > 0)
     last = jax.lax.cond(jnp.any(ties), _last_tie, _last_column, values, value, count - end.reach_over)
     return Threshold(value, jnp.where(count > 0, last, -1))
@@ -108,8 +137,8 @@ def _guess(s: _State, target: Array, num_columns: int) -> Int32[Array, " R"]:
     """The next key to try: false position, where an end that stays twice loses half its weight; or bisection."""
     a = (_logit(s.reach_under, num_columns) - target) * jnp.where(s.side < 0, s.weight, 1)
     b = (target - _logit(s.reach_over, num_columns)) * jnp.where(s.side > 0, s.weight, 1)
-    under = _to_ordered_int(s.under)
-    position = _to_ordered_int(under + (_to_ordered_int(s.over) - under) * (a / (a + b)))
+    under = to_ordered_int(s.under)
+    position = to_ordered_int(under + (to_ordered_int(s.over) - under) * (a / (a + b)))
     middle = (s.under & s.over) + ((s.under ^ s.over) >> 1)
     return jnp.where((s.i > 8) & (s.i % 4 == 0), middle, jnp.clip(position, s.under + 1, s.over - 1))
 
@@ -125,14 +154,19 @@ def _last_tie(values: Array, value: Array, room: Array) -> Array:
     def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         first, last = bounds
         middle = (first + last) // 2
-        enough = _count((values == value[:, None]) & (column <= middle[:, None])) >= room
+        enough = count_true((values == value[:, None]) & (column <= middle[:, None])) >= room
         return jnp.where(enough, first, middle + 1), jnp.where(enough, middle, last)
 
     ends = jnp.zeros(value.shape, jnp.int32), _last_column(values, value, room)
     return jax.lax.fori_loop(0, values.shape[1].bit_length(), halve, ends)[1]
 
 
-def _count(mask: Bool[Array, "R C"]) -> Int32[Array, " R"]:
+def _cached_rows(num_rows: int, num_columns: int) -> int:
+    """A divisor of the number of rows: so many fit the cache of a CPU."""
+    return gcd(num_rows, 1 << max(CACHED // num_columns, 1).bit_length() - 1)
+
+
+def count_true(mask: Bool[Array, "R C"]) -> Int32[Array, " R"]:
     """The number of true values in each row."""
     width = mask.shape[1] // SLICES
     rest = jnp.sum(mask[:, width * SLICES :], axis=1, dtype=jnp.int32)
@@ -147,7 +181,12 @@ def _logit(count: Int[Array, "*n"] | Float[Array, "*n"], total: int) -> Float[Ar
     return jnp.log(jnp.asarray(count + 0.5, jnp.float32) / jnp.asarray(total - count + 0.5, jnp.float32))
 
 
-def _to_ordered_int(x: Array) -> Array:
+def flushed(x: Array) -> Array:
+    """x, with 0 for numbers below 1e-38, which XLA takes for 0 when it compares."""
+    return jnp.where(x == 0, 0.0, x)
+
+
+def to_ordered_int(x: Array) -> Array:
     """float32 as int32 of the same order, and int32 back to float32."""
     dtype = jnp.int32 if x.dtype == jnp.float32 else jnp.float32
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)

@@ -185,7 +185,7 @@ def log_start(config: ConfigDict, source: Source, split: protocols.Split, state:
     logger.info(
         f"model: {retriever.parameter_count(state.params):,} parameters, {trained:,} of them trained, "
         f"{configs.bits(config)} bits per image ({q.num_codebooks} codebooks of {q.num_codewords} codewords), "
-        f"{rule.count(queued=config.loss.queue)} of {rule.negatives + config.loss.queue} negatives clipped"
+        f"{rule.text(queued=config.loss.queue)}"
     )
     logger.info(
         f"batch: {B} global, {B // jax.process_count()} per process, {B // jax.device_count()} per device "

@@ -213,6 +213,7 @@ def loss(
         pairing=c.pairing,
         temperature=c.temperature,
         clip=configs.clip_rule(config, trainer.steps).count(state.step, queued=queued),
+        clip_scope=c.clip_scope,
         debias=c.debias,
         queue=queue,
         block_size=c.block_size or None,

@@ -34,6 +34,28 @@ def test_clipping_is_off_then_grows_then_complete():
     assert constant.count(3) == 8 and isinstance(constant.count(jnp.int32(3)), int)
 
 
+def test_in_the_scope_of_the_batch_the_mean_is_not_rounded():
+    c = small.config(
+        "loss.clip=0.1", "data.batch_size=8", "loss.clip_scope=batch", "loss.clip_from=0", "loss.clip_full=0"
+    )
+    rule = configs.clip_rule(c, 10)
+    assert rule.count() == rule.count(5) == pytest.approx(1.4)
+    assert rule.of_negatives(6) == pytest.approx(0.6)
+    c = small.config(
+        "loss.clip=0.1", "data.batch_size=8", "loss.clip_scope=batch", "loss.clip_from=0", "loss.clip_full=0.5"
+    )
+    np.testing.assert_allclose(configs.clip_rule(c, 4).count(jnp.int32(0)), 0.7, rtol=1e-6)
+
+
+def test_a_number_of_kinds_is_a_share():
+    rule = configs.clip_rule(small.config("loss.clip=kinds=20", "data.batch_size=128"), 10)
+    assert rule.count() == int(254 / 20)
+    with pytest.raises(
+        configs.ConfigError, match=r"kinds=1'? must be a count such as 25, a share such as 0.1, or kinds=N"
+    ):
+        small.config("loss.clip=kinds=1")
+
+
 def test_a_cosine_ramp():
     c = small.config("loss.clip=9", "loss.clip_from=0.25", "loss.clip_full=0.75", "loss.clip_ramp=cosine")
     want = [0, 0, 0, 0] + [int(9 * (1 - np.cos(np.pi * i / 8)) / 2) for i in range(1, 8)] + [9] * 5

@@ -42,18 +42,29 @@ def clipped_rows(similarity, clip):
     return clipped
 
 
-def nt_xent(a, b, temperature, clip, debias=0.0, queue=None):
-    return nt_xent_and_gradients(a, b, temperature, clip, debias, queue)[0]
+def clipped_pairs(similarity, clip):
+    """As `clipped_rows`, but the clip * 2B most similar of all pairs; ties by anchor, then by column."""
+    n, columns = similarity.shape
+    pairs = [(i, j) for i in range(n) for j in range(columns) if j not in (i, (i + n // 2) % n)]
+    first = sorted(pairs, key=lambda pair: -similarity[pair])[: int(clip * n + 1e-6)]
+    clipped = [set() for _ in range(n)]
+    for i, j in first:
+        clipped[i].add(j)
+    return clipped
 
 
-def nt_xent_and_gradients(a, b, temperature, clip, debias=0.0, queue=None):
+def nt_xent(a, b, temperature, clip, debias=0.0, queue=None, scope="anchor"):
+    return nt_xent_and_gradients(a, b, temperature, clip, debias, queue, scope)[0]
+
+
+def nt_xent_and_gradients(a, b, temperature, clip, debias=0.0, queue=None, scope="anchor"):
     """The loss, and its gradients by a, b and queue: clipped NT-Xent, or after Chuang et al. 2020 with `debias`."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     queue = np.zeros((0, a.shape[1])) if queue is None else np.asarray(queue, np.float64)
     everything = np.concatenate([a, b, queue])
     n, u = 2 * len(a), unit(everything)
     s = u[:n] @ u.T
-    clipped = clipped_rows(s, clip)
+    clipped = (clipped_rows if scope == "anchor" else clipped_pairs)(s, clip)
     total, by_s = 0.0, np.zeros(s.shape)
     for i in range(n):
         p = (i + n // 2) % n

@@ -10,12 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracle
+from loss_cases import assert_equals_the_oracle, corners, memory, on_devices, views
 from tcq import losses
-
-
-def views(b=6, d=5, seed=0):
-    random = np.random.RandomState(seed)
-    return random.randn(b, d).astype("f4"), random.randn(b, d).astype("f4")
 
 
 def loss_and_gradients(a, b, queue=None, *, clip, **options):
@@ -34,14 +30,6 @@ def compiled(*, clip, **options):
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
 
 
-def assert_equals_the_oracle(got, want, rtol=1e-5):
-    """Compares the loss, and the gradients relative to their largest entry."""
-    (loss, gradients), (true_loss, true_gradients) = got, want
-    np.testing.assert_allclose(loss, true_loss, rtol=rtol, atol=1e-12)
-    for ours, truth in zip(gradients, true_gradients, strict=True):
-        np.testing.assert_allclose(ours, truth, atol=rtol * max(np.abs(truth).max(initial=0), 1e-12))
-
-
 @pytest.mark.parametrize("clip", [0, 1, 3, 9, 10])
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 0.5, 5.0])
 def test_loss_and_gradients_equal_the_oracle(clip, temperature):
@@ -56,12 +44,6 @@ def test_the_size_of_a_block_does_not_matter(clip, block_size):
     a, b = views(16, 7)
     got = loss_and_gradients(a, b, temperature=0.2, clip=clip, block_size=block_size)
     assert_equals_the_oracle(got, oracle.nt_xent_and_gradients(a, b, 0.2, clip))
-
-
-def corners(b, seed=0):
-    """Views whose unit vectors and similarities are exact in float32, with few values: many ties."""
-    random = np.random.RandomState(seed)
-    return random.choice([-0.5, 0.5], (b, 4)).astype("f4"), random.choice([-0.5, 0.5], (b, 4)).astype("f4")
 
 
 @pytest.mark.parametrize("clip", range(0, 23, 2))
@@ -174,12 +156,6 @@ def test_exactly_clip_ties_are_dropped(clip):
     np.testing.assert_allclose(loss, np.log(1 + 10 - clip), rtol=1e-6)
 
 
-def on_devices(function, arrays, devices):
-    """function(*arrays of one device), mapped over devices along the axis "i"; every result has a device axis."""
-    mapped = jax.pmap(function, axis_name="i", devices=jax.devices()[:devices])
-    return mapped(*(x.reshape(devices, -1, *x.shape[1:]) for x in arrays))
-
-
 @pytest.mark.parametrize("gather", ["all", "ring"])
 @pytest.mark.parametrize(
     ("devices", "pairing"), [(1, "cross"), (2, "cross"), (8, "cross"), (8, "quantized"), (8, "float")]
@@ -223,17 +199,6 @@ def test_ties_and_a_queue_on_four_devices(clip, gather):
     loss, (by_a, by_b, by_queue) = on_devices(body, (a, b), 4)
     gradients = (np.asarray(by_a).reshape(16, 4) / 4, np.asarray(by_b).reshape(16, 4) / 4, np.mean(by_queue, axis=0))
     assert_equals_the_oracle((loss[0], gradients), oracle.nt_xent_and_gradients(a, b, 0.3, clip, 0.1, queue))
-
-
-def memory(batch, devices=8, **options):
-    """Bytes of temporary memory on each device that XLA plans for loss and gradient."""
-
-    def body(a, b):
-        return jax.grad(lambda a, b: losses.nt_xent(a, b, temperature=0.2, axis_name="i", **options)[0], (0, 1))(a, b)
-
-    views = [jax.ShapeDtypeStruct((devices, batch // devices, 128), jnp.float32)] * 2
-    mapped = jax.pmap(body, axis_name="i", devices=jax.devices()[:devices])
-    return mapped.lower(*views).compile().memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize("gather", losses.GATHERS)

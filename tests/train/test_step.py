@@ -32,6 +32,7 @@ def shard_map_step(body):
     "overrides",
     [
         ["loss.clip=0.2"],
+        ["loss.clip=0.2", "loss.clip_scope=batch", "loss.clip_from=0", "loss.clip_full=0.9"],
         pytest.param(
             [
                 "loss.clip=3",
