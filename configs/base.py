@@ -41,6 +41,19 @@ def set_backbone(c: ConfigDict, backbone: str, weights: str, *, image_size: int)
         c.optim.layer_decay = 0.75
 
 
+def train_on_embeddings(c: ConfigDict) -> None:
+    """Only projection and codebooks are trained: the settings of docs/embeddings.md, chosen on validation images."""
+    c.quantizer.metric = "ip"
+    c.quantizer.scale = 10.0
+    c.loss.temperature = 0.2
+    c.optim.learning_rate = 1e-3
+    c.optim.weight_decay = 1e-4
+    c.optim.warmup_steps = 0.1
+    c.train.total_steps = 1000
+    c.eval.every_steps = 500
+    c.data.augment.update(crop=0.7, hue=0.0, blur=0.0)
+
+
 def fine_tune(c: ConfigDict, arg: str) -> None:
     """Applies "bits=,backbone=,weights=" and the settings that Flickr and NUS-WIDE share."""
     a = arguments(arg, bits="32", backbone="", weights="")
@@ -77,7 +90,7 @@ def get_config() -> ConfigDict:
 
 def _data() -> ConfigDict:
     data = ConfigDict()
-    data.source = ""  # digits | tfds:<name> | folder:<path>
+    data.source = ""  # digits | tfds:<name> | folder:<path> | embeddings:<folder>
     data.protocol = "folder"  # which images are queries, database, training images: docs/protocols.md
     data.split_seed = -1  # seed of the split; -1 is that of the protocol, which gives the published split
     data.query = 0.1  # share of the images held out as queries (protocol folder); 0 without labels
@@ -105,12 +118,15 @@ def _data() -> ConfigDict:
     augment.jitter = 0.8  # probability of the four changes above
     augment.grayscale = 0.2  # probability
     augment.blur = 0.5  # probability
+    augment.noise = 1.0  # added to an embedding that has one view only, in standard deviations of each number
     return data
 
 
 def _model() -> ConfigDict:
     model = ConfigDict()
     model.name = ""  # vit_<ti|s|b|l><4|8|14|16|32>, resnet<18|34|50|101>, or "": a ViT of the next keys
+    model.embedder = ""  # file.py:function or module:function, instead of a backbone of ours: docs/embeddings.md
+    model.embedder_output = ()  # width and sums of its embeddings of fixed images; set by itself
     model.weights = ""  # path of published weights or of a workdir (docs/weights.md); they decide the keys marked *
     model.width = 192  # *
     model.depth = 6  # * blocks

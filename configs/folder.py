@@ -3,9 +3,10 @@
     python -m tcq train --config=configs/folder.py:/path/to/images --workdir=runs/mine
     python -m tcq train --config=configs/folder.py:/path/to/images,bits=64,weights=/models/dinov2-small \\
         --workdir=runs/mine
+    python -m tcq train --config=configs/folder.py:/path/to/images,embedder=examples/litert.py:embed --workdir=runs/mine
 
 The arguments after the folder are bits=16, 32, 64 ...; backbone=, a name such as vit_b16 or resnet18; weights=, a path
-(docs/weights.md). Other keys as usual: --config.data.image_size=64 --config.train.total_steps=5000 ...
+(docs/weights.md); embedder=, a function of yours (docs/embeddings.md). Other keys as usual: --config.data.image_size=64 --config.train.total_steps=5000 ...
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +16,7 @@ from tcq.config import base
 
 def get_config(arg: str = "") -> ConfigDict:
     """A small ViT from scratch on images of 32 x 32 pixels, or another backbone on 224 x 224 pixels."""
-    a = base.arguments(f"path={arg}", path="", bits="32", backbone="", weights="")
+    a = base.arguments(f"path={arg}", path="", bits="32", backbone="", weights="", embedder="")
     c = base.get_config()
     base.set_bits(c, a["bits"])
     c.data.source = f"folder:{a['path']}" if a["path"] else ""
@@ -24,6 +25,11 @@ def get_config(arg: str = "") -> ConfigDict:
     c.loss.temperature = 0.3
     c.train.total_steps = 1000
     c.eval.every_steps = 500
+    if a["embedder"]:
+        base.train_on_embeddings(c)
+        c.model.embedder = a["embedder"]
+        c.data.image_size = 224
+        return c
     if a["backbone"] or a["weights"]:
         base.set_backbone(c, a["backbone"], a["weights"], image_size=224)
         return c

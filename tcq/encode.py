@@ -15,11 +15,12 @@ from ml_collections import ConfigDict
 
 from tcq import augment, quantizer
 from tcq import workdir as workdirs
-from tcq.models import retriever, vit
+from tcq.models import embedder, retriever, vit
 from tcq.models import weights as published
-from tcq.runtime import devices, log
+from tcq.runtime import devices, log, signals
 from tcq.workdir import checkpoint
 
+EMBEDDED = 64  # images that `model.embedder` gets at a time
 VIEW_BATCHES = 16  # batches of images whose views are embedded before the next ones are read
 
 logger = logging.getLogger(__name__)
@@ -75,8 +76,10 @@ def as_weights(workdir: str | Path) -> published.Weights:
     return published.Weights(Path(workdir), published.OWN, {"patch": patch}, flat, [])
 
 
-def encode(encoder: Encoder, images: UInt8[np.ndarray, "N H W 3"]) -> Encoded:
+def encode(encoder: Encoder, images: UInt8[np.ndarray, "N H W 3"] | Float[np.ndarray, "N F"]) -> Encoded:
     """Features and codes of images, without augmentation, `eval.batch_size` images on a device at a time.
+
+    A model that was trained on embeddings takes these, or images if it has `model.embedder`.
 
     The processes of a run share the work, and each gets all results. Raises ValueError for another image size.
     """
@@ -86,20 +89,41 @@ def encode(encoder: Encoder, images: UInt8[np.ndarray, "N H W 3"]) -> Encoded:
     return Encoded(*(results or empty))
 
 
-def codes(encoder: Encoder, images: UInt8[np.ndarray, "N H W 3"]) -> UInt[np.ndarray, "N M"]:
+def codes(encoder: Encoder, images: UInt8[np.ndarray, "N H W 3"] | Float[np.ndarray, "N F"]) -> UInt[np.ndarray, "N M"]:
     """Returns only the codes of images, as `encode` does; features take much more memory."""
     return (_in_batches(encoder, images, with_features=False) or (_no_codes(encoder),))[0]
 
 
 def _in_batches(encoder: Encoder, images: np.ndarray, *, with_features: bool) -> tuple[np.ndarray, ...] | None:
     """Codes, with features if `with_features`; None without images."""
-    side = encoder.config.data.image_size
-    if images.shape[1:] != (side, side, 3):
-        raise ValueError(f"images {images.shape} do not fit the encoder: must be (N, {side}, {side}, 3)")
+    m, side = encoder.config.model, encoder.config.data.image_size
+    takes_embeddings = retriever.takes_embeddings(encoder.model)
+    of_images = images.shape[1:] == (side, side, 3) and not (takes_embeddings and not m.embedder)
+    if not of_images and not (takes_embeddings and images.shape[1:] == (m.width,)):
+        allowed = f"embeddings (N, {m.width})" if takes_embeddings else f"(N, {side}, {side}, 3)"
+        raise ValueError(f"images {images.shape} do not fit the encoder: must be {allowed}")
     if not len(images):
         return None
+    if takes_embeddings and of_images:
+        images = _embed_images(encoder, images)
     run = _compiled_encoder(encoder.model, with_features)
     return devices.map_in_batches(run, devices.replicate(encoder.variables), images, encoder.config.eval.batch_size)
+
+
+def _embed_images(encoder: Encoder, images: np.ndarray) -> Float[np.ndarray, "N F"]:
+    """The embeddings of images by `model.embedder`. Raises EmbedderError if it is not the one of the training."""
+    m = encoder.config.model
+    _require_embedder(m.embedder, encoder.config.data.image_size, tuple(m.embedder_output))
+    progress = log.Progress(logger, "embedding images", len(images))
+    parts = []
+    for first in range(0, len(images), EMBEDDED):
+        parts.append(embedder.run(m.embedder, np.asarray(images[first : first + EMBEDDED])))
+        progress.update(first + len(parts[-1]))
+        signals.poll()
+    return np.concatenate(parts)
+
+
+_require_embedder = lru_cache(maxsize=4)(embedder.require_same)
 
 
 def _no_codes(encoder: Encoder) -> np.ndarray:
@@ -110,7 +134,7 @@ def _no_codes(encoder: Encoder) -> np.ndarray:
 @lru_cache(maxsize=4)
 def _compiled_encoder(model: retriever.Retriever, with_features: bool) -> Any:
     def body(variables: retriever.Variables, images: Array) -> tuple[Array, ...]:
-        outputs = model.apply(variables, images.astype(jnp.float32) / 255)
+        outputs = model.apply(variables, retriever.scaled(images))
         assert isinstance(outputs, retriever.Outputs)
         codes = quantizer.hard_assign(outputs.features, outputs.codebooks, metric=model.metric)
         return (outputs.features, codes) if with_features else (codes,)

@@ -14,6 +14,7 @@ LAYERS = (
     {"models", "losses", "data", "ranking"},
     {"config", "workdir"},
     {"encode", "sweep", "doctor"},
+    {"embed"},
     {"evaluate", "index"},
     {"train"},
     {"cli"},

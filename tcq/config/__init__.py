@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tcq.config import checks, files, overrides, pretrained
+from tcq.config import checks, embedded, files, overrides, pretrained
 from tcq.config.checks import check_run
 from tcq.config.derived import (
     ClipRule,
@@ -87,6 +87,9 @@ def load(path: str, overrides: Iterable[str] = (), *, workdir: str | Path | None
     checks.check_types(config, defaults)
     values = _parse(overrides, defaults)
     config.update_from_flattened_dict(values)
+    if embedded.applies(config):
+        checks.check_types(config, defaults)
+        embedded.apply(config, overridden=values)
     if config.model.weights:  # decides keys that are checked below
         config.model.weights = _absolute(config.model.weights)
         before = _keys_of_workdir(config, workdir)

@@ -10,7 +10,7 @@ from tcq import losses, metrics, quantizer, ranking
 from tcq.config import derived
 from tcq.config.overrides import COUNT_OR_SHARE, ConfigError, flatten, suggestion
 from tcq.data import images, protocols
-from tcq.models import resnet, vit
+from tcq.models import embedder, resnet, vit
 
 OPTIMIZERS = ("adamw", "lars", "sgd")
 DTYPES = ("float32", "bfloat16")
@@ -84,7 +84,8 @@ ALLOWED: dict[str, Choice | Range] = {
     "data.augment.jitter": SHARE,
     "data.augment.grayscale": SHARE,
     "data.augment.blur": SHARE,
-    "model.name": _one_of(("", *vit.NAMED, *resnet.NAMED)),
+    "data.augment.noise": Range(0),
+    "model.name": _one_of(("", embedder.NAME, *vit.NAMED, *resnet.NAMED)),
     "model.width": POSITIVE_COUNT,
     "model.depth": POSITIVE_COUNT,
     "model.heads": POSITIVE_COUNT,
@@ -219,7 +220,17 @@ def _backbone_problems(c: ConfigDict) -> Iterator[str]:
         values = m[key]
         if len(values) != 3 or not all(isinstance(x, int | float) and low < x < inf for x in values):
             yield f"model.{key} {values} must be three finite numbers{', above 0' if key == 'std' else ''}"
-    yield from _resnet_problems(c) if m.name in resnet.NAMED else _vit_problems(c)
+    if m.name == embedder.NAME:
+        yield from _embedding_problems(c)
+    else:
+        yield from _resnet_problems(c) if m.name in resnet.NAMED else _vit_problems(c)
+
+
+def _embedding_problems(c: ConfigDict) -> Iterator[str]:
+    if c.optim.frozen_blocks >= 0:
+        yield f"optim.frozen_blocks {c.optim.frozen_blocks} must be -1: embeddings have no blocks that could be trained"
+    if c.model.embedder and c.data.views < 2:
+        yield f"data.views {c.data.views} must be at least 2: model.embedder embeds this many views of each image once"
 
 
 def _vit_problems(c: ConfigDict) -> Iterator[str]:

@@ -1,4 +1,7 @@
-"""The kinds of sources: "digits", "tfds:<name>" and "folder:<path>". Images are decoded once to uint8 and cached."""
+"""The kinds of sources: "digits", "tfds:<name>", "folder:<path>" and "embeddings:<folder>".
+
+Images are decoded once to uint8 and cached. Embeddings are mapped from their files.
+"""
 
 import hashlib
 import io
@@ -10,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tcq.data import cache, protocols
+from tcq.data import cache, embeddings, protocols
 from tcq.data.images import WHOLE, Resize, decode, resize_of
 from tcq.data.source import Source, SourceError
 from tcq.runtime import signals, storage
@@ -43,7 +46,11 @@ def _open(data: ConfigDict) -> Source:
         from tcq.data.datasets import reader  # only here: importing tensorflow_datasets takes a second
 
         return reader.read(rest, data)
-    raise SourceError(f"data.source {data.source!r} is unknown: use digits, tfds:<name> or folder:<path>")
+    if kind == "embeddings" and rest:
+        return embeddings.open_folder(rest)
+    raise SourceError(
+        f"data.source {data.source!r} is unknown: use digits, tfds:<name>, folder:<path> or embeddings:<folder>"
+    )
 
 
 def folder(path: str | Path, *, size: int, resize: Resize = WHOLE, cache_dir: str = "") -> Source:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from tcq import config as configs
-from tcq import encode, metrics, ranking
+from tcq import embed, encode, metrics, ranking
 from tcq import workdir as workdirs
 from tcq.data import protocols, splits
-from tcq.data.sources import open_source
 from tcq.evaluate import baselines, report, retrieval
 from tcq.evaluate.report import NAMES, EvaluateError, Evaluation, read_recorded, table
+from tcq.models import retriever
 from tcq.runtime import processes, storage
 
 __all__ = ["NAMES", "EvaluateError", "evaluate", "read_recorded", "table"]
@@ -46,7 +46,7 @@ def evaluate(workdir: str | Path, *, which: str = "best", overrides: Sequence[st
 def _encode(folder: Path, encoder: encode.Encoder) -> Evaluation:
     """The images of a run and their codes. Raises EvaluateError if there is nothing to score."""
     config = encoder.config
-    source = open_source(config.data)
+    source = embed.open_source(config)
     split = splits.of_source(source, config.data)
     processes.require_same("images", {"names": splits.names_digest(source), "split": protocols.digest(split)})
     processes.on_first(lambda: workdirs.claim_data(folder, source, split))
@@ -105,6 +105,11 @@ def _own_positions(split: protocols.Split) -> np.ndarray | None:
     return positions if (positions >= 0).any() else None
 
 
+def _cosine(queries: np.ndarray, database: np.ndarray) -> retrieval.Scorer:
+    unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (queries, database)]
+    return lambda block: unit[0][block] @ unit[1].T
+
+
 def _baselines(evaluation: Evaluation) -> dict[str, retrieval.Scorer]:
     """Scores by FAISS PQ on pixels, and by PQ, PCA + PQ and PCA + signs on our features, with as many bits as ours."""
     encoder, source, split, queries, database = evaluation
@@ -113,8 +118,8 @@ def _baselines(evaluation: Evaluation) -> dict[str, retrieval.Scorer]:
         logger.warning(f"no FAISS baselines: {len(split.database)} database images for {q.num_codewords} codewords")
         return {}
 
-    def pixels(images: np.ndarray) -> np.ndarray:
-        return source.images[images].reshape(len(images), -1).astype(np.float32) / 255
+    def inputs(images: np.ndarray) -> np.ndarray:
+        return np.asarray(retriever.scaled(source.images[images])).reshape(len(images), -1)
 
     sample = np.random.RandomState(0).permutation(len(split.database))[: FAISS_SAMPLE * q.num_codewords]
 
@@ -130,12 +135,21 @@ def _baselines(evaluation: Evaluation) -> dict[str, retrieval.Scorer]:
 
         return score
 
+    name = "pq_pixels" if source.images.ndim == 4 else "pq_embeddings"
     project = baselines.pca(database.features[sample], bits)
     projected = project(queries.features)  # all at once: products of other shapes round differently
     signs = baselines.sign_bits(database.features[sample], bits)
     codes = signs(database.features)
-    return {
-        "pq_pixels": pq(lambda b: pixels(split.query[b]), lambda i: pixels(split.database[i])),
+    others: dict[str, retrieval.Scorer] = {}
+    if name == "pq_embeddings":
+        mean = inputs(split.database[sample]).mean(axis=0, keepdims=True)
+        width = q.num_codebooks * q.codeword_dim
+        rotate = baselines.faiss_opq(inputs(split.database[sample]) - mean, num_codebooks=q.num_codebooks, width=width)
+        rotated = rotate(inputs(split.query) - mean)
+        others["opq_embeddings"] = pq(lambda b: rotated[b], lambda i: rotate(inputs(split.database[i]) - mean))
+        others["float_embeddings"] = _cosine(inputs(split.query) - mean, inputs(split.database) - mean)
+    return others | {
+        name: pq(lambda b: inputs(split.query[b]), lambda i: inputs(split.database[i])),
         "pq_features": pq(lambda b: queries.features[b], lambda i: database.features[i]),
         "pca_pq_features": pq(lambda b: projected[b], lambda i: project(database.features[i])),
         "pca_sign_features": lambda block: signs(queries.features[block]) @ codes.T,

@@ -47,6 +47,19 @@ def pad(vectors: Float[np.ndarray, "N D"], num_codebooks: int) -> Float[np.ndarr
     return np.ascontiguousarray(np.pad(vectors, [(0, 0), (0, extra)]), np.float32)
 
 
+def faiss_opq(
+    train: Float[np.ndarray, "T D"], *, num_codebooks: int, width: int
+) -> Callable[[np.ndarray], Float[np.ndarray, "N E"]]:
+    """FAISS's optimized rotation to at most `width` numbers, a multiple of M, as a map of (N, D) rows."""
+    import faiss
+
+    train = np.ascontiguousarray(train, np.float32)
+    width = max(min(width, train.shape[1]) // num_codebooks, 1) * num_codebooks
+    matrix = faiss.OPQMatrix(train.shape[1], num_codebooks, width)
+    matrix.train(train)
+    return lambda rows: matrix.apply(np.ascontiguousarray(rows, np.float32))
+
+
 def pca(train: Float[np.ndarray, "T D"], width: int) -> Callable[[np.ndarray], np.ndarray]:
     """A map of (N, D) rows to the `width` directions of largest variance of `train` (at most D and T), by FAISS."""
     import faiss

@@ -13,6 +13,7 @@ from tcq import config as configs
 from tcq.data import protocols
 from tcq.data.source import Source
 from tcq.evaluate import retrieval
+from tcq.models import retriever
 from tcq.runtime import devices
 
 MAX_BATCHES = 4  # of the training size, for the loss and the quality of clipping
@@ -25,9 +26,11 @@ def validate(encoder: encode.Encoder, source: Source, split: protocols.Split) ->
     """
     if len(split.validation) < 2:
         return {}
-    config, images = encoder.config, source.images[split.validation]
+    config = encoder.config
+    images = source.images[split.validation]
     labels = None if source.labels is None else source.labels[split.validation]
-    values = clip_quality(encoder, images, labels)
+    rows = images if source.views is None else source.views[split.validation][:, :2]
+    values = clip_quality(encoder, rows, labels)
     if source.labels is None:
         return values
     chosen = np.sort(np.random.RandomState(0).permutation(split.train)[: config.eval.max_database])
@@ -40,8 +43,10 @@ def validate(encoder: encode.Encoder, source: Source, split: protocols.Split) ->
     return {"mAP": result.mean_average_precision} | values
 
 
-def clip_quality(encoder: encode.Encoder, images: UInt8[np.ndarray, "N H W 3"], labels: Any) -> dict[str, float]:
+def clip_quality(encoder: encode.Encoder, images: np.ndarray, labels: Any) -> dict[str, float]:
     """The training loss and its logs on held-out images, with views drawn from a fixed key.
+
+    `images` are uint8 (N, H, W, 3), or embeddings: (N, F), to which noise is added, or two views each (N, 2, F).
 
     The loss is without a queue, and with the complete `loss.clip` whatever the step, so that steps can be compared.
     With labels the logs have clip_precision, clip_recall and false_negative_rate (see `losses.nt_xent`). All are means
@@ -88,7 +93,16 @@ def _compiled_views(model: Any, strengths: tuple[tuple[str, float], ...]) -> Any
             first, second = (augment.random_view(key, image, dict(strengths)) for key in keys)
             return first, second
 
-        a, b = jax.vmap(pair)(rows["image"].astype(jnp.float32) / 255, rows["index"])
+        images = retriever.scaled(rows["image"])
+        if images.ndim == 3:
+            a, b = images[:, 0], images[:, 1]
+        elif images.ndim == 2:
+            keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(0), index))(rows["index"])
+            noise = jax.vmap(lambda key: jax.random.normal(key, (2, images.shape[1])))(keys)
+            std = dict(strengths)["noise"] * variables["params"]["backbone"]["std"]
+            a, b = (images + std[None] * noise[:, view] for view in range(2))
+        else:
+            a, b = jax.vmap(pair)(images, rows["index"])
         out_a, out_b = model.apply(variables, a), model.apply(variables, b)
         return out_a.features, out_b.features, out_a.reconstructions, out_b.reconstructions
 

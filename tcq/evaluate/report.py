@@ -44,6 +44,9 @@ NAMES = {
     "best_possible": "best possible order",
     "random": "random order (exact expectation)",
     "pq_pixels": "FAISS PQ on pixels",
+    "pq_embeddings": "FAISS PQ on the embeddings",
+    "opq_embeddings": "FAISS OPQ and PQ on the embeddings",
+    "float_embeddings": "the embeddings, centred, cosine",
     "pq_features": "FAISS PQ on tcq's float features",
     "pca_pq_features": "PCA and FAISS PQ on tcq's float features",
     "pca_sign_features": "PCA, rotation and signs of tcq's float features",
@@ -144,7 +147,8 @@ def write(
     title = f"{results['source']}, {results['bits']} bits, mAP@{results['k']}"
     curves = {NAMES[n]: results["curves"][n] for n in retrievals}
     plots.curves(folder / CURVES, curves, ks=results["curves"]["k"], title=title)
-    _gallery(folder / GALLERY, evaluation, retrievals["asymmetric"].average_precision)
+    if evaluation.source.images.ndim == 4 or evaluation.source.pictures is not None:
+        _gallery(folder / GALLERY, evaluation, retrievals["asymmetric"].average_precision)
 
 
 def _gallery(path: Path, evaluation: Evaluation, average_precision: np.ndarray) -> None:
@@ -164,10 +168,11 @@ def _gallery(path: Path, evaluation: Evaluation, average_precision: np.ndarray) 
     _, nearest = ranking.top_k(tables, database.codes, GALLERY_ITEMS, norms=norms)
     assert source.labels is not None
     relevant = retrieval.relevance(source.labels[split.query[shown]], source.labels[split.database])
+    images = source.images if source.pictures is None else source.pictures
     plots.gallery(
         path,
-        [source.images[i] for i in split.query[shown]],
-        [[source.images[split.database[n]] for n in row] for row in nearest],
+        [images[i] for i in split.query[shown]],
+        [[images[split.database[n]] for n in row] for row in nearest],
         right=np.take_along_axis(relevant, nearest, axis=1),
         title=f"{config.data.source}, {configs.bits(config)} bits: queries sorted by average precision",
     )

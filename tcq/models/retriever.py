@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key, UInt8
 from ml_collections import ConfigDict
 
 from tcq import quantizer
-from tcq.models import kmeans, resnet, vit
+from tcq.models import embedder, kmeans, resnet, vit
 
 Params = Mapping[str, Any]
 Variables = Mapping[str, Any]  # "params", and for a ResNet "batch_stats"
@@ -57,11 +57,15 @@ class Retriever(nn.Module):
             "codebooks", nn.initializers.normal(1 / np.sqrt(self.codeword_dim)), shape, jnp.float32
         )
 
-    def __call__(self, images: Float[Array, "N H W 3"], *, train: bool = False) -> Outputs:
+    def __call__(self, images: Float[Array, "N H W 3"] | Float[Array, "N F"], *, train: bool = False) -> Outputs:
         return self.head(self.embed(images, train=train))
 
-    def embed(self, images: Float[Array, "N H W 3"], *, train: bool = False) -> Float[Array, "N F"]:
-        """The output of the backbone, float32."""
+    def embed(
+        self, images: Float[Array, "N H W 3"] | Float[Array, "N F"], *, train: bool = False
+    ) -> Float[Array, "N F"]:
+        """The output of the backbone, float32; of images, or of embeddings if the model takes these."""
+        if takes_embeddings(self):
+            return self.backbone(images.astype(jnp.float32))
         mean, std = (jnp.array(x, images.dtype)[None, None, None] for x in (self.mean, self.std))
         pixels = (images - mean) / std
         return self.backbone(pixels, train=train and not self.frozen).astype(jnp.float32)
@@ -72,6 +76,18 @@ class Retriever(nn.Module):
         codebooks = quantizer.unit_codewords(self.codebooks) if self.metric == "ip" else self.codebooks
         weights = quantizer.soft_assign(features, codebooks, scale=self.scale, metric=self.metric)
         return Outputs(features, weights, quantizer.reconstruct(weights, codebooks), codebooks)
+
+
+def takes_embeddings(model: nn.Module) -> bool:
+    """Whether the input of a retriever is embeddings (N, F), not images."""
+    return isinstance(getattr(model, "backbone", model), embedder.Standardize)
+
+
+def scaled(images: Any) -> Any:
+    """The input of a model: uint8 pixels as float32 in [0, 1]; embeddings as float32."""
+    is_pixels = images.dtype == np.uint8
+    images = images.astype(jnp.float32)
+    return images / 255 if is_pixels else images
 
 
 def from_config(config: ConfigDict, *, axis_name: str | None = None) -> Retriever:
@@ -92,6 +108,8 @@ def from_config(config: ConfigDict, *, axis_name: str | None = None) -> Retrieve
 
 def _backbone(config: ConfigDict, axis_name: str | None) -> nn.Module:
     m = config.model
+    if m.name == embedder.NAME:
+        return embedder.Standardize(m.width)
     if m.name in resnet.NAMED:
         return resnet.ResNet(
             *resnet.NAMED[m.name],
@@ -127,14 +145,18 @@ def _backbone(config: ConfigDict, axis_name: str | None) -> nn.Module:
 
 def shapes(model: nn.Module, image_size: int) -> Variables:
     """Shapes and dtypes of the variables of a retriever or a backbone, without computing them."""
-    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    shape: tuple[int, ...] = (1, image_size, image_size, 3)
+    if takes_embeddings(model):
+        backbone: Any = getattr(model, "backbone", model)
+        shape = (1, backbone.width)
+    image = jax.ShapeDtypeStruct(shape, jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), image)
 
 
 def init(
     key: Key[Array, ""],
     model: Retriever,
-    images: UInt8[np.ndarray, "N H W 3"],
+    images: UInt8[np.ndarray, "N H W 3"] | Float[np.ndarray, "N F"],
     *,
     codewords: str,
     backbone: Variables | None = None,
@@ -144,7 +166,7 @@ def init(
     Args:
       key: source of randomness.
       model: as `from_config` gives it.
-      images: training images, uint8, of the size that the model is for.
+      images: training images, uint8, of the size that the model is for; or embeddings, whose mean and spread are kept.
       codewords: how the codebooks are initialized, see below.
       backbone: variables of the backbone, such as published weights; None: random ones.
 
@@ -155,7 +177,9 @@ def init(
     is zero and the codewords are normal.
     """
     init_key, draw_key = jax.random.split(key)
-    variables: dict[str, Any] = dict(jax.jit(model.init)(init_key, jnp.asarray(images[:1], jnp.float32) / 255))
+    variables: dict[str, Any] = dict(jax.jit(model.init)(init_key, scaled(images[:1])))
+    if takes_embeddings(model):
+        backbone = {"params": embedder.statistics(images)}
     for collection, values in (backbone or {}).items():
         variables[collection] = {**variables[collection], "backbone": values}
     if codewords == "random":
@@ -180,11 +204,11 @@ def init(
     return variables
 
 
-def _features(model: Retriever, variables: Variables, images: UInt8[np.ndarray, "N H W 3"]) -> Float[Array, "N D"]:
+def _features(model: Retriever, variables: Variables, images: np.ndarray) -> Float[Array, "N D"]:
     """Features in batches: the activations of a large backbone on all images would not fit in memory."""
-    run = jax.jit(lambda v, x: model.apply(v, x.astype(jnp.float32) / 255).features)  # type: ignore[union-attr]
+    run = jax.jit(lambda v, x: model.apply(v, scaled(x)).features)  # type: ignore[union-attr]
     size = min(INIT_BATCH, len(images))
-    padded = np.pad(images, [(0, -len(images) % size), (0, 0), (0, 0), (0, 0)])
+    padded = np.pad(images, [(0, -len(images) % size)] + [(0, 0)] * (images.ndim - 1))
     parts = [run(variables, padded[i : i + size]) for i in range(0, len(padded), size)]
     return jnp.concatenate(parts)[: len(images)]
 

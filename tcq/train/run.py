@@ -13,12 +13,11 @@ import optax
 from ml_collections import ConfigDict
 
 from tcq import config as configs
-from tcq import encode
+from tcq import embed, encode
 from tcq import workdir as workdirs
 from tcq.data import protocols, splits
 from tcq.data.loader import batches
 from tcq.data.source import Source
-from tcq.data.sources import open_source
 from tcq.evaluate import held_out
 from tcq.models import retriever
 from tcq.runtime import devices, log, processes, storage
@@ -33,7 +32,7 @@ logger = logging.getLogger(__name__)
 def read_data(config: ConfigDict) -> tuple[Source, protocols.Split]:
     """The images and their split, checked against the config and the devices, the same in all processes."""
     processes.set_phase("reading the images")
-    source = open_source(config.data)
+    source = embed.open_source(config)
     split = splits.of_source(source, config.data)
     configs.check_run(
         config, num_devices=jax.device_count(), num_train=len(split.train), num_validation=len(split.validation)
@@ -145,6 +144,11 @@ def _training_rows(
     config: ConfigDict, model: retriever.Retriever, source: Source, split: protocols.Split, state: step.TrainState
 ) -> tuple[np.ndarray, np.ndarray]:
     """The training data and its rows to train on: images, or views that a frozen backbone embeds once."""
+    if retriever.takes_embeddings(model):
+        views = source.views
+        if views is None:
+            views = source.images[:, None] if isinstance(source.images, np.ndarray) else source.images.with_axis()
+        return views, split.train
     if config.optim.frozen_blocks >= 0 or not config.data.views:
         return source.images, split.train
     encoder = encode.Encoder(config, model, loop.items(state)["variables"], int(state.step))
@@ -178,7 +182,8 @@ def log_start(config: ConfigDict, source: Source, split: protocols.Split, state:
     B, q, steps = config.data.batch_size, config.quantizer, configs.total_steps(config, len(split.train))
     rule = configs.clip_rule(config, steps)
     labels = "no labels" if source.labels is None else f"labels of {_summarize(source.classes)}, used only to score"
-    logger.info(f"{config.data.source}: {len(source.images):,} images, {labels}; {len(source.skipped)} files skipped")
+    kind = "images" if source.images.ndim == 4 else f"embeddings of {source.images.shape[1]:,} numbers"
+    logger.info(f"{config.data.source}: {len(source.images):,} {kind}, {labels}; {len(source.skipped)} files skipped")
     logger.info(", ".join(f"{len(part):,} {name}" for name, part in split._asdict().items()))
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
     trained = sum(x.size for path, x in leaves if not optimizers.is_frozen(path, config))

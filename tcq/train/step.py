@@ -122,7 +122,9 @@ def views(config: ConfigDict, rows: Rows, step_key: Key[Array, ""]) -> tuple[Arr
 
     def pair(key: Array, image: Array, index: Array) -> tuple[Array, Array]:
         if image.ndim == 2:
-            first, second = jax.random.choice(key, num_views, (2,), replace=False)
+            if len(image) == 1:
+                return image[0], image[0]
+            first, second = jax.random.choice(key, len(image), (2,), replace=False)
             return image[first], image[second]
         if num_views:
             numbers = jax.random.choice(key, num_views, (2,), replace=False)
@@ -132,8 +134,20 @@ def views(config: ConfigDict, rows: Rows, step_key: Key[Array, ""]) -> tuple[Arr
         first, second = (augment.random_view(k, image / 255, strengths) for k in keys)
         return first, second
 
-    keys = jax.vmap(lambda place: jax.random.fold_in(step_key, place))(rows.place)
+    keys = _place_keys(rows, step_key)
     return jax.vmap(pair)(keys, rows.image.astype(jnp.float32), rows.image_index)
+
+
+def noisy_views(
+    rows: Float[Array, "b F"], std: Float[Array, " F"], keys: Key[Array, " b"]
+) -> tuple[Float[Array, "b F"], Float[Array, "b F"]]:
+    """Two views of each embedding: the embedding plus normal noise of a standard deviation (our choice)."""
+    noise = jax.vmap(lambda key: jax.random.normal(key, (2, rows.shape[1])))(keys)
+    return rows + std[None] * noise[:, 0], rows + std[None] * noise[:, 1]
+
+
+def _place_keys(rows: Rows, step_key: Key[Array, ""]) -> Key[Array, " b"]:
+    return jax.vmap(lambda place: jax.random.fold_in(step_key, place))(rows.place)
 
 
 def embed(trainer: Trainer, state: TrainState, rows: Rows, step_key: Key[Array, ""]) -> Embedded:
@@ -153,6 +167,13 @@ def _embed(
 ) -> tuple[Float[Array, "2 b F"], Any]:
     """Both views of some images through the backbone, and its new batch statistics; the key is for dropout."""
     pairs = views(trainer.config, rows, step_key)
+    if retriever.takes_embeddings(trainer.model):
+        if rows.image.shape[1] == 1:
+            std = trainer.config.data.augment.noise * params["backbone"]["std"]
+            pairs = noisy_views(pairs[0], std, _place_keys(rows, step_key))
+        backbone = {"params": _stop_frozen_gradients(params, trainer.config)}
+        rows_of_pairs: Any = trainer.model.apply(backbone, jnp.concatenate(pairs), method="embed")
+        return rows_of_pairs.reshape(2, -1, rows_of_pairs.shape[-1]), batch_stats
     if rows.image.ndim == 3:
         return jnp.stack(pairs), batch_stats
     variables = {"params": _stop_frozen_gradients(params, trainer.config), "batch_stats": batch_stats}

@@ -1,0 +1,149 @@
+"""Folders of embeddings: `.npy` shards and Parquet metadata, as clip-retrieval and img2dataset leave them.
+
+    img_emb/img_emb_0.npy ...     (n, F), float16 or float32: the items, one row each
+    view_emb/view_emb_0.npy ...   (n, V, F), optional: embeddings of V views of each item, for training
+    metadata/metadata_0.parquet   optional: a row for each item, with "image_path", "path", "key" or "url", and "label"
+
+The shards are in the order of the numbers in their names. Arrays are memory-mapped, never loaded as a whole.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tcq.data.source import Source, SourceError
+
+ITEMS, VIEWS, METADATA = "img_emb", "view_emb", "metadata"
+NAMES = ("image_path", "path", "key", "url", "image_url")
+CHECKED = 1024  # rows, spread over all of them, that are tested for numbers that are not finite
+
+
+class Shards:
+    """Arrays that stand for their concatenation along the first axis; an index reads only the rows it needs."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        self._arrays = list(arrays)
+        self._ends = np.cumsum([len(a) for a in arrays])
+        self.shape = (int(self._ends[-1]), *arrays[0].shape[1:])
+        self.ndim, self.dtype = len(self.shape), arrays[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        """The rows of a slice, an array of numbers, or one number."""
+        if isinstance(rows, slice):
+            rows = np.arange(*rows.indices(len(self)))
+        wanted = np.atleast_1d(np.asarray(rows, np.int64))
+        out = np.empty((len(wanted), *self.shape[1:]), self.dtype)
+        shards = np.searchsorted(self._ends, wanted, side="right")
+        for shard in np.unique(shards):
+            here = shards == shard
+            first = self._ends[shard] - len(self._arrays[shard])
+            out[here] = self._arrays[shard][wanted[here] - first]
+        return out if np.ndim(rows) else out[0]
+
+    def with_axis(self) -> "Shards":
+        """The same rows with a second axis of length 1."""
+        return Shards([a[:, None] for a in self._arrays])
+
+
+def open_folder(path: str | Path) -> Source:
+    """The embeddings below a folder, as a source whose `images` are rows (N, F), and `views` rows (N, V, F) or None.
+
+    Raises SourceError if there are none, if shards have different widths or numbers that are not finite, or if the
+    metadata does not have one row for each embedding.
+    """
+    root = Path(path).expanduser()
+    items = _shards(root, ITEMS, 2)
+    views = _shards(root, VIEWS, 3) if (root / VIEWS).is_dir() else None
+    if views is not None and (len(views) != len(items) or views.shape[2] != items.shape[1]):
+        raise SourceError(f"{root / VIEWS}: {views.shape} does not fit the embeddings {items.shape} of {root / ITEMS}")
+    for name, rows in ((ITEMS, items), (VIEWS, views)):
+        if rows is not None:
+            _check_finite(root / name, rows)
+    names, labels, classes = _metadata(root, len(items))
+    return Source(items, labels, names, classes, [], views=views)  # type: ignore[arg-type]
+
+
+def width(path: str | Path) -> int:
+    """The number F of the embeddings below a folder. Raises SourceError."""
+    return _shards(Path(path).expanduser(), ITEMS, 2).shape[1]
+
+
+def _shards(root: Path, name: str, ndim: int) -> Shards:
+    folder = root / name if (root / name).is_dir() else root
+    files = sorted(folder.glob("*.npy"), key=_number)
+    if not files:
+        raise SourceError(f"{folder}: no .npy files found: embeddings are in {root}/{ITEMS}/*.npy or {root}/*.npy")
+    arrays: list[np.ndarray] = []
+    for file in files:
+        try:
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{file}: cannot be read: {error}") from None
+        if array.ndim != ndim or array.dtype.kind != "f" or array.shape[1:] != (*arrays, array)[0].shape[1:]:
+            expected = f"{ndim} axes of floats" + (f", as the {arrays[0].shape} of {files[0].name}" if arrays else "")
+            raise SourceError(f"{file}: {array.shape} {array.dtype} must have {expected}")
+        arrays.append(array)
+    return Shards(arrays)
+
+
+def _number(path: Path) -> tuple[list[int], str]:
+    return [int(n) for n in re.findall(r"\d+", path.stem)], path.name
+
+
+def _check_finite(path: Path, rows: Shards) -> None:
+    places = np.unique(np.linspace(0, len(rows) - 1, CHECKED).astype(np.int64))
+    finite = np.isfinite(rows[places].reshape(len(places), -1)).all(axis=1)
+    if not finite.all():
+        raise SourceError(f"{path}: row {places[~finite][0]:,} has a number that is not finite: leave such rows out")
+
+
+def _metadata(root: Path, count: int) -> tuple[list[str], np.ndarray | None, list[str]]:
+    """Names, labels and classes of the items."""
+    files = sorted((root / METADATA).glob("*.parquet"), key=_number)
+    if not files:
+        return [f"{i:09d}" for i in range(count)], None, []
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise SourceError(f"{files[0]}: reading Parquet needs pyarrow: pip install pyarrow") from None
+    columns = pyarrow.parquet.ParquetFile(files[0]).schema_arrow.names
+    name = next((n for n in NAMES if n in columns), None)
+    wanted = [c for c in (name, "label") if c in columns]
+    tables = [pyarrow.parquet.read_table(file, columns=wanted) for file in files]
+    total = sum(len(t) for t in tables)
+    if total != count:
+        raise SourceError(f"{root / METADATA}: {total:,} rows for {count:,} embeddings: it must have one for each")
+
+    def column(key: str) -> list[Any]:
+        return [value for table in tables for value in table[key].to_pylist()]
+
+    names = [str(v) for v in column(name)] if name else [f"{i:09d}" for i in range(count)]
+    if "label" not in columns:
+        return names, None, []
+    values = column("label")
+    missing = next((i for i, v in enumerate(values) if v is None), None)
+    if missing is not None:
+        raise SourceError(
+            f"{root / METADATA}: row {missing:,} has no label: give all rows one, or leave out the column"
+        )
+    classes = sorted(set(values))
+    number = {c: i for i, c in enumerate(classes)}
+    return names, np.array([number[v] for v in values], np.int64), [str(c) for c in classes]
+
+
+def write_metadata(folder: Path, names: Sequence[str], labels: np.ndarray | None, classes: Sequence[str]) -> None:
+    """Writes the names and labels of items as one Parquet file; labels by the names of their classes."""
+    import pyarrow
+    import pyarrow.parquet
+
+    columns: dict[str, Any] = {"image_path": list(names)}
+    if labels is not None and labels.ndim == 1:
+        columns["label"] = [classes[i] for i in labels]
+    (folder / METADATA).mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / METADATA / "metadata_0.parquet")

@@ -1,0 +1,135 @@
+"""Embeds a collection and its views once with a user's function, into a folder that training reads."""
+
+import hashlib
+import json
+import logging
+import shutil
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from tcq import augment, encode
+from tcq.data import embeddings, sources, splits
+from tcq.data.source import Source
+from tcq.models import embedder
+from tcq.runtime import log, processes, signals, storage
+
+BLOCK = 64  # images embedded at a time
+SHARD = 2**16  # rows of a file
+SEED = 0  # of the views: runs with other seeds share them
+DONE = "done.json"
+
+logger = logging.getLogger(__name__)
+
+
+def open_source(config: ConfigDict) -> Source:
+    """The source of a config; with `model.embedder` its embeddings, which are computed once and cached.
+
+    Raises SourceError and EmbedderError.
+    """
+    source = sources.open_source(config.data)
+    if not config.model.embedder:
+        return source
+    folder = _cache(config, source)
+    processes.on_first(lambda: _fill(folder, config, source))
+    cached = embeddings.open_folder(folder)
+    return source._replace(images=cached.images, views=cached.views, pictures=source.images)
+
+
+def write(config: ConfigDict, out: str | Path) -> int:
+    """Writes the embeddings of the source of a config, and `data.views` views of each image, to a new folder.
+
+    Returns the number of images. Raises SourceError and EmbedderError, and FileExistsError if `out` exists.
+    """
+    if Path(out).exists():
+        raise FileExistsError(f"{out} exists: give another folder")
+    source = sources.open_source(config.data)
+    with storage.temporary_folder(out) as folder:
+        _write(folder, config, source, np.arange(len(source.images)))
+        folder.rename(out)
+    return len(source.images)
+
+
+def _cache(config: ConfigDict, source: Source) -> Path:
+    """The folder of the embeddings of a source, named by all that they depend on."""
+    data = config.data
+    parts = [
+        config.model.embedder,
+        [float(x) for x in config.model.embedder_output],
+        SEED,
+        data.views,
+        sorted(data.augment.items()),
+        [data.image_size, data.resize, data.interpolation, data.crop_share],
+        [data.source, data.protocol, data.split_seed, data.query, data.validation],
+        splits.names_digest(source),
+    ]
+    digest = hashlib.sha256(json.dumps(parts).encode())
+    digest.update(np.ascontiguousarray(source.images[:: max(1, len(source.images) // 256)]).tobytes())
+    home = Path(data.cache_dir) if data.cache_dir else storage.cache_home()
+    return home / "embedded" / digest.hexdigest()[:32]
+
+
+def _fill(folder: Path, config: ConfigDict, source: Source) -> None:
+    if (folder / DONE).is_file():
+        return
+    split = splits.of_source(source, config.data)
+    viewed = np.union1d(split.train, split.validation)
+    shutil.rmtree(folder, ignore_errors=True)
+    with storage.temporary_folder(folder) as temporary:
+        _write(temporary, config, source, viewed)
+        storage.write_text(temporary / DONE, json.dumps({"images": len(source.images)}))
+        temporary.rename(folder)
+
+
+def _write(folder: Path, config: ConfigDict, source: Source, viewed: np.ndarray) -> None:
+    """Writes items, the views of the images at `viewed` (zeros for others), and metadata."""
+    spec, images, views = config.model.embedder, source.images, config.data.views
+    progress = log.Progress(logger, f"embedding images and {views} views each", len(images))
+    has_views = np.isin(np.arange(len(images)), viewed)
+    draw = _compiled_views(tuple(sorted(config.data.augment.items())))
+    for name in (embeddings.ITEMS, embeddings.VIEWS)[: 2 if views else 1]:
+        (folder / name).mkdir(parents=True)
+    for number, first in enumerate(range(0, len(images), SHARD)):
+        items: Any = None
+        rows_of_views: Any = None
+        stop = min(first + SHARD, len(images))
+        for start in range(first, stop, BLOCK):
+            signals.poll()
+            rows = np.arange(start, min(start + BLOCK, stop))
+            block = np.asarray(images[rows])
+            plain = embedder.run(spec, block)
+            if items is None:
+                items = _shard(folder, embeddings.ITEMS, number, (stop - first, plain.shape[1]))
+                if views:
+                    rows_of_views = _shard(folder, embeddings.VIEWS, number, (stop - first, views, plain.shape[1]))
+            items[rows - first] = plain
+            here = has_views[rows]
+            for view in range(views) if here.any() else ():
+                pixels = np.asarray(draw(block, rows.astype(np.int32), np.int32(view)))[here]
+                rows_of_views[rows[here] - first, view] = embedder.run(spec, pixels)
+            progress.update(int(rows[-1]) + 1)
+    embeddings.write_metadata(folder, source.names, source.labels, source.classes)
+
+
+def _shard(folder: Path, name: str, number: int, shape: tuple[int, ...]) -> np.ndarray:
+    path = folder / name / f"{name}_{number}.npy"
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+
+
+@lru_cache(maxsize=2)
+def _compiled_views(strengths: tuple[tuple[str, float], ...]) -> Any:
+    """uint8 views by number, the same that a frozen backbone of ours would see."""
+
+    @jax.jit
+    def views(images: Any, indices: Any, number: Any) -> Any:
+        def view(image: Any, index: Any) -> Any:
+            return augment.random_view(encode.view_key(SEED, index, number), image / 255, dict(strengths))
+
+        return jnp.round(jax.vmap(view)(images.astype(jnp.float32), indices) * 255).astype(jnp.uint8)
+
+    return views

@@ -1,0 +1,102 @@
+"""A user's function as the frozen backbone, and the module that takes its embeddings."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+NAME = "embeddings"  # of the model whose backbone is `Standardize`
+NUM_TRIAL_IMAGES, NUM_SUMS = 2, 4
+TOLERANCE = 0.02  # of the largest sum; libraries and machines round differently
+
+Embed = Callable[[UInt8[np.ndarray, "N S S 3"]], Float[np.ndarray, "N F"]]
+
+
+class EmbedderError(ValueError):
+    """The function of `model.embedder` cannot be used; the message says why and what to do."""
+
+
+class Standardize(nn.Module):
+    """Embeddings minus their mean, divided by one number, so that their mean square is 1. It is not trained."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, rows: Float[Array, "N F"], *, train: bool = False) -> Float[Array, "N F"]:
+        mean = self.param("mean", nn.initializers.zeros, (self.width,), jnp.float32)
+        std = self.param("std", nn.initializers.ones, (self.width,), jnp.float32)
+        return (rows - mean) * scale(std)
+
+
+def scale(std: Float[Array, " F"]) -> Float[Array, ""]:
+    """The factor that `Standardize` applies."""
+    return jnp.reciprocal(jnp.sqrt(jnp.maximum(jnp.mean(std**2), 1e-12)))
+
+
+def statistics(rows: Float[np.ndarray, "N F"]) -> dict[str, Float[np.ndarray, " F"]]:
+    """The parameters of `Standardize` for some embeddings."""
+    rows = np.asarray(rows, np.float32)
+    return {"mean": rows.mean(axis=0), "std": rows.std(axis=0)}
+
+
+@lru_cache(maxsize=4)
+def load(spec: str) -> Embed:
+    """The function of "file.py:function" or "module:function". Raises EmbedderError."""
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise EmbedderError(f"model.embedder {spec!r} must be file.py:function or module:function")
+    try:
+        if place.endswith(".py"):
+            file = Path(place).expanduser()
+            module_spec = importlib.util.spec_from_file_location(f"tcq_embedder_{file.stem}", file)
+            assert module_spec and module_spec.loader
+            module = importlib.util.module_from_spec(module_spec)
+            module_spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        function: Embed = getattr(module, name)
+    except Exception as error:
+        raise EmbedderError(f"model.embedder {spec}: {type(error).__name__}: {error}") from None
+    return function
+
+
+def run(spec: str, images: UInt8[np.ndarray, "N S S 3"]) -> Float[np.ndarray, "N F"]:
+    """The embeddings of images, float32. Raises EmbedderError if the function fails or returns something else."""
+    try:
+        rows = np.asarray(load(spec)(images))
+    except EmbedderError:
+        raise
+    except Exception as error:
+        raise EmbedderError(f"model.embedder {spec} with {images.shape}: {type(error).__name__}: {error}") from error
+    if rows.ndim != 2 or len(rows) != len(images) or rows.dtype.kind != "f":
+        expected = f"floats of shape ({len(images)}, F)"
+        raise EmbedderError(f"model.embedder {spec} with {images.shape} returned {rows.shape} {rows.dtype}: {expected}")
+    if not np.isfinite(rows).all():
+        raise EmbedderError(f"model.embedder {spec}: an embedding has a number that is not finite")
+    return rows.astype(np.float32)
+
+
+def signature(spec: str, image_size: int) -> tuple[float, ...]:
+    """The width of the embeddings, and sums over those of fixed images: what tells one function from another."""
+    random = np.random.RandomState(0)
+    images = random.randint(0, 256, (NUM_TRIAL_IMAGES, image_size, image_size, 3)).astype(np.uint8)
+    rows = run(spec, images)
+    sums = rows @ np.random.RandomState(1).randn(rows.shape[1], NUM_SUMS)
+    return (float(rows.shape[1]), *(round(float(s), 6) for s in sums.ravel()))
+
+
+def require_same(spec: str, image_size: int, stored: tuple[float, ...]) -> None:
+    """Raises EmbedderError unless the function computes what it did when `stored` was its `signature`."""
+    now = signature(spec, image_size)
+    close = len(now) == len(stored) and now[0] == stored[0]
+    if not close or not np.allclose(now[1:], stored[1:], rtol=0, atol=TOLERANCE * max(map(abs, stored[1:]))):
+        raise EmbedderError(
+            f"model.embedder {spec} gives other embeddings than the run was trained on ({now[0]:.0f} numbers, sums "
+            f"{now[1:]}; then {stored[0]:.0f}, {tuple(stored[1:])}): use the same function, library and weights"
+        )
