@@ -6,7 +6,8 @@
     python -m tcq train --config=configs/folder.py:/path/to/images,embedder=examples/litert.py:embed --workdir=runs/mine
 
 The arguments after the folder are bits=16, 32, 64 ...; backbone=, a name such as vit_b16 or resnet18; weights=, a path
-(docs/weights.md); embedder=, a function of yours (docs/embeddings.md). Other keys as usual: --config.data.image_size=64 --config.train.total_steps=5000 ...
+(docs/weights.md); embedder=, a function of yours (docs/embeddings.md). Other keys as usual:
+--config.data.image_size=64 --config.train.total_steps=5000 ...
 """
 
 from ml_collections import ConfigDict

@@ -48,6 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_train,
         _add_sweep,
         _add_evaluate,
+        _add_embed,
         _add_index,
         _add_search,
         _add_serve,
@@ -257,6 +258,24 @@ def _score(workdir: str, checkpoint: str, *, overrides: Sequence[str] = (), reco
         print(f"{workdir}/{name}")
 
 
+# embed -------------------------------------------------------------------------------------------------------------
+
+
+def _add_embed(commands: Commands) -> None:
+    help = "embed a source, and views of its images, with model.embedder into a folder of .npy and Parquet files"
+    parser = _add_command(commands, "embed", help, _embed, compiles=True)
+    parser.add_argument("--config", metavar="FILE[:ARG]", required=True, help="a config with model.embedder")
+    parser.add_argument("--out", type=_path, required=True, help="new folder, for data.source=embeddings:<folder>")
+
+
+def _embed(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from tcq import config, embed
+
+    count = embed.write(config.load(arguments.config, overrides), arguments.out)
+    print(f"embedded {count:,} images: {arguments.out}")
+    return 0
+
+
 # index -------------------------------------------------------------------------------------------------------------
 
 
@@ -265,7 +284,9 @@ def _add_index(commands: Commands) -> None:
     parser = _add_command(commands, "index", help, _index, compiles=True)
     parser.add_argument("--workdir", type=_path, help="workdir of the training run whose model encodes the images")
     parser.add_argument("--checkpoint", default="best", help="best (by validation), latest, or a step (default: best)")
-    parser.add_argument("--images", type=_path, help="folder of images, with all folders below it")
+    parser.add_argument(
+        "--images", type=_path, help="folder of images, with all folders below it; or embeddings:<folder>"
+    )
     parser.add_argument(
         "--out",
         type=_path,
@@ -306,7 +327,9 @@ def _add_search(commands: Commands) -> None:
         commands, "search", "show the indexed images nearest to a query image", _search, compiles=True
     )
     parser.add_argument("--index", type=_path, required=True, help="a folder that tcq index wrote")
-    parser.add_argument("--query", type=_path, required=True, nargs="+", metavar="IMAGE", help="one or more images")
+    parser.add_argument(
+        "--query", type=_path, required=True, nargs="+", metavar="IMAGE", help="images, or .npy files of embeddings"
+    )
     parser.add_argument("--k", type=_positive, default=10, help="number of hits (default: 10)")
     parser.add_argument("--gallery", type=_path, metavar="PNG", help="write a picture of the hits")
 
@@ -317,12 +340,16 @@ def _search(arguments: argparse.Namespace, _: list[str]) -> int:
     indexed = index.open_index(arguments.index)
     queries = index.read_queries(indexed, arguments.query)
     hits_of_queries = index.search(indexed, queries, k=arguments.k)
-    for query, hits in zip(arguments.query, hits_of_queries, strict=True):
+    is_image = queries.ndim == 4
+    names = arguments.query if is_image else [f"row {i}" for i in range(len(queries))]
+    for query, hits in zip(names, hits_of_queries, strict=True):
         if len(hits_of_queries) > 1:
             print(f"# {query}")
         for rank, hit in enumerate(hits, 1):
             print(f"{rank}\t{hit.score:.6f}\t{hit.path}")
     if arguments.gallery:
+        if not is_image:
+            raise index.IndexFileError("--gallery needs query images, and the queries are embeddings")
         index.draw(indexed, queries, hits_of_queries, arguments.gallery)
         print(f"gallery: {arguments.gallery}", file=sys.stderr)
     return 0

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from tcq import augment, encode
 from tcq.data import embeddings, sources, splits
-from tcq.data.source import Source
+from tcq.data.source import Source, SourceError
 from tcq.models import embedder
 from tcq.runtime import log, processes, signals, storage
 
@@ -44,10 +44,12 @@ def open_source(config: ConfigDict) -> Source:
 def write(config: ConfigDict, out: str | Path) -> int:
     """Writes the embeddings of the source of a config, and `data.views` views of each image, to a new folder.
 
-    Returns the number of images. Raises SourceError and EmbedderError, and FileExistsError if `out` exists.
+    Returns the number of images. Raises SourceError, also if `out` exists, and EmbedderError.
     """
     if Path(out).exists():
-        raise FileExistsError(f"{out} exists: give another folder")
+        raise SourceError(f"{out} exists: give another folder")
+    if not config.model.embedder:
+        raise embedder.EmbedderError("model.embedder is empty: give --config.model.embedder=file.py:function")
     source = sources.open_source(config.data)
     with storage.temporary_folder(out) as folder:
         _write(folder, config, source, np.arange(len(source.images)))

@@ -76,10 +76,11 @@ def as_weights(workdir: str | Path) -> published.Weights:
     return published.Weights(Path(workdir), published.OWN, {"patch": patch}, flat, [])
 
 
-def encode(encoder: Encoder, images: UInt8[np.ndarray, "N H W 3"] | Float[np.ndarray, "N F"]) -> Encoded:
+def encode(encoder: Encoder, images: Any) -> Encoded:
     """Features and codes of images, without augmentation, `eval.batch_size` images on a device at a time.
 
-    A model that was trained on embeddings takes these, or images if it has `model.embedder`.
+    Images are uint8 (N, H, W, 3). A model that was trained on embeddings takes these, (N, F), or images if it has
+    `model.embedder`.
 
     The processes of a run share the work, and each gets all results. Raises ValueError for another image size.
     """
@@ -89,12 +90,12 @@ def encode(encoder: Encoder, images: UInt8[np.ndarray, "N H W 3"] | Float[np.nda
     return Encoded(*(results or empty))
 
 
-def codes(encoder: Encoder, images: UInt8[np.ndarray, "N H W 3"] | Float[np.ndarray, "N F"]) -> UInt[np.ndarray, "N M"]:
+def codes(encoder: Encoder, images: Any) -> UInt[np.ndarray, "N M"]:
     """Returns only the codes of images, as `encode` does; features take much more memory."""
     return (_in_batches(encoder, images, with_features=False) or (_no_codes(encoder),))[0]
 
 
-def _in_batches(encoder: Encoder, images: np.ndarray, *, with_features: bool) -> tuple[np.ndarray, ...] | None:
+def _in_batches(encoder: Encoder, images: Any, *, with_features: bool) -> tuple[np.ndarray, ...] | None:
     """Codes, with features if `with_features`; None without images."""
     m, side = encoder.config.model, encoder.config.data.image_size
     takes_embeddings = retriever.takes_embeddings(encoder.model)

@@ -1,14 +1,15 @@
 """Batches of training images: a pure function of (seed, step), read ahead in threads by Grain."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Int64, Shaped
+from jaxtyping import Int64
 
 
 def batches(
-    images: Shaped[np.ndarray, "N ..."] | None,
+    images: Any,
     indices: Int64[np.ndarray, " T"],
     *,
     batch_size: int,
@@ -22,7 +23,7 @@ def batches(
     """Endless batches of this process.
 
     Args:
-      images: uint8 images, or their features; None if they are on the devices already.
+      images: uint8 images, or embeddings of their views; None if they are on the devices already.
       indices: the rows of `images` to train on, shuffled for every epoch. A batch may span two epochs, so no image is
         dropped.
       batch_size: images over all processes; process p of P gets the p-th of P equal parts of every batch.

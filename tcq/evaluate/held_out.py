@@ -4,9 +4,8 @@ from functools import lru_cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, UInt8
+from jaxtyping import Array
 
 from tcq import augment, encode, losses
 from tcq import config as configs

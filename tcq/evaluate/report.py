@@ -51,6 +51,8 @@ NAMES = {
     "pca_pq_features": "PCA and FAISS PQ on tcq's float features",
     "pca_sign_features": "PCA, rotation and signs of tcq's float features",
 }
+OF_PIXELS = ("pq_pixels",)
+OF_EMBEDDINGS = ("pq_embeddings", "opq_embeddings", "float_embeddings")
 
 
 class EvaluateError(ValueError):
@@ -78,6 +80,7 @@ def results(
     best = metrics.best_possible(relevant, k=k, denominator=conventions.denominator)
     values["best_possible"] = metrics.mean(best, relevant, empty=conventions.empty)
     shown = [c for c in ks if c in SHOWN or c == k]
+    absent = OF_EMBEDDINGS if source.images.ndim == 4 else OF_PIXELS
     return {
         "protocol": config.data.protocol,
         "protocol_source": protocol.source,
@@ -92,7 +95,7 @@ def results(
         "seed": protocol.seed if config.data.split_seed < 0 else config.data.split_seed,
         "conventions": _conventions(config, split),
         "notes": list(source.notes),
-        "mAP": {name: values.get(name) for name in NAMES},
+        "mAP": {name: values.get(name) for name in NAMES if name not in absent},
         "precision_at": {
             name: {str(c): float(result.precision[ks.index(c)]) for c in shown} for name, result in retrievals.items()
         },

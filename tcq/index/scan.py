@@ -4,20 +4,42 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tcq import encode
-from tcq.data import sources
+from tcq.data import embeddings, sources
 from tcq.data.images import resize_of
-from tcq.data.source import Source
+from tcq.data.source import Source, SourceError
+from tcq.models import retriever
 from tcq.runtime import storage
+
+EMBEDDINGS = "embeddings:"
 
 
 def read_folder(encoder: encode.Encoder, images: str | Path) -> Source:
-    """Every image below a folder, decoded as the encoder needs it. Raises as `sources.folder`."""
-    data = encoder.config.data
+    """Every image below a folder, decoded as the encoder needs it, or the rows of "embeddings:<folder>".
+
+    Raises as `sources.folder` and `embeddings.open_folder`, and SourceError if the encoder takes the other kind.
+    """
+    data, m = encoder.config.data, encoder.config.model
+    takes_embeddings = retriever.takes_embeddings(encoder.model)
+    if is_embeddings(images):
+        source = embeddings.open_folder(str(images).removeprefix(EMBEDDINGS))
+        if not takes_embeddings or source.images.shape[1] != m.width:
+            takes = f"embeddings of {m.width} numbers" if takes_embeddings else "images"
+            raise SourceError(f"{images}: rows of {source.images.shape[1]} numbers; the model takes {takes}")
+        return source
+    if takes_embeddings and not m.embedder:
+        raise SourceError(f"{images}: the model was trained on embeddings: give --images=embeddings:<folder>")
     return sources.folder(images, size=data.image_size, resize=resize_of(data), cache_dir=data.cache_dir)
 
 
+def is_embeddings(images: str | Path) -> bool:
+    """Whether the argument names a folder of embeddings, not of images."""
+    return str(images).startswith(EMBEDDINGS)
+
+
 def full_paths(images: str | Path, names: Sequence[str]) -> list[str]:
-    """The absolute paths, or URLs, of images by their names below a folder."""
+    """The absolute paths, or URLs, of images by their names below a folder; the names of embeddings as they are."""
+    if is_embeddings(images):
+        return list(names)
     if storage.is_url(images):
         return [str(storage.join(images, name)) for name in names]
     root = Path(images).expanduser().resolve()

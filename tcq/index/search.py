@@ -11,6 +11,7 @@ from tcq import config as configs
 from tcq import encode, plots, ranking
 from tcq.data.images import ImageError, decode, resize_of
 from tcq.index.store import Index, IndexFileError
+from tcq.models import retriever
 from tcq.runtime import storage
 
 THUMBNAIL = 96  # pixels; smaller images are enlarged to it
@@ -23,9 +24,18 @@ class Hit(NamedTuple):
     score: float
 
 
-def read_queries(index: Index, paths: Sequence[str | Path]) -> UInt8[np.ndarray, "Q H W 3"]:
-    """Query images, decoded as the encoder needs them. Raises IndexFileError with the file and the reason."""
-    data, queries = index.encoder.config.data, []
+def read_queries(index: Index, paths: Sequence[str | Path]) -> UInt8[np.ndarray, "Q H W 3"] | Float[np.ndarray, "Q F"]:
+    """Query images, decoded as the encoder needs them, or the embeddings of .npy files, one row or several in each.
+
+    Raises IndexFileError with the file and the reason.
+    """
+    data, m = index.encoder.config.data, index.encoder.config.model
+    takes_embeddings = retriever.takes_embeddings(index.encoder.model)
+    if any(str(path).endswith(".npy") for path in paths):
+        return np.concatenate([_read_embeddings(path, m.width if takes_embeddings else 0) for path in paths])
+    if takes_embeddings and not m.embedder:
+        raise IndexFileError(f"query {str(paths[0])!r}: the model was trained on embeddings: give a .npy file of them")
+    queries = []
     for path in paths:
         try:
             queries.append(decode(path, size=data.image_size, resize=resize_of(data)))
@@ -34,8 +44,23 @@ def read_queries(index: Index, paths: Sequence[str | Path]) -> UInt8[np.ndarray,
     return np.stack(queries)
 
 
-def search(index: Index, images: UInt8[np.ndarray, "Q H W 3"], *, k: int = 10) -> list[list[Hit]]:
-    """The k nearest indexed images of each query image, best first. Raises ValueError as `ranking.top_k`."""
+def _read_embeddings(path: str | Path, width: int) -> Float[np.ndarray, "_ F"]:
+    if not width:
+        raise IndexFileError(f"query {str(path)!r}: the model takes images, not embeddings")
+    try:
+        rows = np.atleast_2d(np.load(path, allow_pickle=False)).astype(np.float32)
+    except (OSError, ValueError) as error:
+        raise IndexFileError(f"query {str(path)!r}: embeddings cannot be read: {error}") from None
+    if rows.ndim != 2 or rows.shape[1] != width or not np.isfinite(rows).all():
+        raise IndexFileError(f"query {str(path)!r}: {rows.shape} must be finite rows of {width} numbers")
+    return rows
+
+
+def search(index: Index, images: np.ndarray, *, k: int = 10) -> list[list[Hit]]:
+    """The k nearest indexed images of each query, best first: images uint8 (Q, H, W, 3), or embeddings (Q, F).
+
+    Raises ValueError as `encode.encode` and `ranking.top_k`.
+    """
     features = encode.encode(index.encoder, images).features
     scores, ids = search_features(index, features, k=k)
     return [[Hit(index.paths[i], float(s)) for i, s in zip(*row, strict=True)] for row in zip(ids, scores, strict=True)]

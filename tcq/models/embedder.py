@@ -31,7 +31,7 @@ class Standardize(nn.Module):
     def __call__(self, rows: Float[Array, "N F"], *, train: bool = False) -> Float[Array, "N F"]:
         mean = self.param("mean", nn.initializers.zeros, (self.width,), jnp.float32)
         std = self.param("std", nn.initializers.ones, (self.width,), jnp.float32)
-        return (rows - mean) * scale(std)
+        return (rows - mean[None]) * scale(std)
 
 
 def scale(std: Float[Array, " F"]) -> Float[Array, ""]:

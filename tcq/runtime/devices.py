@@ -131,7 +131,7 @@ def map_in_batches(function: Callable[[Any, Any], Any], params: Any, rows: Any, 
     size = min(batch_size, length)
     begin, end = (edge * size for edge in processes.share(-(-length // size)))
 
-    def device_batch(x: np.ndarray, start: int) -> np.ndarray:
+    def device_batch(x: Any, start: int) -> np.ndarray:
         part = np.asarray(x[start : min(start + size * devices, end)])
         padded = np.pad(part, [(0, size * devices - len(part))] + [(0, 0)] * (part.ndim - 1))
         return padded.reshape(devices, size, *part.shape[1:])

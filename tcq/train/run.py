@@ -114,7 +114,6 @@ def make_job(
 ) -> loop.Job:
     """Everything the loop needs to train from a state on."""
     steps = configs.total_steps(config, len(split.train))
-    rows: np.ndarray | None
     rows, indices = _training_rows(config, model, source, split, state)
     data: Any = ()
     if len(indices) * rows[:1].nbytes <= config.data.resident * 2**20:
@@ -142,7 +141,7 @@ def open_journal(mirror: storage.Mirror, state: step.TrainState) -> Journal:
 
 def _training_rows(
     config: ConfigDict, model: retriever.Retriever, source: Source, split: protocols.Split, state: step.TrainState
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Any, np.ndarray]:
     """The training data and its rows to train on: images, or views that a frozen backbone embeds once."""
     if retriever.takes_embeddings(model):
         views = source.views
@@ -161,9 +160,7 @@ def _training_rows(
     return rows, np.arange(len(rows))
 
 
-def _batches(
-    config: ConfigDict, rows: np.ndarray | None, indices: np.ndarray, first_step: int
-) -> Iterator[dict[str, np.ndarray]]:
+def _batches(config: ConfigDict, rows: Any, indices: np.ndarray, first_step: int) -> Iterator[dict[str, np.ndarray]]:
     return batches(
         rows,
         indices,

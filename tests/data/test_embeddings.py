@@ -1,0 +1,84 @@
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tcq.data import embeddings
+from tcq.data.source import SourceError
+
+
+def write(root, *shards, metadata=None):
+    """A folder as clip-retrieval leaves it: img_emb_<i>.npy in float16, metadata_<i>.parquet beside."""
+    (root / "img_emb").mkdir(parents=True)
+    start = 0
+    for number, rows in enumerate(shards):
+        np.save(root / "img_emb" / f"img_emb_{number}.npy", rows)
+        if metadata:
+            (root / "metadata").mkdir(exist_ok=True)
+            part = {key: values[start : start + len(rows)] for key, values in metadata.items()}
+            pyarrow.parquet.write_table(pyarrow.table(part), root / "metadata" / f"metadata_{number}.parquet")
+        start += len(rows)
+    return root
+
+
+def rows(n, width=6, seed=0):
+    return np.random.RandomState(seed).randn(n, width).astype("f2")
+
+
+def test_shards_are_in_the_order_of_their_numbers(tmp_path):
+    shards = [rows(3, seed=i) for i in range(11)]
+    metadata = {"image_path": [f"p/{i}.jpg" for i in range(33)], "caption": ["a"] * 33, "label": list("abc") * 11}
+    source = embeddings.open_folder(write(tmp_path / "e", *shards, metadata=metadata))
+    assert source.images.shape == (33, 6) and source.images.dtype == "f2" and source.views is None
+    np.testing.assert_array_equal(source.images[:], np.concatenate(shards))
+    assert source.names == metadata["image_path"]
+    assert source.classes == ["a", "b", "c"] and list(source.labels) == [0, 1, 2] * 11
+    assert embeddings.width(tmp_path / "e") == 6
+
+
+def test_plain_files_without_metadata(tmp_path):
+    np.save(tmp_path / "a.npy", rows(5))
+    source = embeddings.open_folder(tmp_path)
+    assert source.labels is None and source.names[4] == "000000004"
+
+
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=5), st.data())
+def test_rows_of_shards_are_those_of_the_whole(sizes, data):
+    sizes = [*sizes, 1]
+    whole = rows(sum(sizes))
+    shards = embeddings.Shards(np.split(whole, np.cumsum(sizes)[:-1]))
+    index = data.draw(st.lists(st.integers(0, len(whole) - 1)))
+    np.testing.assert_array_equal(shards[np.array(index, int)], whole[np.array(index, int)])
+    part = data.draw(st.slices(len(whole)))
+    np.testing.assert_array_equal(shards[part], whole[part])
+    np.testing.assert_array_equal(shards[len(whole) - 1], whole[-1])
+    np.testing.assert_array_equal(shards.with_axis()[part], whole[part][:, None])
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    bad = rows(4)
+    bad[2, 1] = np.inf
+    views = write(tmp_path / "views", rows(4))
+    (views / "view_emb").mkdir()
+    np.save(views / "view_emb" / "view_emb_0.npy", np.zeros((3, 2, 6), "f4"))
+    for folder, message in {
+        tmp_path / "none": "no .npy files found",
+        write(
+            tmp_path / "widths", rows(4), rows(4, 7)
+        ): r"img_emb_1.npy: \(4, 7\) float16 must have 2 axes of floats, as",
+        write(tmp_path / "whole", np.zeros((4, 6), int)): r"\(4, 6\) int64 must have 2 axes of floats",
+        write(tmp_path / "inf", bad): "row 2 has a number that is not finite",
+        write(tmp_path / "rows", rows(4), metadata={"path": ["a"] * 3}): "3 rows for 4 embeddings",
+        write(tmp_path / "labels", rows(2), metadata={"label": ["a", None]}): "row 1 has no label",
+        views: r"\(3, 2, 6\) does not fit the embeddings \(4, 6\)",
+    }.items():
+        with pytest.raises(SourceError, match=message):
+            embeddings.open_folder(folder)
+
+
+def test_nothing_is_unpickled(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([{"a": 1}], object), allow_pickle=True)
+    with pytest.raises(SourceError, match="cannot be read"):
+        embeddings.open_folder(tmp_path)

@@ -1,0 +1,177 @@
+"""A user's function as backbone, and embeddings from a folder, from training to search."""
+
+import json
+
+import numpy as np
+import pytest
+
+import small
+import tiny_embedder
+from tcq import config as configs
+from tcq import embed, encode, evaluate, index, train
+from tcq.data import embeddings
+from tcq.models import embedder, retriever
+from tcq.train import optimizer, step
+
+TINY = small.ROOT / "tests" / "helpers" / "tiny_embedder.py"
+HEAD = ("data.image_size=16", "data.views=3", f"model.embedder={TINY}:embed", "loss.clip=0.1", "loss.clip_scope=batch")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on the digits by the function; its workdir and its cache."""
+    folder = tmp_path_factory.mktemp("embedder")
+    train.train(small.config(*HEAD, f"data.cache_dir={folder / 'cache'}"), folder / "run")
+    return folder / "run", folder / "cache"
+
+
+def test_the_config_knows_the_width_and_what_the_function_gives(run):
+    config = json.loads((run[0] / "config.json").read_text())
+    assert config["model"]["name"] == embedder.NAME and config["model"]["width"] == 48
+    assert config["optim"]["frozen_blocks"] == -1 and len(config["model"]["embedder_output"]) == 9
+
+
+def test_items_and_views_are_those_of_the_function(run):
+    config = small.config(*HEAD, f"data.cache_dir={run[1]}")
+    source = embed.open_source(config)
+    np.testing.assert_allclose(source.images[:20], tiny_embedder.embed(source.pictures[:20]), rtol=1e-6)
+    assert source.views.shape == (len(source.images), 3, 48)
+    trained = np.asarray(source.views[:200])
+    assert (np.ptp(trained, axis=1).max(axis=1) > 0).sum() > 100  # views differ; those of queries are not drawn
+
+
+def test_it_is_embedded_once_for_all_seeds(run, monkeypatch):
+    config = small.config(*HEAD, f"data.cache_dir={run[1]}", "train.seed=3", "loss.temperature=0.1")
+    monkeypatch.setattr(embedder, "run", None)
+    embed.open_source(config)
+
+
+def test_it_learns_and_is_scored_beside_its_embeddings(run):
+    results = evaluate.evaluate(run[0], which="latest")
+    assert results["mAP"]["asymmetric"] > 1.5 * results["mAP"]["random"]
+    assert {"pq_embeddings", "opq_embeddings", "float_embeddings"} <= results["mAP"].keys()
+    assert (run[0] / "gallery.png").is_file()
+
+
+def test_images_are_indexed_and_searched_by_the_function(run, tmp_path, images):
+    count, _ = index.build(run[0], images, tmp_path / "index")
+    opened = index.open_index(tmp_path / "index")
+    queries = index.read_queries(opened, opened.paths[:4])
+    codes = encode.codes(opened.encoder, tiny_embedder.embed(queries))
+    np.testing.assert_array_equal(codes, opened.codes[:4])
+    assert [len(hits) for hits in index.search(opened, queries, k=count)] == [count] * 4
+
+
+def test_another_function_is_refused(run):
+    encoder = encode.load(run[0])
+    encoder.config.unlock()
+    pixels = np.zeros((2, 16, 16, 3), np.uint8)
+    for name, message in (("other", "gives other embeddings"), ("narrow", "5 numbers"), ("broken", "no weights")):
+        encoder.config.model.embedder = f"{TINY}:{name}"
+        with pytest.raises(embedder.EmbedderError, match=message):
+            encode.encode(encoder, pixels)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("file.py", "must be file.py:function or module:function"),
+        (f"{TINY}:missing", "has no attribute 'missing'"),
+        ("missing.py:embed", "No such file"),
+        ("no_such_module:embed", "No module named"),
+        (f"{TINY}:nothing", r"returned \(2, 2, 2\) float64"),
+        (f"{TINY}:broken", "RuntimeError: no weights"),
+    ],
+)
+def test_a_function_that_does_not_work_is_refused_before_the_run(spec, message):
+    with pytest.raises(configs.ConfigError, match=message):
+        small.config(f"model.embedder={spec}", "data.image_size=16")
+
+
+def folder_of(tmp_path, num_views, n=400):
+    """Embeddings of four clusters, with labels."""
+    random = np.random.RandomState(0)
+    labels = np.arange(n) % 4
+    points = 3 * random.randn(4, 12)[labels]
+    items = points + random.randn(n, 12)
+    (tmp_path / "img_emb").mkdir(parents=True)
+    np.save(tmp_path / "img_emb" / "img_emb_0.npy", (5 + items[:300]).astype("f2"))
+    np.save(tmp_path / "img_emb" / "img_emb_1.npy", (5 + items[300:]).astype("f2"))
+    if num_views:
+        (tmp_path / "view_emb").mkdir()
+        views = 5 + points[:, None] + random.randn(n, num_views, 12)
+        np.save(tmp_path / "view_emb" / "view_emb_0.npy", views.astype("f4"))
+    embeddings.write_metadata(tmp_path, [f"photo {i}" for i in range(n)], labels, list("abcd"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("num_views", [0, 3])
+@pytest.mark.parametrize("resident", [0, 1024])
+def test_a_folder_of_embeddings_from_training_to_search(tmp_path, num_views, resident):
+    folder = folder_of(tmp_path / "e", num_views)
+    overrides = [f"data.source=embeddings:{folder}", f"data.resident={resident}", "data.augment.noise=0.3"]
+    config = configs.load("configs/embeddings.py", [*small.SMALL, *overrides, "optim.learning_rate=0.01"])
+    validated = train.train(config, tmp_path / "run")
+    assert validated["mAP"] > 0.5 and 0 < validated["accuracy"] <= 1
+    results = evaluate.evaluate(tmp_path / "run", which="latest")
+    assert results["mAP"]["asymmetric"] > 0.5
+    done = small.main(
+        "index", f"--workdir={tmp_path / 'run'}", f"--images=embeddings:{folder}", f"--out={tmp_path / 'index'}"
+    )
+    assert done.returncode == 0, done.stderr
+    np.save(tmp_path / "query.npy", np.load(folder / "img_emb" / "img_emb_0.npy")[[0, 1, 2]])
+    done = small.main("search", f"--index={tmp_path / 'index'}", f"--query={tmp_path / 'query.npy'}", "--k=20")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith("#")] == ["# row 0", "# row 1", "# row 2"]
+    of_same_class = [int(line.rsplit(" ", 1)[1]) % 4 == 0 for line in lines[1:21]]
+    assert np.mean(of_same_class) > 0.6
+
+
+def test_what_a_model_on_embeddings_cannot_take_is_refused(tmp_path, run, images):
+    folder = folder_of(tmp_path / "e", 0)
+    config = configs.load("configs/embeddings.py", [*small.SMALL, f"data.source=embeddings:{folder}"])
+    train.train(config, tmp_path / "run")
+    index.build(tmp_path / "run", f"embeddings:{folder}", tmp_path / "index")
+    query = next(p for p in images.rglob("*") if p.is_file())
+    np.save(tmp_path / "wide.npy", np.zeros((1, 13), "f4"))
+    for arguments, message in (
+        (("search", f"--index={tmp_path / 'index'}", f"--query={query}"), "was trained on embeddings: give a .npy"),
+        (("search", f"--index={tmp_path / 'index'}", f"--query={tmp_path / 'wide.npy'}"), "rows of 12 numbers"),
+        (
+            ("index", f"--workdir={tmp_path / 'run'}", f"--images={images}", f"--out={tmp_path / 'o'}"),
+            "embeddings:<",
+        ),
+        (
+            ("index", f"--workdir={run[0]}", f"--images=embeddings:{folder}", f"--out={tmp_path / 'o'}"),
+            "takes embeddings of 48",
+        ),
+    ):
+        small.assert_refused(small.main(*arguments), message)
+
+
+def test_embed_writes_what_training_reads(tmp_path):
+    flags = [*small.flags(*HEAD), f"--config.data.cache_dir={tmp_path / 'cache'}"]
+    done = small.main("embed", "--config=configs/digits.py", *flags, f"--out={tmp_path / 'e'}")
+    assert done.returncode == 0, done.stderr
+    source = embeddings.open_folder(tmp_path / "e")
+    assert source.images.shape == (1797, 48) and source.views.shape == (1797, 3, 48) and len(source.classes) == 10
+    config = configs.load("configs/embeddings.py", [*small.SMALL, f"data.source=embeddings:{tmp_path / 'e'}"])
+    assert train.train(config, tmp_path / "run")["mAP"] > 0.2
+    again = small.main("embed", "--config=configs/digits.py", *flags, f"--out={tmp_path / 'e'}")
+    small.assert_refused(again, "exists: give another folder")
+
+
+def test_noise_is_a_function_of_the_seed_the_step_and_the_place(tmp_path):
+    folder = folder_of(tmp_path / "e", 0)
+    overrides = [*small.SMALL, f"data.source=embeddings:{folder}", "optim.name=sgd", "optim.momentum=0"]
+    config = configs.load("configs/embeddings.py", overrides)
+    model, rows = retriever.from_config(config, axis_name="batch"), embeddings.open_folder(folder).images[:16]
+    rule = optimizer.make(config, 10)
+    body, start = step.step_body(model, rule, config, 10), step.initial_state(config, model, rule, rows)
+    losses = {}
+    for n in (1, 8):
+        batches = [small.batch(rows[:, None].astype("f4"), n)] * 2
+        losses[n] = [float(logs["loss"]) for _, logs in small.run_steps(body, start, batches, n)]
+    np.testing.assert_allclose(losses[1], losses[8], rtol=1e-5)
+    assert losses[1][0] != losses[1][1]
