@@ -11,9 +11,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from tcq.runtime import log, signals
+from tcq.runtime import log, signals, storage
 
 LEVELS = ("debug", "info", "warning", "error")
 Commands = Any  # what argparse's add_subparsers returns
@@ -249,13 +250,14 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _score(workdir: str, checkpoint: str, *, overrides: Sequence[str] = (), recorded: str | None = None) -> None:
     from tcq import evaluate
-    from tcq.evaluate import report
+    from tcq.evaluate import clipped, report
 
     figures = evaluate.read_recorded(recorded) if recorded else None
     results = evaluate.evaluate(workdir, which=checkpoint, overrides=overrides)
     print(evaluate.table(results, figures))
-    for name in (report.RESULTS, report.CURVES, report.GALLERY):
-        print(f"{workdir}/{name}")
+    for name in (report.RESULTS, report.CURVES, report.GALLERY, clipped.CLIPPED):
+        if storage.is_url(workdir) or Path(workdir, name).is_file():
+            print(f"{workdir}/{name}")
 
 
 # embed -------------------------------------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ def gallery(
     captions: Sequence[Sequence[str]] | None = None,
     right: Bool[np.ndarray, "Q k"] | None = None,
     title: str = "",
+    name: str = "query",
 ) -> None:
-    """Writes a picture with a row per query: the query, then its neighbours, best first.
+    """Writes a picture with a row per query: the query, captioned `name`, then its neighbours, best first.
 
     Where `right` is given, each neighbour is marked as right (solid frame, check mark) or wrong (dashed frame, cross).
     Raises OSError if the file cannot be written, ValueError for an unknown file format.
@@ -38,7 +39,7 @@ def gallery(
             if c > len(neighbours[r]):
                 axes[r, c].axis("off")
             elif c == 0:
-                _image(axes[r, c], queries[r], "query", None)
+                _image(axes[r, c], queries[r], name, None)
             else:
                 caption = captions[r][c - 1] if captions is not None else ""
                 mark = None if right is None else RIGHT if right[r][c - 1] else WRONG

@@ -12,7 +12,7 @@ from tcq import config as configs
 from tcq import embed, encode, metrics, ranking
 from tcq import workdir as workdirs
 from tcq.data import protocols, splits
-from tcq.evaluate import baselines, report, retrieval
+from tcq.evaluate import baselines, clipped, report, retrieval
 from tcq.evaluate.report import NAMES, EvaluateError, Evaluation, read_recorded, table
 from tcq.models import retriever
 from tcq.runtime import processes, storage
@@ -28,8 +28,9 @@ logger = logging.getLogger(__name__)
 def evaluate(workdir: str | Path, *, which: str = "best", overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Scores the run in a workdir on its queries, and returns the contents of results.json.
 
-    Writes results.json, curves.png and gallery.png to the workdir. The model is rebuilt from the workdir alone;
-    overrides such as "eval.ties=index" change the conventions of the scoring. The processes of a run share the work.
+    Writes results.json and curves.png to the workdir, and if there are images gallery.png and clipped.png. The model is
+    rebuilt from the workdir alone; overrides such as "eval.ties=index" change the conventions of the scoring. The
+    processes of a run share the work.
     Raises EvaluateError without labels or queries, and as `encode.load`, `config.with_eval` and `open_source`.
     """
     encoder = encode.load(workdir, which=which)
@@ -40,6 +41,7 @@ def evaluate(workdir: str | Path, *, which: str = "best", overrides: Sequence[st
         retrievals = _retrieve(evaluation, k, ks)
         results = report.results(evaluation, retrievals, k=k, ks=ks)
         processes.on_first(lambda: report.write(mirror.folder, evaluation, retrievals, results))
+        clipped.write(mirror.folder, encoder, evaluation.source, evaluation.split)
     return results
 
 

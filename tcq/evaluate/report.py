@@ -145,7 +145,7 @@ def write(
     retrievals: Mapping[str, retrieval.Retrieval],
     results: Mapping[str, Any],
 ) -> None:
-    """Writes results.json, curves.png and gallery.png."""
+    """Writes results.json, curves.png, and gallery.png if there are images."""
     storage.write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
     title = f"{results['source']}, {results['bits']} bits, mAP@{results['k']}"
     curves = {NAMES[n]: results["curves"][n] for n in retrievals}

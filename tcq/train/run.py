@@ -18,7 +18,7 @@ from tcq import workdir as workdirs
 from tcq.data import protocols, splits
 from tcq.data.loader import batches
 from tcq.data.source import Source
-from tcq.evaluate import held_out
+from tcq.evaluate import clipped, held_out
 from tcq.models import retriever
 from tcq.runtime import devices, log, processes, storage
 from tcq.train import loop, step
@@ -119,15 +119,21 @@ def make_job(
     if len(indices) * rows[:1].nbytes <= config.data.resident * 2**20:
         data, rows = devices.replicate(np.asarray(rows[indices])), None
         logger.info(f"the training images are on every device ({data.nbytes / 2**20:,.1f} MiB)")
+
+    def validate(variables: retriever.Variables, number: int) -> dict[str, float]:
+        encoder = encode.Encoder(config, model, variables, number)
+        values = held_out.validate(encoder, source, split)
+        if number == steps:
+            clipped.write(mirror.folder, encoder, source, split)
+        return values
+
     return loop.Job(
         config=config,
         steps=steps,
         run=devices.pmap_step(step.step_body(model, optimizer, config, steps)),
         data=data,
         stream=partial(_batches, config, rows, indices),
-        validate=lambda variables, number: held_out.validate(
-            encode.Encoder(config, model, variables, number), source, split
-        ),
+        validate=validate,
         manager=manager,
         journal=open_journal(mirror, state),
         profile=(mirror.folder / "profile", *profile) if profile else None,

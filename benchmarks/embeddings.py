@@ -1,0 +1,125 @@
+"""From a million embeddings to a searchable index: time and peak memory, beside FAISS's OPQ + PQ at the same bits.
+
+    python benchmarks/embeddings.py --folder=/tmp/million            # 10^6 x 512, float16: 1 GB of disk
+
+The embeddings are synthetic: points of 1,000 clusters plus noise. Each part runs in a process of its own, one after the
+other. tcq trains on two noisy views of each embedding; FAISS trains on a sample, as it does by default. The last line
+is the overlap of the ten nearest items of 200 queries with those by the float embeddings.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+CODEBOOKS, CODEWORDS, WIDTH = 8, 16, 128
+SAMPLE = 2**16
+QUERIES, NEAREST = 200, 10
+
+
+def make(folder: Path, count: int, width: int) -> None:
+    """Writes the embeddings in shards, and queries, once."""
+    if (folder / "queries.npy").is_file():
+        return
+    random = np.random.RandomState(0)
+    centres = random.randn(1000, width).astype("f4")
+    (folder / "items").mkdir(parents=True, exist_ok=True)
+
+    def draw(n: int) -> np.ndarray:
+        return (centres[random.randint(0, 1000, n)] + 0.7 * random.randn(n, width)).astype("f2")
+
+    for shard, start in enumerate(range(0, count, 100_000)):
+        np.save(folder / "items" / f"items_{shard}.npy", draw(min(100_000, count - start)))
+    np.save(folder / "queries.npy", draw(QUERIES))
+
+
+def read(folder: Path) -> np.ndarray:
+    from tcq.data import embeddings
+
+    return np.asarray(embeddings.open_folder(folder / "items").images[:], "f4")
+
+
+def faiss_codes(folder: Path) -> None:
+    """Trains OPQ + PQ, encodes all, and writes the nearest items of the queries."""
+    import faiss
+
+    from tcq.data import embeddings
+
+    items = embeddings.open_folder(folder / "items").images
+    sample = np.asarray(items[np.sort(np.random.RandomState(0).permutation(len(items))[:SAMPLE])], "f4")
+    opq = faiss.OPQMatrix(items.shape[1], CODEBOOKS, WIDTH)
+    opq.train(sample)
+    index = faiss.IndexPQ(WIDTH, CODEBOOKS, 4)
+    index.train(opq.apply(sample))
+    for start in range(0, len(items), 100_000):
+        index.add(opq.apply(np.asarray(items[start : start + 100_000], "f4")))
+    queries = np.load(folder / "queries.npy").astype("f4")
+    np.save(folder / "faiss.npy", index.search(opq.apply(queries), NEAREST)[1])
+
+
+def measure(command: list[str]) -> tuple[float, float]:
+    """Seconds and peak GiB of a process."""
+    start = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{' '.join(command)} failed")
+    return time.monotonic() - start, usage.ru_maxrss / 2**20
+
+
+def overlap(folder: Path, index: Path) -> dict[str, float]:
+    """The share of the ten nearest items by float cosine similarity that each finds among its ten."""
+    from tcq import index as indexes
+
+    items, queries = read(folder), np.load(folder / "queries.npy").astype("f4")
+    scores = queries @ (items / np.linalg.norm(items, axis=1, keepdims=True)).T
+    truth = np.argpartition(-scores, NEAREST, axis=1)[:, :NEAREST]
+    opened = indexes.open_index(index)
+    ours = [[int(hit.path) for hit in hits] for hits in indexes.search(opened, queries, k=NEAREST)]
+    found = {"tcq": ours, "FAISS OPQ + PQ": np.load(folder / "faiss.npy").tolist()}
+    return {
+        name: float(np.mean([len({*a} & {*b}) / NEAREST for a, b in zip(rows, truth.tolist(), strict=True)]))
+        for name, rows in found.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=10**6)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--part", choices=["faiss"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    folder = arguments.folder
+    if arguments.part:
+        return faiss_codes(folder)
+    make(folder, arguments.count, arguments.width)
+    tcq = [sys.executable, "-m", "tcq"]
+    source, run, index = f"{folder}/items", folder / "run", folder / "index"
+    for old in (run, index):
+        subprocess.run(["rm", "-rf", old], check=True)
+    parts = {
+        "tcq train": [*tcq, "train", f"--config=configs/embeddings.py:{source}", f"--workdir={run}"],
+        "tcq index": [*tcq, "index", f"--workdir={run}", f"--images=embeddings:{source}", f"--out={index}"],
+        "FAISS OPQ + PQ, train and encode": [sys.executable, __file__, f"--folder={folder}", "--part=faiss"],
+    }
+    parts["tcq train"] += ["--quiet", "--config.loss.clip=kinds=1000"]
+    results = {}
+    for name, command in parts.items():
+        results[name] = measure(command)
+        print(f"{name:<34} {results[name][0]:7.1f} s  {results[name][1]:5.2f} GiB", flush=True)
+    total = results["tcq train"][0] + results["tcq index"][0]
+    print(f"tcq / FAISS: x {total / results['FAISS OPQ + PQ, train and encode'][0]:.2f}")
+    print(json.dumps({"overlap of the ten nearest": overlap(folder, index)}))
+    print(f"peak of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    main()

@@ -1,0 +1,69 @@
+"""A picture of what clipping drops: anchors with their most similar negatives, clipped and kept."""
+
+from functools import partial
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+
+from tcq import config as configs
+from tcq import encode, plots, quantizer
+from tcq.data import protocols
+from tcq.data.source import Source
+from tcq.runtime import processes
+
+CLIPPED = "clipped.png"
+ANCHORS, NEGATIVES = 8, 10
+
+
+def write(folder: Path, encoder: encode.Encoder, source: Source, split: protocols.Split) -> None:
+    """Draws clipped.png from a batch of training images, each once and without augmentation, by their hard codes.
+
+    Does nothing if nothing is clipped or there are no images to draw. All processes of a run call it, the first draws.
+    """
+    config = encoder.config
+    images = source.images if source.pictures is None else source.pictures
+    rule = configs.clip_rule(config, 1)
+    if images.ndim != 4 or not rule.count() or len(split.train) < 2:
+        return
+    chosen = np.sort(np.random.RandomState(0).permutation(split.train)[: config.data.batch_size])
+    similarity = similarities(encoder, encode.encode(encoder, source.images[chosen]))
+    clipped = clipped_pairs(similarity, rule.of_negatives(len(chosen) - 1), scope=config.loss.clip_scope)
+    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, : min(NEGATIVES, len(chosen) - 1)]
+    density = np.take_along_axis(similarity, nearest, axis=1).mean(axis=1)
+    shown = np.argsort(density, kind="stable")[np.unique(np.linspace(0, len(chosen) - 1, ANCHORS).astype(int))]
+    draw = partial(
+        plots.gallery,
+        folder / CLIPPED,
+        [images[chosen[i]] for i in shown],
+        [[images[chosen[j]] for j in nearest[i]] for i in shown],
+        captions=[[f"{similarity[i, j]:.2f}" for j in nearest[i]] for i in shown],
+        right=~np.take_along_axis(clipped, nearest, axis=1)[shown],
+        name="anchor",
+        title=f"negatives that are kept (solid) and clipped (dashed), of rare (top) to common anchors: {rule.text()}",
+    )
+    processes.on_first(draw)
+
+
+def similarities(encoder: encode.Encoder, encoded: encode.Encoded) -> Float[np.ndarray, "B B"]:
+    """Cosine similarities as `loss.pairing` takes them, with hard codes for soft ones; -inf for an image and itself."""
+    features = np.asarray(quantizer.unit(jnp.asarray(encoded.features)))
+    codes = np.asarray(quantizer.unit(quantizer.decode(encoded.codes, encoder.codebooks)))
+    pairing = encoder.config.loss.pairing
+    anchors, columns = codes if pairing == "quantized" else features, features if pairing == "float" else codes
+    similarity = anchors @ columns.T
+    np.fill_diagonal(similarity, -np.inf)
+    return similarity
+
+
+def clipped_pairs(similarity: Float[np.ndarray, "B B"], count: float, *, scope: str) -> Bool[np.ndarray, "B B"]:
+    """The mask of the `count` most similar negatives of each anchor, or with scope "batch" of as many on average."""
+    if scope == "anchor":
+        order = np.argsort(-similarity, axis=1, kind="stable")[:, : int(count)]
+        mask = np.zeros(similarity.shape, bool)
+        np.put_along_axis(mask, order, True, axis=1)
+        return mask
+    flat = np.zeros((similarity.size,), bool)
+    flat[np.argsort(-similarity.ravel(), kind="stable")[: int(count * len(similarity))]] = True
+    return flat.reshape(similarity.shape)
