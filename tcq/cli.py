@@ -49,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_train,
         _add_sweep,
         _add_evaluate,
+        _add_judge,
         _add_embed,
         _add_index,
         _add_search,
@@ -258,6 +259,24 @@ def _score(workdir: str, checkpoint: str, *, overrides: Sequence[str] = (), reco
     for name in (report.RESULTS, report.CURVES, report.GALLERY, clipped.CLIPPED):
         if storage.is_url(workdir) or Path(workdir, name).is_file():
             print(f"{workdir}/{name}")
+
+
+# judge -------------------------------------------------------------------------------------------------------------
+
+
+def _add_judge(commands: Commands) -> None:
+    help = "ask which pairs of images are the same kind of thing, and say how much to clip"
+    parser = _add_command(commands, "judge", help, _judge, compiles=True)
+    parser.add_argument("--workdir", type=_path, required=True, help="workdir of a short first training run")
+    parser.add_argument("--answers", type=_positive, default=50, help="number of answers in all (default: 50)")
+    parser.add_argument("--labels", action="store_true", help="let the labels of the images answer")
+
+
+def _judge(arguments: argparse.Namespace, _: list[str]) -> int:
+    from tcq.evaluate import judge
+
+    print(judge.text(judge.run(arguments.workdir, count=arguments.answers, labels=arguments.labels)))
+    return 0
 
 
 # embed -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,201 @@
+"""How many pairs of a collection are of one kind, from some answers to "the same kind of thing?".
+
+The chance that a pair is of one kind falls with its rank u, the share of pairs that are more similar, as the curve
+p(u) = 1 / (1 + exp(-(a - b log u))): our choice. A grid over (a, b) holds its posterior. The next pair is the one whose
+answer is expected to narrow the share of pairs of one kind, the integral of p, most.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from tcq import embed, encode, plots
+from tcq.data import protocols, splits
+from tcq.data.source import Source
+from tcq.evaluate import clipped
+from tcq.evaluate.report import EvaluateError
+
+ANSWERS, PICTURE = "judgements.jsonl", "judge.png"
+IMAGES = 1024  # training images whose pairs are ranked
+SKEW = 0.4  # standard deviation over mean of the number of an anchor's kind, from which scope "batch" fits: our choice
+TEMPERATURE = 0.2  # near the best at the share of one kind on all sets that we measured: docs/clipping.md
+INTERVAL = (0.05, 0.95)
+RANKS = np.geomspace(1e-4, 1.0, 41)  # of the pairs that may be asked
+_HALF, _SLOPE = (x.ravel() for x in np.meshgrid(np.geomspace(1e-3, 1.0, 61), np.geomspace(0.7, 6.0, 25)))
+_EDGES = np.concatenate([[0.0], np.geomspace(1e-6, 1.0, 240)])  # of the intervals that the integral sums over
+
+Ask = Callable[[int, int], bool | None]  # whether two images are of one kind; None: no more questions
+
+
+class Judgement(NamedTuple):
+    """What some answers say."""
+
+    share: float  # of all pairs that are of one kind
+    low: float
+    high: float  # the share is in between with 90 %
+    precision: float  # of the clipped pairs, if this share is clipped in the whole batch
+    scope: str  # the `loss.clip_scope` that fits
+    answers: int
+
+    @property
+    def overrides(self) -> str:
+        """The overrides of a config that follow this judgement."""
+        return f"--config.loss.clip={self.share:.3g} --config.loss.clip_scope={self.scope}"
+
+
+def chance(u: Any) -> Float[np.ndarray, "G ..."]:
+    """p(u) for every curve of the grid: it is 1/2 at the rank `half`, and steeper with `slope`."""
+    u = np.asarray(u, np.float64)
+    logits = np.multiply.outer(_SLOPE, np.log(np.maximum(u, 1e-9))) - (_SLOPE * np.log(_HALF)).reshape(
+        -1, *[1] * u.ndim
+    )
+    return 1 / (1 + np.exp(np.clip(logits, -50, 50)))
+
+
+def posterior(answers: list[tuple[float, bool]]) -> Float[np.ndarray, " G"]:
+    """The probability of every curve after answers (rank, same kind); all are equally likely before."""
+    log = np.zeros(len(_HALF))
+    for u, same in answers:
+        p = chance(u)
+        log += np.log(np.maximum(p if same else 1 - p, 1e-12))
+    weights = np.exp(log - log.max())
+    return weights / weights.sum()
+
+
+_MIDDLES, _WIDTHS = (_EDGES[1:] + _EDGES[:-1]) / 2, np.diff(_EDGES)
+_SHARES = chance(_MIDDLES) @ _WIDTHS  # of every curve
+
+
+def next_rank(weights: Float[np.ndarray, " G"]) -> float:
+    """The rank whose answer leaves the smallest expected variance of the log of the share."""
+    value, p = np.log(_SHARES), chance(RANKS)
+    expected = np.zeros(len(RANKS))
+    for likelihood in (p, 1 - p):
+        joint = weights[:, None] * likelihood
+        total = joint.sum(axis=0)
+        mean = value @ joint / total
+        expected += total * ((value**2 @ joint) / total - mean**2)
+    return float(RANKS[np.argmin(expected)])
+
+
+def judgement(answers: list[tuple[float, bool]], ranks: Float[np.ndarray, "B B"]) -> Judgement:
+    """What answers (rank, same kind) say of a collection; `ranks` of sampled pairs, with 1 on the diagonal."""
+    weights = posterior(answers)
+    order = np.argsort(_SHARES)
+    low, high = np.interp(INTERVAL, np.cumsum(weights[order]), _SHARES[order])
+    share = float(np.exp(weights @ np.log(_SHARES)))
+    curve = weights @ chance(_MIDDLES)
+    inside = np.clip(share - _EDGES[:-1], 0, _WIDTHS)
+    of_kind = np.interp(ranks, _MIDDLES, curve)
+    np.fill_diagonal(of_kind, 0)
+    of_kind = of_kind.sum(axis=1)
+    scope = "batch" if of_kind.std() > SKEW * of_kind.mean() else "anchor"
+    return Judgement(share, float(low), float(high), float(curve @ inside / share), scope, len(answers))
+
+
+def text(j: Judgement) -> str:
+    """A judgement in words, with the overrides that follow it."""
+    return (
+        f"{j.answers} answers: {j.share:.2%} of the pairs are of one kind ({j.low:.2%} to {j.high:.2%} with 90 %), "
+        f"about {1 / j.share:,.0f} kinds\n"
+        f"if they are clipped, {j.precision:.0%} of the clipped pairs are of one kind\n"
+        f"{j.overrides} --config.loss.temperature={TEMPERATURE}"
+    )
+
+
+def run(workdir: str | Path, *, count: int, labels: bool) -> Judgement:
+    """Judges the training images of a run by its newest checkpoint, by labels or by questions on the terminal.
+
+    Raises EvaluateError if there is nothing to show or no labels, and as `encode.load` and `embed.open_source`.
+    """
+    encoder = encode.load(workdir, which="latest")
+    source = embed.open_source(encoder.config)
+    split = splits.of_source(source, encoder.config.data)
+    if labels and source.labels is None:
+        raise EvaluateError(f"{encoder.config.data.source} has no labels: leave out --labels, and answer yourself")
+    if not labels and source.images.ndim != 4 and source.pictures is None:
+        raise EvaluateError(f"{encoder.config.data.source} has no images to show: use --labels, if there are some")
+    ask = by_labels(source) if labels else by_terminal(Path(workdir), source)
+    return judge(Path(workdir), encoder, source, split, ask, count=count)
+
+
+def judge(
+    folder: Path, encoder: encode.Encoder, source: Source, split: protocols.Split, ask: Ask, *, count: int
+) -> Judgement:
+    """Asks until there are `count` answers, and returns what follows; judgements.jsonl of the folder stores them.
+
+    Answers of an earlier call count. `ask` gets the positions of two images in the source.
+    """
+    chosen = np.sort(np.random.RandomState(0).permutation(split.train)[:IMAGES])
+    ranks = pair_ranks(clipped.similarities(encoder, encode.encode(encoder, source.images[chosen])))
+    first, second = np.triu_indices(len(chosen), 1)
+    in_order = np.argsort(ranks[first, second], kind="stable")
+    file, random = folder / ANSWERS, np.random.RandomState(1)
+    known = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    answers = [(float(a["rank"]), bool(a["same"])) for a in known]
+    asked = {(a["first"], a["second"]) for a in known}
+    with file.open("a") as out:
+        while len(answers) < count:
+            wanted = next_rank(posterior(answers)) * random.uniform(0.8, 1.25)
+            for pair in in_order[_outwards(int(wanted * len(in_order)), len(in_order))]:
+                i, j = int(chosen[first[pair]]), int(chosen[second[pair]])
+                names = source.names[i], source.names[j]
+                if names not in asked:
+                    break
+            same = ask(i, j)
+            if same is None:
+                break
+            asked.add(names)
+            answers.append((float(ranks[first[pair], second[pair]]), same))
+            row = {"first": names[0], "second": names[1], "rank": answers[-1][0], "same": same}
+            out.write(json.dumps(row) + "\n")
+            out.flush()
+    return judgement(answers, ranks)
+
+
+def _outwards(start: int, length: int, *, reach: int = 1000) -> np.ndarray:
+    """Positions near a start, the nearest first."""
+    positions = np.arange(max(start - reach, 0), min(start + reach, length))
+    positions = positions if len(positions) else np.arange(max(length - reach, 0), length)
+    return positions[np.argsort(np.abs(positions - start), kind="stable")]
+
+
+def pair_ranks(similarity: Float[np.ndarray, "B B"]) -> Float[np.ndarray, "B B"]:
+    """The share of pairs that are at least as similar as each pair, above 0 and at most 1; 1 on the diagonal."""
+    both = np.maximum(similarity, similarity.T)
+    first, second = np.triu_indices(len(both), 1)
+    values = both[first, second]
+    order = np.argsort(-values, kind="stable")
+    shares = np.empty(len(values))
+    shares[order] = (np.arange(len(values)) + 1) / len(values)
+    ranks = np.ones(both.shape)
+    ranks[first, second] = ranks[second, first] = shares
+    return ranks
+
+
+def by_labels(source: Source) -> Ask:
+    """Answers by the labels of a source: equal classes, or a shared label."""
+    labels = source.labels
+    assert labels is not None
+    if labels.ndim == 1:
+        return lambda i, j: bool(labels[i] == labels[j])
+    return lambda i, j: bool((labels[i] & labels[j]).any())
+
+
+def by_terminal(folder: Path, source: Source, read: Callable[[str], str] | None = None) -> Ask:
+    """Answers of a person: a pair is drawn to judge.png of a folder, and y, n or q is read from the terminal."""
+    images = source.images if source.pictures is None else source.pictures
+
+    def ask(i: int, j: int) -> bool | None:
+        plots.gallery(folder / PICTURE, [images[i]], [[images[j]]], captions=[["the same kind of thing?"]], name="")
+        while True:
+            question = f"{folder / PICTURE}: {source.names[i]} and {source.names[j]}: same kind of thing? [y/n/q] "
+            text = (read or input)(question).strip().lower()
+            if text in ("y", "n", "q"):
+                return None if text == "q" else text == "y"
+
+    return ask
