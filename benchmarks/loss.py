@@ -78,6 +78,9 @@ def jax_cases(batch: int, width: int, largest_dense: int) -> dict[str, Callable[
     for share in SHARES:
         clip = int(share * (2 * batch - 2))
         add(f"tcq, clip {share:.0%}", lambda a, b, k=clip: losses.nt_xent(a, b, temperature=TEMPERATURE, clip=k)[0])
+    for share in SHARES[1:]:
+        options: dict[str, Any] = {"clip": share * (2 * batch - 2), "clip_scope": "batch", "temperature": TEMPERATURE}
+        add(f"tcq, clip {share:.0%} of the batch", lambda a, b, o=options: losses.nt_xent(a, b, **o)[0])
     for share in SHARES if batch <= largest_dense else ():
         clip = int(share * (2 * batch - 2))
         add(f"dense JAX, clip {share:.0%}", lambda a, b, k=clip: dense(a, b, clip=k))
