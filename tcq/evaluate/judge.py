@@ -24,7 +24,7 @@ IMAGES = 1024  # training images whose pairs are ranked
 SKEW = 0.4  # standard deviation over mean of the number of an anchor's kind, from which scope "batch" fits: our choice
 TEMPERATURE = 0.2  # near the best at the share of one kind on all sets that we measured: docs/clipping.md
 INTERVAL = (0.05, 0.95)
-RANKS = np.geomspace(1e-4, 1.0, 41)  # of the pairs that may be asked
+RANKS = np.geomspace(1e-4, 1.0, 41)  # of the pairs that a question may be about
 _HALF, _SLOPE = (x.ravel() for x in np.meshgrid(np.geomspace(1e-3, 1.0, 61), np.geomspace(0.7, 6.0, 25)))
 _EDGES = np.concatenate([[0.0], np.geomspace(1e-6, 1.0, 240)])  # of the intervals that the integral sums over
 
@@ -137,19 +137,19 @@ def judge(
     file, random = folder / ANSWERS, np.random.RandomState(1)
     known = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     answers = [(float(a["rank"]), bool(a["same"])) for a in known]
-    asked = {(a["first"], a["second"]) for a in known}
+    pairs_known = {(a["first"], a["second"]) for a in known}
     with file.open("a") as out:
         while len(answers) < count:
             wanted = next_rank(posterior(answers)) * random.uniform(0.8, 1.25)
             for pair in in_order[_outwards(int(wanted * len(in_order)), len(in_order))]:
                 i, j = int(chosen[first[pair]]), int(chosen[second[pair]])
                 names = source.names[i], source.names[j]
-                if names not in asked:
+                if names not in pairs_known:
                     break
             same = ask(i, j)
             if same is None:
                 break
-            asked.add(names)
+            pairs_known.add(names)
             answers.append((float(ranks[first[pair], second[pair]]), same))
             row = {"first": names[0], "second": names[1], "rank": answers[-1][0], "same": same}
             out.write(json.dumps(row) + "\n")
