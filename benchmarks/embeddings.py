@@ -1,6 +1,6 @@
 """From a million embeddings to a searchable index: time and peak memory, beside FAISS's OPQ + PQ at the same bits.
 
-    python benchmarks/embeddings.py --folder=/tmp/million            # 10^6 x 512, float16: 1 GB of disk
+    python benchmarks/embeddings.py --folder=runs/million            # 10^6 x 512, float16: 1 GB of disk
 
 The embeddings are synthetic: points of 1,000 clusters plus noise. Each part runs in a process of its own, one after the
 other. tcq trains on two noisy views of each embedding; FAISS trains on a sample, as it does by default. The last line

@@ -42,9 +42,9 @@ def set_backbone(c: ConfigDict, backbone: str, weights: str, *, image_size: int)
 
 
 def train_on_embeddings(c: ConfigDict) -> None:
-    """Only projection and codebooks are trained; the settings were chosen on validation images of docs/clipping.md.
+    """Only projection and codebooks are trained. The temperature was chosen on validation images: docs/clipping.md.
 
-    The share is a low one, for collections of which nothing is known: `tcq judge` finds a better one.
+    The rest is our choice. The share is a low one, for collections of which nothing is known: see `tcq judge`.
     """
     c.quantizer.metric = "ip"
     c.quantizer.scale = 10.0

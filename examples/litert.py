@@ -1,8 +1,7 @@
 """A LiteRT (TensorFlow Lite) image model as the embedder of tcq; needs `pip install ai-edge-litert`.
 
     export LITERT_MODEL=mobilenet_v2_1.0_224_quant.tflite LITERT_TENSOR=MobilenetV2/Logits/AvgPool
-    tcq train --config=configs/folder.py:images=photos --config.model.embedder=examples/litert.py:embed \
-        --config.data.image_size=224 --workdir=runs/photos
+    tcq train --config=configs/folder.py:photos,embedder=examples/litert.py:embed --workdir=runs/photos
 
 LITERT_TENSOR names a tensor inside of the model, such as the pooled feature; without it, the output is taken.
 """

@@ -2,8 +2,9 @@
 
 The similarities are computed again, block by block, for each pass of the search. A pass counts how many reach each of
 some trial values, and sums the counts over the devices. A sample places the first trial values, so that the interval
-between two of them holds few pairs; interpolation inside this interval places the next ones. Three passes usually
-reach the exact float; evenly spaced trial values among the others bound the number of passes in every case.
+between two of them holds few pairs; interpolation inside this interval places the next ones. After two or three
+passes few anchors are left, and only their similarities are searched, to the exact float. Evenly spaced trial values
+among the others bound the number of passes in every case.
 """
 
 from typing import NamedTuple
