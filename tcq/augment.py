@@ -13,6 +13,14 @@ from jaxtyping import Array, Bool, Float, Key
 Image = Float[Array, "H W 3"]
 
 
+def noisy_views(
+    rows: Float[Array, "b F"], std: Float[Array, " F"], keys: Key[Array, " b"]
+) -> tuple[Float[Array, "b F"], Float[Array, "b F"]]:
+    """Two views of each embedding: the embedding plus normal noise of a standard deviation (our choice)."""
+    noise = jax.vmap(lambda key: jax.random.normal(key, (2, rows.shape[1])))(keys)
+    return rows + std[None] * noise[:, 0], rows + std[None] * noise[:, 1]
+
+
 def random_view(key: Key[Array, ""], image: Image, strengths: Mapping[str, float]) -> Image:
     """One random view, float32 (H, W, 3) in [0, 1].
 

@@ -11,7 +11,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from tcq.runtime import log, signals, storage
@@ -174,9 +173,6 @@ def _steps(text: str) -> tuple[int, int]:
 _path = os.path.expanduser
 
 
-# train -------------------------------------------------------------------------------------------------------------
-
-
 def _add_train(commands: Commands) -> None:
     help = "train a model, or resume training; --config.group.key=value overrides a key"
     parser = _add_command(commands, "train", help, _train, compiles=True)
@@ -201,9 +197,6 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-# sweep -------------------------------------------------------------------------------------------------------------
-
-
 def _add_sweep(commands: Commands) -> None:
     parser = _add_command(
         commands, "sweep", "train and score a grid of configs, with a table and a plot; resumable", _sweep
@@ -225,9 +218,6 @@ def _sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
     for name in (sweep.TABLE, sweep.MARKDOWN, sweep.PLOT):
         print(f"{a.workdir}/{name}")
     return 0
-
-
-# evaluate ----------------------------------------------------------------------------------------------------------
 
 
 def _add_evaluate(commands: Commands) -> None:
@@ -257,11 +247,8 @@ def _score(workdir: str, checkpoint: str, *, overrides: Sequence[str] = (), reco
     results = evaluate.evaluate(workdir, which=checkpoint, overrides=overrides)
     print(evaluate.table(results, figures))
     for name in (report.RESULTS, report.CURVES, report.GALLERY, clipped.CLIPPED):
-        if storage.is_url(workdir) or Path(workdir, name).is_file():
+        if storage.read(storage.join(workdir, name)) is not None:
             print(f"{workdir}/{name}")
-
-
-# judge -------------------------------------------------------------------------------------------------------------
 
 
 def _add_judge(commands: Commands) -> None:
@@ -279,9 +266,6 @@ def _judge(arguments: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
-# embed -------------------------------------------------------------------------------------------------------------
-
-
 def _add_embed(commands: Commands) -> None:
     help = "embed a source, and views of its images, with model.embedder into a folder of .npy and Parquet files"
     parser = _add_command(commands, "embed", help, _embed, compiles=True)
@@ -295,9 +279,6 @@ def _embed(arguments: argparse.Namespace, overrides: list[str]) -> int:
     count = embed.write(config.load(arguments.config, overrides), arguments.out)
     print(f"embedded {count:,} images: {arguments.out}")
     return 0
-
-
-# index -------------------------------------------------------------------------------------------------------------
 
 
 def _add_index(commands: Commands) -> None:
@@ -340,9 +321,6 @@ def _index(arguments: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
-# search ------------------------------------------------------------------------------------------------------------
-
-
 def _add_search(commands: Commands) -> None:
     parser = _add_command(
         commands, "search", "show the indexed images nearest to a query image", _search, compiles=True
@@ -376,9 +354,6 @@ def _search(arguments: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
-# serve -------------------------------------------------------------------------------------------------------------
-
-
 def _add_serve(commands: Commands) -> None:
     parser = _add_command(
         commands, "serve", "serve a search page for an index, on this machine only", _serve, compiles=True
@@ -395,9 +370,6 @@ def _serve(arguments: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
-# export ------------------------------------------------------------------------------------------------------------
-
-
 def _add_export(commands: Commands) -> None:
     parser = _add_command(commands, "export", "export an index to FAISS, or as NumPy arrays", _export)
     parser.add_argument("--index", type=_path, required=True, help="a folder that tcq index wrote")
@@ -410,9 +382,6 @@ def _export(arguments: argparse.Namespace, _: list[str]) -> int:
 
     print(export.export(arguments.index, arguments.out, format=arguments.format))
     return 0
-
-
-# prepare -----------------------------------------------------------------------------------------------------------
 
 
 def _add_prepare(commands: Commands) -> None:
@@ -435,9 +404,6 @@ def _prepare(arguments: argparse.Namespace, _: list[str]) -> int:
     )
     print(f"prepared: {folder}")
     return 0
-
-
-# doctor ------------------------------------------------------------------------------------------------------------
 
 
 def _add_doctor(commands: Commands) -> None:

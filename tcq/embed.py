@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 def open_source(config: ConfigDict) -> Source:
     """The source of a config; with `model.embedder` its embeddings, which are computed once and cached.
 
+    Process 0 computes them. All processes of a run read them, so these must share `data.cache_dir`.
     Raises SourceError and EmbedderError.
     """
     source = sources.open_source(config.data)
@@ -37,6 +38,7 @@ def open_source(config: ConfigDict) -> Source:
         return source
     folder = _cache(config, source)
     processes.on_first(lambda: _fill(folder, config, source))
+    processes.require_visible(folder / DONE)
     cached = embeddings.open_folder(folder)
     return source._replace(images=cached.images, views=cached.views, pictures=source.images)
 
@@ -65,14 +67,16 @@ def _cache(config: ConfigDict, source: Source) -> Path:
         [float(x) for x in config.model.embedder_output],
         SEED,
         data.views,
-        sorted(data.augment.items()),
+        sorted((name, strength) for name, strength in data.augment.items() if name != "noise"),
         [data.image_size, data.resize, data.interpolation, data.crop_share],
         [data.source, data.protocol, data.split_seed, data.query, data.validation],
         splits.names_digest(source),
     ]
-    digest = hashlib.sha256(json.dumps(parts).encode())
-    digest.update(np.ascontiguousarray(source.images[:: max(1, len(source.images) // 256)]).tobytes())
-    home = Path(data.cache_dir) if data.cache_dir else storage.cache_home()
+    digest = hashlib.blake2b(json.dumps(parts).encode())
+    for first in range(0, len(source.images), BLOCK):  # an edited image keeps its name
+        signals.poll()
+        digest.update(np.ascontiguousarray(source.images[first : first + BLOCK]).data)
+    home = Path(data.cache_dir).expanduser() if data.cache_dir else storage.cache_home()
     return home / "embedded" / digest.hexdigest()[:32]
 
 

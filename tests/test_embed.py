@@ -9,7 +9,7 @@ import small
 import tiny_embedder
 from tcq import config as configs
 from tcq import embed, encode, evaluate, index, train
-from tcq.data import embeddings
+from tcq.data import embeddings, sources
 from tcq.models import embedder, retriever
 from tcq.train import optimizer, step
 
@@ -44,6 +44,18 @@ def test_it_is_embedded_once_for_all_seeds(run, monkeypatch):
     config = small.config(*HEAD, f"data.cache_dir={run[1]}", "train.seed=3", "loss.temperature=0.1")
     monkeypatch.setattr(embedder, "run", None)
     embed.open_source(config)
+
+
+def test_the_cache_depends_on_all_that_embeddings_depend_on(run):
+    config = small.config(*HEAD, f"data.cache_dir={run[1]}")
+    source = sources.open_source(config.data)
+    key = embed._cache(config, source)
+    assert key.is_dir()
+    edited = source.images.copy()
+    edited[700, 3, 3, 1] ^= 1
+    assert embed._cache(config, source._replace(images=edited)) != key
+    for override, same in (("data.augment.noise=0.1", True), ("data.augment.flip=0.1", False), ("data.views=4", False)):
+        assert (embed._cache(small.config(*HEAD, f"data.cache_dir={run[1]}", override), source) == key) == same
 
 
 def test_it_learns_and_is_scored_beside_its_embeddings(run):

@@ -97,9 +97,8 @@ def _compiled_views(model: Any, strengths: tuple[tuple[str, float], ...]) -> Any
             a, b = images[:, 0], images[:, 1]
         elif images.ndim == 2:
             keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(0), index))(rows["index"])
-            noise = jax.vmap(lambda key: jax.random.normal(key, (2, images.shape[1])))(keys)
             std = dict(strengths)["noise"] * variables["params"]["backbone"]["std"]
-            a, b = (images + std[None] * noise[:, view] for view in range(2))
+            a, b = augment.noisy_views(images, std, keys)
         else:
             a, b = jax.vmap(pair)(images, rows["index"])
         out_a, out_b = model.apply(variables, a), model.apply(variables, b)

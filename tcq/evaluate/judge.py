@@ -1,8 +1,8 @@
 """How many pairs of a collection are of one kind, from some answers to "the same kind of thing?".
 
 The chance that a pair is of one kind falls with its rank u, the share of pairs that are more similar, as the curve
-p(u) = 1 / (1 + exp(-(a - b log u))): our choice. A grid over (a, b) holds its posterior. The next pair is the one whose
-answer is expected to narrow the share of pairs of one kind, the integral of p, most.
+p(u) = 1 / (1 + (u / half)^slope): our choice. A grid over half and slope holds its posterior. The next pair is the one
+whose answer is expected to narrow the share of pairs of one kind, the integral of p, most.
 """
 
 import json
@@ -18,11 +18,12 @@ from tcq.data import protocols, splits
 from tcq.data.source import Source
 from tcq.evaluate import clipped
 from tcq.evaluate.report import EvaluateError
+from tcq.runtime import storage
 
 ANSWERS, PICTURE = "judgements.jsonl", "judge.png"
 IMAGES = 1024  # training images whose pairs are ranked
 SKEW = 0.4  # standard deviation over mean of the number of an anchor's kind, from which scope "batch" fits: our choice
-TEMPERATURE = 0.2  # near the best at the share of one kind on all sets that we measured: docs/clipping.md
+TEMPERATURE = 0.2  # our choice: the best at the share of one kind on Caltech-101 (docs/clipping.md)
 INTERVAL = (0.05, 0.95)
 RANKS = np.geomspace(1e-4, 1.0, 41)  # of the pairs that a question may be about
 _HALF, _SLOPE = (x.ravel() for x in np.meshgrid(np.geomspace(1e-3, 1.0, 61), np.geomspace(0.7, 6.0, 25)))
@@ -110,8 +111,11 @@ def text(j: Judgement) -> str:
 def run(workdir: str | Path, *, count: int, labels: bool) -> Judgement:
     """Judges the training images of a run by its newest checkpoint, by labels or by questions on the terminal.
 
-    Raises EvaluateError if there is nothing to show or no labels, and as `encode.load` and `embed.open_source`.
+    Raises EvaluateError if there is nothing to show, no labels, or the workdir is in a bucket, and as `encode.load` and
+    `embed.open_source`.
     """
+    if storage.is_url(workdir):
+        raise EvaluateError(f"{workdir} is in a bucket, and answers are kept in the workdir: copy it to a local folder")
     encoder = encode.load(workdir, which="latest")
     source = embed.open_source(encoder.config)
     split = splits.of_source(source, encoder.config.data)
@@ -133,35 +137,28 @@ def judge(
     chosen = np.sort(np.random.RandomState(0).permutation(split.train)[:IMAGES])
     ranks = pair_ranks(clipped.similarities(encoder, encode.encode(encoder, source.images[chosen])))
     first, second = np.triu_indices(len(chosen), 1)
-    in_order = np.argsort(ranks[first, second], kind="stable")
+    open_pairs = np.argsort(ranks[first, second], kind="stable")  # the most similar first
     file, random = folder / ANSWERS, np.random.RandomState(1)
     known = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    answers = [(float(a["rank"]), bool(a["same"])) for a in known]
-    pairs_known = {(a["first"], a["second"]) for a in known}
+    position = {source.names[i]: n for n, i in enumerate(chosen)}
+    pairs = [(position.get(a["first"], -1), position.get(a["second"], -1)) for a in known]
+    given = {pair: bool(a["same"]) for pair, a in zip(pairs, known, strict=True) if min(pair) >= 0}
+    answers = [(float(ranks[pair]), same) for pair, same in given.items()]  # by the model as it is now
+    open_pairs = np.array([p for p in open_pairs if (first[p], second[p]) not in given], np.int64)
     with file.open("a") as out:
-        while len(answers) < count:
+        while len(answers) < count and len(open_pairs):
             wanted = next_rank(posterior(answers)) * random.uniform(0.8, 1.25)
-            for pair in in_order[_outwards(int(wanted * len(in_order)), len(in_order))]:
-                i, j = int(chosen[first[pair]]), int(chosen[second[pair]])
-                names = source.names[i], source.names[j]
-                if names not in pairs_known:
-                    break
-            same = ask(i, j)
+            place = min(int(wanted * len(open_pairs)), len(open_pairs) - 1)
+            i, j = first[open_pairs[place]], second[open_pairs[place]]
+            open_pairs = np.delete(open_pairs, place)
+            same = ask(int(chosen[i]), int(chosen[j]))
             if same is None:
                 break
-            pairs_known.add(names)
-            answers.append((float(ranks[first[pair], second[pair]]), same))
-            row = {"first": names[0], "second": names[1], "rank": answers[-1][0], "same": same}
+            answers.append((float(ranks[i, j]), same))
+            row = {"first": source.names[chosen[i]], "second": source.names[chosen[j]], "same": same}
             out.write(json.dumps(row) + "\n")
             out.flush()
     return judgement(answers, ranks)
-
-
-def _outwards(start: int, length: int, *, reach: int = 1000) -> np.ndarray:
-    """Positions near a start, the nearest first."""
-    positions = np.arange(max(start - reach, 0), min(start + reach, length))
-    positions = positions if len(positions) else np.arange(max(length - reach, 0), length)
-    return positions[np.argsort(np.abs(positions - start), kind="stable")]
 
 
 def pair_ranks(similarity: Float[np.ndarray, "B B"]) -> Float[np.ndarray, "B B"]:

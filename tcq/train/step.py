@@ -138,14 +138,6 @@ def views(config: ConfigDict, rows: Rows, step_key: Key[Array, ""]) -> tuple[Arr
     return jax.vmap(pair)(keys, rows.image.astype(jnp.float32), rows.image_index)
 
 
-def noisy_views(
-    rows: Float[Array, "b F"], std: Float[Array, " F"], keys: Key[Array, " b"]
-) -> tuple[Float[Array, "b F"], Float[Array, "b F"]]:
-    """Two views of each embedding: the embedding plus normal noise of a standard deviation (our choice)."""
-    noise = jax.vmap(lambda key: jax.random.normal(key, (2, rows.shape[1])))(keys)
-    return rows + std[None] * noise[:, 0], rows + std[None] * noise[:, 1]
-
-
 def _place_keys(rows: Rows, step_key: Key[Array, ""]) -> Key[Array, " b"]:
     return jax.vmap(lambda place: jax.random.fold_in(step_key, place))(rows.place)
 
@@ -170,7 +162,7 @@ def _embed(
     if retriever.takes_embeddings(trainer.model):
         if rows.image.shape[1] == 1:
             std = trainer.config.data.augment.noise * params["backbone"]["std"]
-            pairs = noisy_views(pairs[0], std, _place_keys(rows, step_key))
+            pairs = augment.noisy_views(pairs[0], std, _place_keys(rows, step_key))
         backbone = {"params": _stop_frozen_gradients(params, trainer.config)}
         rows_of_pairs: Any = trainer.model.apply(backbone, jnp.concatenate(pairs), method="embed")
         return rows_of_pairs.reshape(2, -1, rows_of_pairs.shape[-1]), batch_stats

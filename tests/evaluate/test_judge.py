@@ -75,6 +75,19 @@ def test_labels_answer_and_answers_are_kept(digits_run, tmp_path):
     assert "9 answers: " in done.stdout and again[:6] == rows and len(again) == 9
 
 
+def test_questions_end_with_the_pairs(digits_run, tmp_path, monkeypatch):
+    workdir = shutil.copytree(digits_run, tmp_path / "run")
+    monkeypatch.setattr(judge, "IMAGES", 3)
+    for _ in range(2):
+        done = small.main("judge", f"--workdir={workdir}", "--labels")
+        assert done.returncode == 0 and "3 answers: " in done.stdout
+    assert len((workdir / judge.ANSWERS).read_text().splitlines()) == 3
+
+
+def test_a_bucket_is_refused():
+    small.assert_refused(small.main("judge", "--workdir=gs://bucket/run"), "is in a bucket")
+
+
 def test_a_person_sees_a_picture_and_can_stop(digits_run, tmp_path, monkeypatch):
     workdir = shutil.copytree(digits_run, tmp_path / "run")
     given = iter(["perhaps", "Y", "n", "q"])
