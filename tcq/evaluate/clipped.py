@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from tcq import config as configs
 from tcq import encode, plots, quantizer
@@ -30,20 +30,30 @@ def write(folder: Path, encoder: encode.Encoder, source: Source, split: protocol
     chosen = np.sort(np.random.RandomState(0).permutation(split.train)[: config.data.batch_size])
     similarity = similarities(encoder, encode.encode(encoder, source.images[chosen]))
     clipped = clipped_pairs(similarity, rule.of_negatives(len(chosen) - 1), scope=config.loss.clip_scope)
-    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, : min(NEGATIVES, len(chosen) - 1)]
-    density = np.take_along_axis(similarity, nearest, axis=1).mean(axis=1)
+    nearest = np.sort(similarity, axis=1)[:, -min(NEGATIVES, len(chosen) - 1) :]
+    density = nearest.mean(axis=1)
+    negatives = [around_the_border(*row) for row in zip(similarity, clipped, strict=True)]
     shown = np.argsort(density, kind="stable")[np.unique(np.linspace(0, len(chosen) - 1, ANCHORS).astype(int))]
     draw = partial(
         plots.gallery,
         folder / CLIPPED,
         [images[chosen[i]] for i in shown],
-        [[images[chosen[j]] for j in nearest[i]] for i in shown],
-        captions=[[f"{similarity[i, j]:.2f}" for j in nearest[i]] for i in shown],
-        right=~np.take_along_axis(clipped, nearest, axis=1)[shown],
+        [[images[chosen[j]] for j in negatives[i]] for i in shown],
+        captions=[[f"{similarity[i, j]:.2f}" for j in negatives[i]] for i in shown],
+        right=np.array([~clipped[i, negatives[i]] for i in shown]),
         name="anchor",
-        title=f"negatives that are kept (solid) and clipped (dashed), of rare (top) to common anchors: {rule.text()}",
+        title="the most similar negatives, clipped (dashed) and kept (solid), of rare (top) to common anchors: "
+        f"{clipped.mean() * len(chosen) / (len(chosen) - 1):.1%} of the pairs are clipped",
     )
     processes.on_first(draw)
+
+
+def around_the_border(similarity: Float[np.ndarray, " B"], clipped: Bool[np.ndarray, " B"]) -> Int[np.ndarray, " n"]:
+    """The most similar negatives of an anchor, half of them clipped and half kept if there are so many of each."""
+    order = np.argsort(-similarity, kind="stable")[:-1]  # the last one is the anchor itself
+    gone, kept = order[clipped[order]], order[~clipped[order]]
+    num_kept = min(len(kept), max(NEGATIVES // 2, NEGATIVES - len(gone)))
+    return np.concatenate([gone[: NEGATIVES - num_kept], kept[:num_kept]])
 
 
 def similarities(encoder: encode.Encoder, encoded: encode.Encoded) -> Float[np.ndarray, "B B"]:

@@ -23,6 +23,17 @@ def test_the_mask_is_that_of_sorting(scope):
         assert mask.sum() == 22 and similarity[mask].min() > similarity[~mask].max()
 
 
+@pytest.mark.parametrize(("num_clipped", "shown"), [(0, 0), (3, 3), (5, 5), (12, 5), (17, 8), (19, 10)])
+def test_clipped_and_kept_negatives_are_shown(num_clipped, shown):
+    similarity = np.random.RandomState(0).randn(20).astype("f4")
+    similarity[7] = -np.inf  # the anchor
+    order = np.argsort(-similarity)
+    clipped_ones = np.isin(np.arange(20), order[:num_clipped])
+    columns = clipped.around_the_border(similarity, clipped_ones)
+    kept = 10 - shown
+    np.testing.assert_array_equal(columns, [*order[:shown], *order[num_clipped : num_clipped + kept]])
+
+
 def test_similarities_are_those_of_features_and_decoded_codes(digits_run):
     encoder = encode.load(digits_run)
     images = open_source(encoder.config.data).images[:7]
