@@ -206,6 +206,9 @@ def _add_sweep(commands: Commands) -> None:
     parser.add_argument("--workdir", type=_path, required=True, help="gets table.csv, table.md, sweep.png and cells/")
     parser.add_argument("--jobs", type=_positive, default=1, help="cells at a time (default: 1)")
     parser.add_argument(
+        "--axes", default="", metavar="KEY[,KEY]", help="keys of the x axis and of the lines of the plot"
+    )
+    parser.add_argument(
         "--checkpoint", default="best", help="checkpoint to score: best (by validation) or latest (default: best)"
     )
 
@@ -214,7 +217,8 @@ def _sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from tcq import sweep
 
     a = arguments
-    sweep.sweep(a.config, a.grid, a.workdir, overrides=overrides, jobs=a.jobs, checkpoint=a.checkpoint)
+    axes = a.axes.split(",") if a.axes else []
+    sweep.sweep(a.config, a.grid, a.workdir, overrides=overrides, jobs=a.jobs, checkpoint=a.checkpoint, axes=axes)
     for name in (sweep.TABLE, sweep.MARKDOWN, sweep.PLOT):
         print(f"{a.workdir}/{name}")
     return 0

@@ -78,37 +78,57 @@ def curves(path: str | Path, results: Mapping[str, Mapping[str, Any]], *, ks: Se
     figure.savefig(path, dpi=120)
 
 
-def sweep(path: str | Path, groups: Sequence[Mapping[str, Any]], *, x: str, lines: Sequence[str]) -> None:
+def sweep(
+    path: str | Path, groups: Sequence[Mapping[str, Any]], *, x: str, lines: Sequence[str], panels: Sequence[str] = ()
+) -> None:
     """Writes mAP on validation and on test queries over the values of the key `x`.
 
-    There is a line for each setting of the keys `lines`; error bars are one standard deviation over the seeds. `groups`
-    are those of `sweep.summary`.
+    There is a line for each setting of the keys `lines`, and a row of panels for each setting of the keys `panels`;
+    error bars are one standard deviation over the seeds. `groups` are those of `sweep.summary`.
     """
     values = list(dict.fromkeys(group[x] for group in groups))
-    settings = list(dict.fromkeys(tuple(group[k] for k in lines) for group in groups))
-    figure = _figure(11, 4.5)
-    axes = figure.subplots(1, 2, sharey=True)
-    panels = ("validation_mAP", "validation queries"), ("test_mAP", "test queries")
-    for axis, (name, title) in zip(axes, panels, strict=True):
-        for i, setting in enumerate(settings):
-            own = [g for g in groups if tuple(g[k] for k in lines) == setting and g[name] is not None]
-            label = ", ".join(f"{k.rpartition('.')[2]} {v}" for k, v in zip(lines, setting, strict=True)) or x
-            axis.errorbar(
-                [values.index(g[x]) for g in own],
-                [g[name][0] for g in own],
-                yerr=[g[name][1] for g in own],
-                label=_printable(label),
-                linestyle=LINE_STYLES[i % len(LINE_STYLES)],
-                marker="osD^v*"[i % 6],
-                capsize=3,
-            )
-        axis.set_xticks(range(len(values)), [_printable(v) for v in values])
-        axis.set(xlabel=x, title=title)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("mAP, mean over the seeds")
-    axes[0].legend(fontsize=8)
+    rows = list(dict.fromkeys(tuple(group[k] for k in panels) for group in groups))
+    figure = _figure(11, 4.5 * len(rows))
+    axes = figure.subplots(len(rows), 2, sharey=True, squeeze=False)
+    for row, setting in zip(axes, rows, strict=True):
+        own = [group for group in groups if tuple(group[k] for k in panels) == setting]
+        for axis, name in zip(row, ("validation", "test"), strict=True):
+            _lines(axis, own, f"{name}_mAP", values=values, x=x, lines=lines)
+            axis.set_xticks(range(len(values)), [_printable(v) for v in values])
+            axis.set(xlabel=x, title=_printable(", ".join([f"{name} queries", _label(panels, setting)]).rstrip(", ")))
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel("mAP, mean over the seeds")
+    axes[0, 0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+
+
+def _lines(
+    axis: Any,
+    groups: Sequence[Mapping[str, Any]],
+    measured: str,
+    *,
+    values: Sequence[str],
+    x: str,
+    lines: Sequence[str],
+) -> None:
+    """Draws what was measured over the values of `x`, a line for each setting of the keys `lines`."""
+    settings = list(dict.fromkeys(tuple(group[k] for k in lines) for group in groups))
+    for i, setting in enumerate(settings):
+        own = [g for g in groups if tuple(g[k] for k in lines) == setting and g[measured] is not None]
+        axis.errorbar(
+            [values.index(g[x]) for g in own],
+            [g[measured][0] for g in own],
+            yerr=[g[measured][1] for g in own],
+            label=_printable(_label(lines, setting) or x),
+            linestyle=LINE_STYLES[i % len(LINE_STYLES)],
+            marker="osD^v*"[i % 6],
+            capsize=3,
+        )
+
+
+def _label(keys: Sequence[str], setting: Sequence[str]) -> str:
+    return ", ".join(f"{k.rpartition('.')[2]} {v}" for k, v in zip(keys, setting, strict=True))
 
 
 def _printable(text: str) -> str:

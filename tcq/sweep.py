@@ -65,6 +65,7 @@ class Grid(NamedTuple):
     keys: dict[str, list[str]]
     cells: list[Cell]
     workdir: Path
+    axes: Sequence[str] = ()  # keys: the x axis of the plot, and its lines
 
 
 def sweep(
@@ -75,8 +76,12 @@ def sweep(
     overrides: Sequence[str] = (),
     jobs: int = 1,
     checkpoint: str = "best",
+    axes: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Trains and scores every cell that is not done, `jobs` at a time; returns the rows of the table.
+
+    `axes` are up to two keys of the grid: the x axis of the plot, and its lines; other keys get panels. Without them
+    the key of most values is the x axis, and all others are lines.
 
     Writes table.csv, table.md and sweep.png to the workdir after every cell, and log.txt to the folder of a cell.
     Raises SweepError or ConfigError before training if a cell cannot work, and CellError at the end.
@@ -88,7 +93,7 @@ def sweep(
     keys = parse_grid(grid)
     settings = [dict(zip(keys, values, strict=True)) for values in itertools.product(*keys.values())]
     cells = [Cell(values, Path(workdir) / "cells" / _name(values)) for values in settings]
-    whole = Grid(config, overrides, checkpoint, keys, cells, Path(workdir))
+    whole = Grid(config, overrides, checkpoint, keys, cells, Path(workdir), _axes(axes, keys))
     _check(whole)
     waiting = [cell for cell in cells if not (cell.folder / "results.json").is_file()]
     logger.info(f"{len(cells)} cells, {len(cells) - len(waiting)} of them done; {jobs} at a time")
@@ -153,6 +158,15 @@ def parse_grid(text: str) -> dict[str, list[str]]:
     if not keys:
         raise SweepError("--grid is empty: write for example 'loss.clip=0,0.1; train.seed=0,1,2'")
     return keys
+
+
+def _axes(axes: Sequence[str], keys: Mapping[str, Sequence[str]]) -> list[str]:
+    """The keys of the axes of the plot. Raises SweepError if they are not different keys of the grid, at most two."""
+    given = [key.strip().removeprefix("--").removeprefix("config.") for key in axes]
+    known = [key for key in keys if key != SEED]
+    if len(given) > 2 or len(set(given)) < len(given) or not set(given) <= set(known):
+        raise SweepError(f"--axes {','.join(given)} must be one or two of the keys of the grid: {', '.join(known)}")
+    return given
 
 
 def _name(values: Mapping[str, str]) -> str:
@@ -271,8 +285,10 @@ def _report(grid: Grid) -> list[dict[str, Any]]:
     storage.write_text(grid.workdir / MARKDOWN, _markdown(grid.keys, rows, groups))
     if any(group["n"] for group in groups):
         others = [k for k in grid.keys if k != SEED] or [SEED]
-        x = max(others, key=lambda k: len(grid.keys[k]))
-        plots.sweep(grid.workdir / PLOT, groups, x=x, lines=[k for k in others if k != x])
+        x = grid.axes[0] if grid.axes else max(others, key=lambda k: len(grid.keys[k]))
+        lines = list(grid.axes[1:]) or [k for k in others if k != x]
+        panels = [k for k in others if k not in (x, *lines)]
+        plots.sweep(grid.workdir / PLOT, groups, x=x, lines=lines, panels=panels)
     return rows
 
 

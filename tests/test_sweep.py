@@ -1,12 +1,14 @@
 import csv
+import itertools
 import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 import small
-from tcq import sweep
+from tcq import plots, sweep
 
 GRID = "optim.learning_rate=1e-3,1e30; train.seed=0"
 FLAGS = small.flags("optim.name=sgd", "optim.clip_norm=0", "loss.clip=0.1", "train.total_steps=6")
@@ -53,6 +55,41 @@ def test_means_are_over_the_seeds_that_are_done():
     assert (none["loss.clip"], none["n"], some["n"]) == ("0", 2, 1)
     np.testing.assert_allclose(none["test_mAP"], (0.6, 0.1))
     assert some["test_mAP"] == (0.9, 0.0) and some["clip_recall"] is None
+
+
+@pytest.mark.parametrize("axes", ["a.c", "a.b,a.b", "a.b,x.d,a.b", "train.seed"])
+def test_axes_are_keys_of_the_grid(axes):
+    keys = {"a.b": ["0", "1"], "x.d": ["0"], "train.seed": ["0", "1"]}
+    with pytest.raises(sweep.SweepError, match="must be one or two of the keys of the grid: a.b, x.d"):
+        sweep._axes(axes.split(","), keys)
+    assert sweep._axes(["--config.a.b", "x.d"], keys) == ["a.b", "x.d"]
+
+
+@pytest.mark.parametrize(
+    ("axes", "x", "drawn", "panels"),
+    [
+        ([], "loss.temperature", 4, 1),  # all others are lines
+        (["loss.clip"], "loss.clip", 6, 1),
+        (["loss.clip", "loss.temperature"], "loss.clip", 3, 2),
+    ],
+)
+def test_the_plot_has_the_axes_that_were_asked_for(tmp_path, monkeypatch, axes, x, drawn, panels):
+    keys = {"loss.clip": ["0", "5"], "loss.temperature": ["0.1", "0.2", "0.3"], "loss.clip_scope": ["anchor", "batch"]}
+    cells = []
+    for number, values in enumerate(itertools.product(*keys.values())):
+        folder = tmp_path / "cells" / str(number)
+        folder.mkdir(parents=True)
+        results = {"mAP": {"asymmetric": number / 12}, "validation": {"mAP": number / 24}}
+        (folder / "results.json").write_text(json.dumps(results))
+        cells.append(sweep.Cell(dict(zip(keys, values, strict=True)), folder))
+    figures = []
+    monkeypatch.setattr(plots, "_figure", lambda *size: figures.append(Figure(figsize=size)) or figures[-1])
+    sweep._report(sweep.Grid("", [], "best", keys, cells, tmp_path, axes))
+    shown = figures[0].axes
+    assert len(shown) == 2 * panels and {axis.get_xlabel() for axis in shown} == {x}
+    assert all(len(axis.containers) == drawn for axis in shown)
+    heights = sorted(y for axis in shown[1::2] for line in axis.containers for y in line[0].get_ydata())
+    np.testing.assert_allclose(heights, np.arange(12) / 12)
 
 
 def test_cells_that_are_done_stay_and_those_that_fail_are_named(tmp_path):
