@@ -124,6 +124,7 @@ def _data() -> ConfigDict:
     augment.grayscale = 0.2  # probability
     augment.blur = 0.5  # probability
     augment.noise = 1.0  # added to an embedding that has one view only, in standard deviations of each number
+    augment.drop = 0.0  # probability with which a number of such an embedding is set to its mean
     return data
 
 

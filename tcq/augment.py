@@ -14,11 +14,26 @@ Image = Float[Array, "H W 3"]
 
 
 def noisy_views(
-    rows: Float[Array, "b F"], std: Float[Array, " F"], keys: Key[Array, " b"]
+    rows: Float[Array, "b F"],
+    mean: Float[Array, " F"],
+    std: Float[Array, " F"],
+    keys: Key[Array, " b"],
+    strengths: Mapping[str, float],
 ) -> tuple[Float[Array, "b F"], Float[Array, "b F"]]:
-    """Two views of each embedding: the embedding plus normal noise of a standard deviation (our choice)."""
-    noise = jax.vmap(lambda key: jax.random.normal(key, (2, rows.shape[1])))(keys)
-    return rows + std[None] * noise[:, 0], rows + std[None] * noise[:, 1]
+    """Two views of each embedding, in feature space (our choice).
+
+    A view has each number at its `mean` instead with probability `drop`, and then normal noise of `noise` times `std`.
+    """
+
+    def pair(key: Key[Array, ""], row: Float[Array, " F"]) -> Float[Array, "2 F"]:
+        kept = jnp.stack([row, row])
+        if strengths["drop"]:
+            dropped = jax.random.bernoulli(jax.random.fold_in(key, 1), jnp.float32(strengths["drop"]), kept.shape)
+            kept = jnp.where(dropped, mean[None], kept)
+        return kept + strengths["noise"] * std[None] * jax.random.normal(key, kept.shape, jnp.float32)
+
+    pairs = jax.vmap(pair)(keys, rows)
+    return pairs[:, 0], pairs[:, 1]
 
 
 def random_view(key: Key[Array, ""], image: Image, strengths: Mapping[str, float]) -> Image:

@@ -67,7 +67,7 @@ def _cache(config: ConfigDict, source: Source) -> Path:
         [float(x) for x in config.model.embedder_output],
         SEED,
         data.views,
-        sorted((name, strength) for name, strength in data.augment.items() if name != "noise"),
+        sorted((name, strength) for name, strength in data.augment.items() if name not in ("noise", "drop")),
         [data.image_size, data.resize, data.interpolation, data.crop_share],
         [data.source, data.protocol, data.split_seed, data.query, data.validation],
         splits.names_digest(source),

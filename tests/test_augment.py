@@ -135,3 +135,19 @@ def test_grayscale_has_equal_channels(image):
     gray = augment.random_grayscale(jax.random.key(0), image, probability=1.0)
     np.testing.assert_allclose(gray[..., 0], image @ jnp.array([0.299, 0.587, 0.114]), atol=1e-6)
     np.testing.assert_array_equal(gray[..., 0], gray[..., 2])
+
+
+def test_views_of_embeddings_are_drops_and_noise():
+    random = np.random.RandomState(0)
+    rows = jnp.asarray(random.randn(400, 50), jnp.float32)
+    mean, std = jnp.full(50, 9.0), jnp.linspace(0, 2, 50)
+    keys = jax.random.split(jax.random.key(0), 400)
+    same = augment.noisy_views(rows, mean, std, keys, {"noise": 0.0, "drop": 0.0})
+    np.testing.assert_array_equal(same, [rows, rows])
+    first, second = augment.noisy_views(rows, mean, std, keys, {"noise": 0.5, "drop": 0.0})
+    np.testing.assert_allclose(np.std(first - rows, axis=0), 0.5 * std, rtol=0.15)
+    assert abs(np.mean((first - rows) * (second - rows))) < 0.05  # the two views differ
+    dropped = np.stack(augment.noisy_views(rows, mean, std, keys, {"noise": 0.0, "drop": 0.2}))
+    gone = dropped == 9
+    np.testing.assert_array_equal(dropped[~gone], np.stack([rows, rows])[~gone])
+    assert 0.19 < gone.mean() < 0.21 and 0.03 < gone.all(axis=0).mean() < 0.05  # and so do their drops

@@ -85,6 +85,7 @@ ALLOWED: dict[str, Choice | Range] = {
     "data.augment.grayscale": SHARE,
     "data.augment.blur": SHARE,
     "data.augment.noise": Range(0),
+    "data.augment.drop": SHARE_BELOW_1,
     "model.name": _one_of(("", embedder.NAME, *vit.NAMED, *resnet.NAMED)),
     "model.width": POSITIVE_COUNT,
     "model.depth": POSITIVE_COUNT,

@@ -45,7 +45,7 @@ def validate(encoder: encode.Encoder, source: Source, split: protocols.Split) ->
 def clip_quality(encoder: encode.Encoder, images: np.ndarray, labels: Any) -> dict[str, float]:
     """The training loss and its logs on held-out images, with views drawn from a fixed key.
 
-    `images` are uint8 (N, H, W, 3), or embeddings: (N, F), to which noise is added, or two views each (N, 2, F).
+    `images` are uint8 (N, H, W, 3), or embeddings: (N, F), of which views are made, or two views each (N, 2, F).
 
     The loss is without a queue, and with the complete `loss.clip` whatever the step, so that steps can be compared.
     With labels the logs have clip_precision, clip_recall and false_negative_rate (see `losses.nt_xent`). All are means
@@ -97,8 +97,8 @@ def _compiled_views(model: Any, strengths: tuple[tuple[str, float], ...]) -> Any
             a, b = images[:, 0], images[:, 1]
         elif images.ndim == 2:
             keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(0), index))(rows["index"])
-            std = dict(strengths)["noise"] * variables["params"]["backbone"]["std"]
-            a, b = augment.noisy_views(images, std, keys)
+            known = variables["params"]["backbone"]
+            a, b = augment.noisy_views(images, known["mean"], known["std"], keys, dict(strengths))
         else:
             a, b = jax.vmap(pair)(images, rows["index"])
         out_a, out_b = model.apply(variables, a), model.apply(variables, b)

@@ -128,17 +128,25 @@ def run(workdir: str | Path, *, count: int, labels: bool) -> Judgement:
 
 
 def judge(
-    folder: Path, encoder: encode.Encoder, source: Source, split: protocols.Split, ask: Ask, *, count: int
+    folder: Path,
+    encoder: encode.Encoder,
+    source: Source,
+    split: protocols.Split,
+    ask: Ask,
+    *,
+    count: int,
+    seed: int = 0,
 ) -> Judgement:
     """Asks until there are `count` answers, and returns what follows; judgements.jsonl of the folder stores them.
 
-    Answers of an earlier call count. `ask` gets the positions of two images in the source.
+    Answers of an earlier call count. `ask` gets the positions of two images in the source. `seed` draws the images
+    whose pairs are ranked, and the questions.
     """
-    chosen = np.sort(np.random.RandomState(0).permutation(split.train)[:IMAGES])
+    chosen = np.sort(np.random.RandomState(seed).permutation(split.train)[:IMAGES])
     ranks = pair_ranks(clipped.similarities(encoder, encode.encode(encoder, source.images[chosen])))
     first, second = np.triu_indices(len(chosen), 1)
     open_pairs = np.argsort(ranks[first, second], kind="stable")  # the most similar first
-    file, random = folder / ANSWERS, np.random.RandomState(1)
+    file, random = folder / ANSWERS, np.random.RandomState(seed + 1)
     known = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     position = {source.names[i]: n for n, i in enumerate(chosen)}
     pairs = [(position.get(a["first"], -1), position.get(a["second"], -1)) for a in known]

@@ -161,8 +161,8 @@ def _embed(
     pairs = views(trainer.config, rows, step_key)
     if retriever.takes_embeddings(trainer.model):
         if rows.image.shape[1] == 1:
-            std = trainer.config.data.augment.noise * params["backbone"]["std"]
-            pairs = augment.noisy_views(pairs[0], std, _place_keys(rows, step_key))
+            known, strengths = params["backbone"], dict(trainer.config.data.augment)
+            pairs = augment.noisy_views(pairs[0], known["mean"], known["std"], _place_keys(rows, step_key), strengths)
         backbone = {"params": _stop_frozen_gradients(params, trainer.config)}
         rows_of_pairs: Any = trainer.model.apply(backbone, jnp.concatenate(pairs), method="embed")
         return rows_of_pairs.reshape(2, -1, rows_of_pairs.shape[-1]), batch_stats
