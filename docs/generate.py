@@ -1,9 +1,14 @@
-"""Writes docs/api.md and docs/commands.md from the code: `make docs`. A test compares both with the code."""
+"""Writes docs/api.md and docs/commands.md from the code, and the address of the repository: `make docs`.
+
+The address is `url` in setup.cfg, once; the badge of README.md and the notebook follow it. A test compares all.
+"""
 
 import argparse
 import ast
+import configparser
 import importlib
 import inspect
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -120,8 +125,19 @@ def _sentence(text: str | None) -> str:
     return text[:1].upper() + text[1:] + "."
 
 
+def addressed(text: str) -> str:
+    """The text with its links to the repository set to the address in setup.cfg."""
+    setup = configparser.ConfigParser()
+    setup.read(DOCS.parent / "setup.cfg")
+    owner_and_name = setup["metadata"]["url"].removeprefix("https://github.com/")
+    return re.sub(r"(?<=/github/|hub\.com/)[\w.-]+/[\w-]+(?=/blob/main/colab|\.git\b)", owner_and_name, text)
+
+
 PAGES = {"api.md": api, "commands.md": commands}
+ADDRESSED = ("README.md", "colab/quickstart.ipynb")
 
 if __name__ == "__main__":
     for name, page in PAGES.items():
         (DOCS / name).write_text(page())
+    for name in ADDRESSED:
+        (DOCS.parent / name).write_text(addressed((DOCS.parent / name).read_text()))

@@ -21,7 +21,7 @@ FOLDERS = ("tcq", "configs", "tests", "benchmarks", "docs", "launch", "colab")
 def prose(text):
     """The paragraphs and list items of a page, without code, tables, headings and pictures."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
-    lines = [line for line in text.splitlines() if not line.startswith(("|", "#", "    ", "!["))]
+    lines = [line for line in text.splitlines() if not line.startswith(("|", "#", "    ", "![", "[!["))]
     return [" ".join(p.split()) for p in re.split(r"\n\s*\n|\n\s*[-*] ", "\n".join(lines)) if p.strip()]
 
 
@@ -35,6 +35,14 @@ def generator():
 @pytest.mark.parametrize("name", GENERATED)
 def test_generated_pages_are_up_to_date(name):
     assert generator().PAGES[name]() == (small.ROOT / "docs" / name).read_text(), "run `make docs`"
+
+
+def test_the_address_of_the_repository_stands_in_one_place():
+    module = generator()
+    for name in module.ADDRESSED:
+        text = (small.ROOT / name).read_text()
+        assert module.addressed(text) == text, "run `make docs`"
+        assert module.addressed(text.replace("OWNER/tcq", "some-one/other")) == text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(small.ROOT)))
@@ -55,7 +63,7 @@ def test_links_lead_to_files_and_headings(page):
 def test_lines_and_sentences_are_short(page):
     text = page.read_text()
     for line in re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL).splitlines():
-        if not line.startswith(("|", "    ", "![")):
+        if not line.startswith(("|", "    ", "![", "[![")):
             assert len(line) < 100, line
     for paragraph in prose(text):
         plain = re.sub(r"`[^`]*`", "x", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", paragraph))

@@ -8,6 +8,8 @@ from jaxtyping import Float, UInt
 from tcq import quantizer
 from tcq.runtime import signals
 
+OPQ_CODEWORDS = 256  # of each codebook by which FAISS trains a rotation, whatever the code has
+
 
 def faiss_pq(
     train: Float[np.ndarray, "T D"],
@@ -56,7 +58,12 @@ def faiss_opq(
     train = np.ascontiguousarray(train, np.float32)
     width = max(min(width, train.shape[1]) // num_codebooks, 1) * num_codebooks
     matrix = faiss.OPQMatrix(train.shape[1], num_codebooks, width)
+    few = None
+    if len(train) < OPQ_CODEWORDS:  # FAISS fails with fewer rows than codewords
+        few = matrix.pq = faiss.ProductQuantizer(width, num_codebooks, len(train).bit_length() - 1)
+        few.cp.min_points_per_centroid = 1
     matrix.train(train)
+    matrix.pq = None  # `few` ends with this function
     return lambda rows: matrix.apply(np.ascontiguousarray(rows, np.float32))
 
 

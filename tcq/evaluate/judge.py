@@ -43,9 +43,10 @@ class Judgement(NamedTuple):
     answers: int
 
     @property
-    def overrides(self) -> str:
+    def overrides(self) -> list[str]:
         """The overrides of a config that follow this judgement."""
-        return f"--config.loss.clip={self.share:.3g} --config.loss.clip_scope={self.scope}"
+        values = {"clip": f"{self.share:.3g}", "clip_scope": self.scope, "temperature": TEMPERATURE}
+        return [f"--config.loss.{key}={value}" for key, value in values.items()]
 
 
 def chance(u: Any) -> Float[np.ndarray, "G ..."]:
@@ -104,13 +105,14 @@ def text(j: Judgement) -> str:
         f"{j.answers} answers: {j.share:.2%} of the pairs are of one kind ({j.low:.2%} to {j.high:.2%} with 90 %), "
         f"about {1 / j.share:,.0f} kinds\n"
         f"if they are clipped, {j.precision:.0%} of the clipped pairs are of one kind\n"
-        f"{j.overrides} --config.loss.temperature={TEMPERATURE}"
+        f"{' '.join(j.overrides)}"
     )
 
 
-def run(workdir: str | Path, *, count: int, labels: bool) -> Judgement:
+def run(workdir: str | Path, *, count: int, labels: bool, read: Callable[[str], str] = input) -> Judgement:
     """Judges the training images of a run by its newest checkpoint, by labels or by questions on the terminal.
 
+    `read` shows a question and returns the answer; by then judge.png of the workdir shows the pair.
     Raises EvaluateError if there is nothing to show, no labels, or the workdir is in a bucket, and as `encode.load` and
     `embed.open_source`.
     """
@@ -123,7 +125,7 @@ def run(workdir: str | Path, *, count: int, labels: bool) -> Judgement:
         raise EvaluateError(f"{encoder.config.data.source} has no labels: leave out --labels, and answer yourself")
     if not labels and source.images.ndim != 4 and source.pictures is None:
         raise EvaluateError(f"{encoder.config.data.source} has no images to show: use --labels, if there are some")
-    ask = by_labels(source) if labels else by_terminal(Path(workdir), source)
+    ask = by_labels(source) if labels else by_terminal(Path(workdir), source, read)
     return judge(Path(workdir), encoder, source, split, ask, count=count)
 
 
@@ -191,7 +193,7 @@ def by_labels(source: Source) -> Ask:
     return lambda i, j: bool((labels[i] & labels[j]).any())
 
 
-def by_terminal(folder: Path, source: Source, read: Callable[[str], str] | None = None) -> Ask:
+def by_terminal(folder: Path, source: Source, read: Callable[[str], str] = input) -> Ask:
     """Answers of a person: a pair is drawn to judge.png of a folder, and y, n or q is read from the terminal."""
     images = source.images if source.pictures is None else source.pictures
 
@@ -199,7 +201,7 @@ def by_terminal(folder: Path, source: Source, read: Callable[[str], str] | None 
         plots.gallery(folder / PICTURE, [images[i]], [[images[j]]], captions=[["the same kind of thing?"]], name="")
         while True:
             question = f"{folder / PICTURE}: {source.names[i]} and {source.names[j]}: same kind of thing? [y/n/q] "
-            text = (read or input)(question).strip().lower()
+            text = read(question).strip().lower()
             if text in ("y", "n", "q"):
                 return None if text == "q" else text == "y"
 

@@ -88,11 +88,10 @@ def test_a_bucket_is_refused():
     small.assert_refused(small.main("judge", "--workdir=gs://bucket/run"), "is in a bucket")
 
 
-def test_a_person_sees_a_picture_and_can_stop(digits_run, tmp_path, monkeypatch):
+def test_a_person_sees_a_picture_and_can_stop(digits_run, tmp_path):
     workdir = shutil.copytree(digits_run, tmp_path / "run")
     given = iter(["perhaps", "Y", "n", "q"])
-    monkeypatch.setattr("builtins.input", lambda question: next(given))
-    done = small.main("judge", f"--workdir={workdir}")
-    assert done.returncode == 0 and "2 answers: " in done.stdout, done.stderr
+    done = judge.run(workdir, count=50, labels=False, read=lambda question: next(given))
+    assert done.answers == 2
     assert [json.loads(r)["same"] for r in (workdir / judge.ANSWERS).read_text().splitlines()] == [True, False]
     assert (workdir / judge.PICTURE).stat().st_size > 1000

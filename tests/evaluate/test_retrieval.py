@@ -3,7 +3,7 @@ import pytest
 
 from tcq import encode
 from tcq.data import sources
-from tcq.evaluate import retrieval
+from tcq.evaluate import baselines, retrieval
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +43,11 @@ def test_a_query_can_be_excluded_from_its_answers(world):
             **options,
         )
         np.testing.assert_allclose(one.average_precision, excluded.average_precision[q], atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [3, 40, 300])
+def test_the_rotation_of_opq_is_to_be_had_of_few_rows(rows):
+    train = np.random.RandomState(0).randn(rows, 12).astype("f4")
+    rotate = baselines.faiss_opq(train, num_codebooks=4, width=10)
+    unit = rotate(np.eye(12, dtype="f4")) - rotate(np.zeros((1, 12), "f4"))
+    np.testing.assert_allclose(unit.T @ unit, np.eye(8), atol=1e-4)
