@@ -146,7 +146,7 @@ def _model() -> ConfigDict:
     model.layer_scale = False  # * a learned factor for each branch
     model.gelu = "tanh"  # * tanh (as in JAX models) | erf (as in PyTorch models)
     model.norm_eps = 1e-6  # * added to the variance
-    model.stem = "imagenet"  # * of a ResNet: imagenet (7 x 7, stride 2, pooling) | cifar (3 x 3)
+    model.stem = "imagenet"  # * imagenet (7 x 7, stride 2, pooling) | cifar (3 x 3), of a ResNet; conv, of a ViT
     model.mean = (0.5, 0.5, 0.5)  # subtracted from pixels in [0, 1]; weights set it unless the command line does
     model.std = (0.5, 0.5, 0.5)  # divisor after that; weights set it unless the command line does
     model.dropout = 0.0  # rate

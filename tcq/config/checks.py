@@ -97,7 +97,7 @@ ALLOWED: dict[str, Choice | Range] = {
     "model.registers": COUNT,
     "model.gelu": _one_of(vit.GELUS),
     "model.norm_eps": SHARE,
-    "model.stem": _one_of(resnet.STEMS),
+    "model.stem": _one_of((*resnet.STEMS, vit.STEM)),
     "model.dropout": SHARE_BELOW_1,
     "model.drop_path": SHARE_BELOW_1,
     "model.dtype": _one_of(DTYPES),
@@ -249,6 +249,8 @@ def _vit_problems(c: ConfigDict) -> Iterator[str]:
         yield f"optim.frozen_blocks {c.optim.frozen_blocks} is above the {depth} blocks of the backbone; -1 freezes all"
     if m.width > 0 and m.mlp_ratio > 0 and round(m.mlp_ratio * width) < 1:
         yield f"model.mlp_ratio {m.mlp_ratio} leaves the MLP no hidden unit"
+    if m.stem == vit.STEM and patch.bit_count() != 1:
+        yield f"model.stem conv halves an image again and again: model.patch {patch} must be a power of two"
     if m.attention == "cudnn" and m.dtype != "bfloat16":
         yield "model.attention cudnn needs model.dtype bfloat16"
 
@@ -258,6 +260,8 @@ def _resnet_problems(c: ConfigDict) -> Iterator[str]:
     blocks = sum(resnet.NAMED[m.name].stages)
     if frozen > blocks:
         yield f"optim.frozen_blocks {frozen} is above the {blocks} blocks of {m.name}; -1 freezes all"
+    if m.stem == vit.STEM:
+        yield f"model.stem conv is for a ViT: use {' or '.join(resnet.STEMS)} with {m.name}"
     if m.dropout or m.drop_path:
         yield f"model.dropout {m.dropout} and model.drop_path {m.drop_path} must be 0: {m.name} has neither"
     if c.train.microbatches > 1 and frozen >= 0:

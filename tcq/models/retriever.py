@@ -126,6 +126,7 @@ def _backbone(config: ConfigDict, axis_name: str | None) -> nn.Module:
         heads=size.heads,
         patch=patch,
         pooling=m.pooling,
+        stem=m.stem if m.stem == vit.STEM else "",
         positions=m.positions,
         mlp_ratio=m.mlp_ratio,
         class_token=m.class_token,

@@ -13,6 +13,7 @@ POOLINGS = ("cls", "mean", "flat", "attention")
 POSITIONS = ("learned", "sincos2d")
 GELUS = ("tanh", "erf")
 ATTENTIONS = ("xla", "cudnn")
+STEM = "conv"
 
 
 class Size(NamedTuple):
@@ -36,6 +37,7 @@ class ViT(nn.Module):
       patch: side of the square patches in pixels; divides H and W.
       pooling: "cls" (the class token), "mean", "flat" (all patches concatenated; for small images) or "attention" (one
         learned query attends to the patches).
+      stem: "" (a linear map of each patch) or "conv" (see `ConvStem`; the patch is a power of two).
       positions: "learned" or "sincos2d" (fixed).
       mlp_ratio: hidden width of the MLP over width.
       class_token: whether there is a class token also with another pooling, which then ignores it.
@@ -57,6 +59,7 @@ class ViT(nn.Module):
     heads: int
     patch: int
     pooling: str = "cls"
+    stem: str = ""
     positions: str = "learned"
     mlp_ratio: float = 4.0
     class_token: bool = False
@@ -75,14 +78,12 @@ class ViT(nn.Module):
     def __call__(self, images: Float[Array, "N H W 3"], *, train: bool = False) -> Float[Array, "N F"]:
         n, height, width, _ = images.shape
         rows, columns = height // self.patch, width // self.patch
-        x = nn.Conv(
-            self.width,
-            (self.patch, self.patch),
-            (self.patch, self.patch),
-            padding="VALID",
-            dtype=self.dtype,
-            name="embed",
-        )(images.astype(self.dtype))
+        x = images.astype(self.dtype)
+        if self.stem:
+            x = ConvStem(self.width, self.patch, self.norm_eps, self.dtype, name="stem")(x)
+        else:
+            side = (self.patch, self.patch)
+            x = nn.Conv(self.width, side, side, padding="VALID", dtype=self.dtype, name="embed")(x)
         x = x.reshape(n, rows * columns, self.width)
         if self.positions == "learned":
             positions = self._token("positions", rows * columns)
@@ -146,6 +147,28 @@ class ViT(nn.Module):
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))
         step = jax.checkpoint(body, prevent_cse=False) if self.remat else body
         return jax.lax.scan(step, x, (stacked, rates, keys))[0]
+
+
+class ConvStem(nn.Module):
+    """Images (N, H, W, 3) to one vector for each patch, by 3 x 3 convolutions of stride 2 (Xiao et al. 2021).
+
+    The channels double up to `width` in log2(patch) convolutions, and a 1 x 1 convolution follows. Each is normalized
+    over its channels (our choice, for batch normalization, whose statistics the model would have to carry).
+    """
+
+    width: int
+    patch: int
+    norm_eps: float
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N H W 3"]) -> Float[Array, "N rows columns width"]:
+        count = self.patch.bit_length() - 1
+        for i in range(count):
+            channels = max(self.width >> (count - 1 - i), 1)
+            x = nn.Conv(channels, (3, 3), (2, 2), padding=1, use_bias=False, dtype=self.dtype, name=f"conv_{i}")(x)
+            x = nn.relu(nn.LayerNorm(self.norm_eps, dtype=jnp.float32, name=f"norm_{i}")(x)).astype(self.dtype)
+        return nn.Conv(self.width, (1, 1), dtype=self.dtype, name="out")(x)
 
 
 class Block(nn.Module):

@@ -76,7 +76,7 @@ def _layer(name: str, config: ConfigDict) -> int:
         return sum(resnet.NAMED[config.model.name].stages[: int(match[1])]) + int(match[2]) + 1 if match else 0
     if name.startswith("block_"):
         return int(name.removeprefix("block_")) + 1
-    return 0 if name in ("embed", "positions", "cls", "registers") else _depth(config) + 1
+    return 0 if name in ("embed", "stem", "positions", "cls", "registers") else _depth(config) + 1
 
 
 def _depth(config: ConfigDict) -> int:

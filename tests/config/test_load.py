@@ -68,6 +68,14 @@ def test_what_does_not_fit_is_refused_with_the_numbers(override, message):
     assert message in refused([override])
 
 
+def test_a_convolutional_stem_is_for_a_vit_with_a_patch_that_is_a_power_of_two():
+    given = ["data.image_size=12", "model.stem=conv"]
+    assert "model.patch 12 must be a power of two" in refused([*given, "model.patch=12"])
+    assert "model.stem conv is for a ViT: use imagenet or cifar with resnet18" in refused(
+        [*given, "model.name=resnet18"]
+    )
+
+
 def test_all_problems_are_listed_at_once():
     message = refused(["quantizer.metric=x", "loss.pairing=y", "data.batch_size=1"])
     assert message.count("\n  - ") == 3

@@ -132,3 +132,31 @@ def test_extra_tokens_are_seen_but_not_pooled(images):
         alone.apply({"params": without_blocks}, images),
         both.apply({"params": without_blocks | {"cls": params["cls"] + 9}}, images),
     )
+
+
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_a_convolutional_stem_gives_a_vector_for_each_patch(images, patch):
+    x, params = features(images, patch=patch, stem="conv", pooling="flat")
+    assert x.shape == (3, (8 // patch) ** 2 * 16)
+    stem = params["params"]["stem"]
+    channels = [stem[f"conv_{i}"]["kernel"].shape[-1] for i in range(patch.bit_length() - 1)]
+    assert channels[-1] == 16 and all(b == 2 * a for a, b in zip(channels, channels[1:], strict=False))
+    assert "embed" not in params["params"] and "out" in stem
+
+
+def test_the_stem_is_that_of_convolutions_by_hand(images):
+    _, params = features(images, stem="conv")
+    stem, x = params["params"]["stem"], np.asarray(images, np.float64)
+    for i in range(2):
+        kernel = np.asarray(stem[f"conv_{i}"]["kernel"], np.float64)
+        padded = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
+        side = x.shape[1] // 2
+        x = np.zeros((3, side, side, kernel.shape[-1]))
+        for r in range(side):
+            for c in range(side):
+                x[:, r, c] = np.einsum("nabi,abio->no", padded[:, 2 * r : 2 * r + 3, 2 * c : 2 * c + 3], kernel)
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        x = np.maximum(x * np.asarray(stem[f"norm_{i}"]["scale"]) + np.asarray(stem[f"norm_{i}"]["bias"]), 0)
+    x = x @ np.asarray(stem["out"]["kernel"])[0, 0] + np.asarray(stem["out"]["bias"])
+    ours = vit.ConvStem(16, 4, 1e-6, jnp.float32).apply({"params": stem}, images)
+    np.testing.assert_allclose(ours, x, atol=1e-4)
