@@ -5,6 +5,8 @@ The allowed values of each key are in tcq/config/checks.py.
 
 from ml_collections import ConfigDict, FieldReference
 
+FEW_KINDS = 12  # up to which they are taken to be equally frequent: our choice
+
 
 def arguments(text: str, **defaults: str) -> dict[str, str]:
     """Parses "key=value,key=value", the text after --config=file.py:; a path may hold commas."""
@@ -41,16 +43,21 @@ def set_backbone(c: ConfigDict, backbone: str, weights: str, *, image_size: int)
         c.optim.layer_decay = 0.75
 
 
-def train_on_embeddings(c: ConfigDict) -> None:
-    """Only projection and codebooks are trained. The temperature was chosen on validation images: docs/clipping.md.
+def train_on_embeddings(c: ConfigDict, kinds: str = "") -> None:
+    """Only projection and codebooks are trained. `kinds` is about how many kinds of things there are, "" if unknown.
 
-    The rest is our choice. The share is a low one, for collections of which nothing is known: see `tcq judge`.
+    Temperature, clip and scope were chosen on the validation images of three sets (docs/clipping.md). Without `kinds`
+    they lose least where one knows least: few pairs are clipped, at a high temperature. The rest is our choice.
     """
+    if kinds and (not kinds.isdecimal() or int(kinds) < 2):
+        raise ValueError(
+            f"kinds={kinds} must be a whole number of at least 2: about how many kinds of things there are"
+        )
     c.quantizer.metric = "ip"
     c.quantizer.scale = 10.0
-    c.loss.temperature = 0.2
-    c.loss.clip = 0.02
-    c.loss.clip_scope = "batch"
+    c.loss.temperature = 0.2 if kinds else 0.7
+    c.loss.clip = f"kinds={kinds}" if kinds else 0.02
+    c.loss.clip_scope = "anchor" if kinds and int(kinds) <= FEW_KINDS else "batch"
     c.optim.learning_rate = 1e-3
     c.optim.weight_decay = 1e-4
     c.optim.warmup_steps = 0.1

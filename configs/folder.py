@@ -3,10 +3,12 @@
     python -m tcq train --config=configs/folder.py:/path/to/images --workdir=runs/mine
     python -m tcq train --config=configs/folder.py:/path/to/images,bits=64,weights=/models/dinov2-small \\
         --workdir=runs/mine
-    python -m tcq train --config=configs/folder.py:/path/to/images,embedder=examples/litert.py:embed --workdir=runs/mine
+    python -m tcq train --config=configs/folder.py:/path/to/images,embedder=examples/litert.py:embed,kinds=100 \\
+        --workdir=runs/mine
 
 The arguments after the folder are bits=16, 32, 64 ...; backbone=, a name such as vit_b16 or resnet18; weights=, a path
-(docs/weights.md); embedder=, a function of yours (docs/embeddings.md). Other keys as usual:
+(docs/weights.md); embedder=, a function of yours, with kinds=, about how many kinds of things there are
+(docs/embeddings.md). Other keys as usual:
 --config.data.image_size=64 --config.train.total_steps=5000 ...
 """
 
@@ -17,7 +19,7 @@ from tcq.config import base
 
 def get_config(arg: str = "") -> ConfigDict:
     """A small ViT from scratch on images of 32 x 32 pixels, or another backbone on 224 x 224 pixels."""
-    a = base.arguments(f"path={arg}", path="", bits="32", backbone="", weights="", embedder="")
+    a = base.arguments(f"path={arg}", path="", bits="32", backbone="", weights="", embedder="", kinds="")
     c = base.get_config()
     base.set_bits(c, a["bits"])
     c.data.source = f"folder:{a['path']}" if a["path"] else ""
@@ -26,8 +28,10 @@ def get_config(arg: str = "") -> ConfigDict:
     c.loss.temperature = 0.3
     c.train.total_steps = 1000
     c.eval.every_steps = 500
+    if a["kinds"] and not a["embedder"]:
+        raise ValueError("kinds= goes with embedder=: without it, set --config.loss.clip=kinds=... and a temperature")
     if a["embedder"]:
-        base.train_on_embeddings(c)
+        base.train_on_embeddings(c, a["kinds"])
         c.model.embedder = a["embedder"]
         c.data.image_size = 224
         return c

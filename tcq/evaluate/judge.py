@@ -1,8 +1,8 @@
 """How many pairs of a collection are of one kind, from some answers to "the same kind of thing?".
 
 The chance that a pair is of one kind falls with its rank u, the share of pairs that are more similar, as the curve
-p(u) = 1 / (1 + (u / half)^slope): our choice. A grid over half and slope holds its posterior. The next pair is the one
-whose answer is expected to narrow the share of pairs of one kind, the integral of p, most.
+p(u) = floor + (1 - floor) / (1 + (u / half)^slope): our choice. A grid over these three holds its posterior. The next
+pair is the one whose answer is expected to narrow the share of pairs of one kind, the integral of p, most.
 """
 
 import json
@@ -22,11 +22,15 @@ from tcq.runtime import storage
 
 ANSWERS, PICTURE = "judgements.jsonl", "judge.png"
 IMAGES = 1024  # training images whose pairs are ranked
-SKEW = 0.4  # standard deviation over mean of the number of an anchor's kind, from which scope "batch" fits: our choice
-TEMPERATURE = 0.2  # our choice: the best at the share of one kind on Caltech-101 (docs/clipping.md)
+# Our choices, by validation images of three sets (docs/clipping.md):
+SKEW = 0.9  # standard deviation over mean of the number of an image's nearest pairs, from which scope "batch" fits
+CAUTION = 0.3  # quantile of the posterior of the share that is clipped: too much costs more than too little
+BATCH_PART = 0.8  # of the share of one kind that is clipped with scope "batch"
+TEMPERATURE = 0.2
 INTERVAL = (0.05, 0.95)
 RANKS = np.geomspace(1e-4, 1.0, 41)  # of the pairs that a question may be about
-_HALF, _SLOPE = (x.ravel() for x in np.meshgrid(np.geomspace(1e-3, 1.0, 61), np.geomspace(0.7, 6.0, 25)))
+_CURVES = np.meshgrid(np.geomspace(1e-4, 1.0, 41), np.geomspace(0.4, 6.0, 16), [0.0, 0.01, 0.02, 0.05, 0.1, 0.15])
+_HALF, _SLOPE, _FLOOR = (x.ravel() for x in _CURVES)
 _EDGES = np.concatenate([[0.0], np.geomspace(1e-6, 1.0, 240)])  # of the intervals that the integral sums over
 
 Ask = Callable[[int, int], bool | None]  # whether two images are of one kind; None: no more questions
@@ -38,24 +42,24 @@ class Judgement(NamedTuple):
     share: float  # of all pairs that are of one kind
     low: float
     high: float  # the share is in between with 90 %
-    precision: float  # of the clipped pairs, if this share is clipped in the whole batch
     scope: str  # the `loss.clip_scope` that fits
+    clip: float  # the `loss.clip` that fits
+    precision: float  # of the clipped pairs, if as many are clipped in the whole batch
     answers: int
 
     @property
     def overrides(self) -> list[str]:
         """The overrides of a config that follow this judgement."""
-        values = {"clip": f"{self.share:.3g}", "clip_scope": self.scope, "temperature": TEMPERATURE}
+        values = {"clip": f"{self.clip:.3g}", "clip_scope": self.scope, "temperature": TEMPERATURE}
         return [f"--config.loss.{key}={value}" for key, value in values.items()]
 
 
 def chance(u: Any) -> Float[np.ndarray, "G ..."]:
-    """p(u) for every curve of the grid: it is 1/2 at the rank `half`, and steeper with `slope`."""
+    """p(u) for every curve of the grid: it is halfway down at the rank `half`, and steeper with `slope`."""
     u = np.asarray(u, np.float64)
-    logits = np.multiply.outer(_SLOPE, np.log(np.maximum(u, 1e-9))) - (_SLOPE * np.log(_HALF)).reshape(
-        -1, *[1] * u.ndim
-    )
-    return 1 / (1 + np.exp(np.clip(logits, -50, 50)))
+    half, slope, floor = (x.reshape(-1, *[1] * u.ndim) for x in (_HALF, _SLOPE, _FLOOR))
+    logits = slope * (np.log(np.maximum(u, 1e-9))[None] - np.log(half))
+    return floor + (1 - floor) / (1 + np.exp(np.clip(logits, -50, 50)))
 
 
 def posterior(answers: list[tuple[float, bool]]) -> Float[np.ndarray, " G"]:
@@ -70,11 +74,12 @@ def posterior(answers: list[tuple[float, bool]]) -> Float[np.ndarray, " G"]:
 
 _MIDDLES, _WIDTHS = (_EDGES[1:] + _EDGES[:-1]) / 2, np.diff(_EDGES)
 _SHARES = chance(_MIDDLES) @ _WIDTHS  # of every curve
+_AT_RANKS = chance(RANKS)
 
 
 def next_rank(weights: Float[np.ndarray, " G"]) -> float:
     """The rank whose answer leaves the smallest expected variance of the log of the share."""
-    value, p = np.log(_SHARES), chance(RANKS)
+    value, p = np.log(_SHARES), _AT_RANKS
     expected = np.zeros(len(RANKS))
     for likelihood in (p, 1 - p):
         joint = weights[:, None] * likelihood
@@ -88,15 +93,21 @@ def judgement(answers: list[tuple[float, bool]], ranks: Float[np.ndarray, "B B"]
     """What answers (rank, same kind) say of a collection; `ranks` of sampled pairs, with 1 on the diagonal."""
     weights = posterior(answers)
     order = np.argsort(_SHARES)
-    low, high = np.interp(INTERVAL, np.cumsum(weights[order]), _SHARES[order])
-    share = float(np.exp(weights @ np.log(_SHARES)))
-    curve = weights @ chance(_MIDDLES)
-    inside = np.clip(share - _EDGES[:-1], 0, _WIDTHS)
-    of_kind = np.interp(ranks, _MIDDLES, curve)
-    np.fill_diagonal(of_kind, 0)
-    of_kind = of_kind.sum(axis=1)
-    scope = "batch" if of_kind.std() > SKEW * of_kind.mean() else "anchor"
-    return Judgement(share, float(low), float(high), float(curve @ inside / share), scope, len(answers))
+    quantiles = (INTERVAL[0], CAUTION, 0.5, INTERVAL[1])
+    low, careful, share, high = np.interp(quantiles, np.cumsum(weights[order]), _SHARES[order]).tolist()
+    scope = "batch" if skew(ranks, share / 2) > SKEW else "anchor"  # half of it, in case the share is too high
+    clip = BATCH_PART * careful if scope == "batch" else careful
+    inside = np.clip(clip - _EDGES[:-1], 0, _WIDTHS)
+    precision = float(weights @ chance(_MIDDLES) @ inside / clip)
+    return Judgement(share, low, high, scope, clip, precision, len(answers))
+
+
+def skew(ranks: Float[np.ndarray, "B B"], share: float) -> float:
+    """How unevenly the most similar `share` of all pairs is spread over the images: deviation of counts over mean."""
+    near = ranks <= share
+    np.fill_diagonal(near, False)
+    counts = near.sum(axis=1)
+    return float(counts.std() / max(counts.mean(), 1e-9))
 
 
 def text(j: Judgement) -> str:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import recorded
+import small
 from tcq import config as configs
 from tcq.config import checks
 
@@ -127,6 +128,20 @@ def test_configs_take_bits_backbone_and_weights(name, tmp_path):
     assert configs.load("configs/folder.py:photos").data.source == f"folder:{Path.cwd() / 'photos'}"
     assert "not found" in refused([], "experiments/digits.py")
     assert configs.load("digits").data.source == "digits"  # by name, from anywhere
+
+
+@pytest.mark.parametrize(
+    ("arg", "clip", "scope", "temperature"),
+    [("", 0.02, "batch", 0.7), (",kinds=10", "kinds=10", "anchor", 0.2), (",kinds=100", "kinds=100", "batch", 0.2)],
+)
+def test_kinds_set_clip_scope_and_temperature(tmp_path, arg, clip, scope, temperature):
+    np.save(tmp_path / "rows.npy", np.random.RandomState(0).randn(40, 6).astype("f4"))
+    tiny = small.ROOT / "tests" / "helpers" / "tiny_embedder.py"
+    for config in (f"configs/embeddings.py:{tmp_path}", f"configs/folder.py:{tmp_path},embedder={tiny}:embed"):
+        loss = configs.load(config + arg).loss
+        assert (loss.clip, loss.clip_scope, loss.temperature) == (clip, scope, temperature)
+    assert "kinds=1 must be a whole number" in refused([], f"configs/embeddings.py:{tmp_path},kinds=1")
+    assert "kinds= goes with embedder=" in refused([], f"configs/folder.py:{tmp_path},kinds=9")
 
 
 def test_spq_and_mecoq_are_as_their_papers_describe():
