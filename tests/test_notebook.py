@@ -20,10 +20,10 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """240 digits as files, in folders by kind."""
+    """300 digits as files, in folders by kind."""
     folder = tmp_path_factory.mktemp("photos")
     source = sources.open_source(small.config().data)
-    for n in range(240):
+    for n in range(300):
         path = folder / str(source.labels[n]) / f"{n}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(np.asarray(source.images[n])).save(path)
@@ -51,7 +51,7 @@ def test_the_quickstart_runs_and_has_no_stored_output(photos, tmp_path, monkeypa
         "50 answers: ",
         "bits per image: 32",
         "FAISS OPQ",
-        "240 images indexed, 0 skipped",
+        "300 images indexed, 0 skipped",
         "200 the page answers",
     ):
         assert expected in printed, printed[-2000:]

@@ -145,11 +145,12 @@ def _baselines(evaluation: Evaluation) -> dict[str, retrieval.Scorer]:
     others: dict[str, retrieval.Scorer] = {}
     if name == "pq_embeddings":
         mean = inputs(split.database[sample]).mean(axis=0, keepdims=True)
+        others["float_embeddings"] = _cosine(inputs(split.query) - mean, inputs(split.database) - mean)
+    if name == "pq_embeddings" and len(sample) >= baselines.OPQ_ROWS:
         width = q.num_codebooks * q.codeword_dim
         rotate = baselines.faiss_opq(inputs(split.database[sample]) - mean, num_codebooks=q.num_codebooks, width=width)
         rotated = rotate(inputs(split.query) - mean)
         others["opq_embeddings"] = pq(lambda b: rotated[b], lambda i: rotate(inputs(split.database[i]) - mean))
-        others["float_embeddings"] = _cosine(inputs(split.query) - mean, inputs(split.database) - mean)
     return others | {
         name: pq(lambda b: inputs(split.query[b]), lambda i: inputs(split.database[i])),
         "pq_features": pq(lambda b: queries.features[b], lambda i: database.features[i]),

@@ -8,7 +8,7 @@ from jaxtyping import Float, UInt
 from tcq import quantizer
 from tcq.runtime import signals
 
-OPQ_CODEWORDS = 256  # of each codebook by which FAISS trains a rotation, whatever the code has
+OPQ_ROWS = 256  # fewest rows by which FAISS trains a rotation: it takes 256 codewords, whatever the code has
 
 
 def faiss_pq(
@@ -52,18 +52,19 @@ def pad(vectors: Float[np.ndarray, "N D"], num_codebooks: int) -> Float[np.ndarr
 def faiss_opq(
     train: Float[np.ndarray, "T D"], *, num_codebooks: int, width: int
 ) -> Callable[[np.ndarray], Float[np.ndarray, "N E"]]:
-    """FAISS's optimized rotation to at most `width` numbers, a multiple of M, as a map of (N, D) rows."""
+    """FAISS's optimized rotation to at most `width` numbers, a multiple of M, as a map of (N, D) rows.
+
+    Raises ValueError if there are fewer than 256 rows to train on.
+    """
     import faiss
+
+    if len(train) < OPQ_ROWS:
+        raise ValueError(f"FAISS needs at least {OPQ_ROWS} vectors for its rotation, got {len(train)}")
 
     train = np.ascontiguousarray(train, np.float32)
     width = max(min(width, train.shape[1]) // num_codebooks, 1) * num_codebooks
     matrix = faiss.OPQMatrix(train.shape[1], num_codebooks, width)
-    few = None
-    if len(train) < OPQ_CODEWORDS:  # FAISS fails with fewer rows than codewords
-        few = matrix.pq = faiss.ProductQuantizer(width, num_codebooks, len(train).bit_length() - 1)
-        few.cp.min_points_per_centroid = 1
     matrix.train(train)
-    matrix.pq = None  # `few` ends with this function
     return lambda rows: matrix.apply(np.ascontiguousarray(rows, np.float32))
 
 
