@@ -63,8 +63,7 @@ def _cache(config: ConfigDict, source: Source) -> Path:
     """The folder of the embeddings of a source, named by all that they depend on."""
     data = config.data
     parts = [
-        config.model.embedder,
-        [float(x) for x in config.model.embedder_output],
+        [float(x) for x in config.model.embedder_output],  # not the file: it may be moved
         SEED,
         data.views,
         sorted((name, strength) for name, strength in data.augment.items() if name not in ("noise", "drop")),

@@ -1,6 +1,7 @@
 """A user's function as backbone, and embeddings from a folder, from training to search."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -51,6 +52,10 @@ def test_the_cache_depends_on_all_that_embeddings_depend_on(run):
     source = sources.open_source(config.data)
     key = embed._cache(config, source)
     assert key.is_dir()
+    moved = shutil.copy(TINY, run[1] / "moved.py")
+    assert embed._cache(small.config(*HEAD, f"data.cache_dir={run[1]}", f"model.embedder={moved}:embed"), source) == key
+    other = small.config(*HEAD, f"data.cache_dir={run[1]}", f"model.embedder={TINY}:other")
+    assert embed._cache(other, source) != key
     edited = source.images.copy()
     edited[700, 3, 3, 1] ^= 1
     assert embed._cache(config, source._replace(images=edited)) != key
