@@ -271,9 +271,13 @@ def _judge(arguments: argparse.Namespace, _: list[str]) -> int:
 
 
 def _add_embed(commands: Commands) -> None:
-    help = "embed a source, and views of its images, with model.embedder into a folder of .npy and Parquet files"
+    help = (
+        "embed a source, and views of its images, by a function or by weights, into a folder of .npy and Parquet files"
+    )
     parser = _add_command(commands, "embed", help, _embed, compiles=True)
-    parser.add_argument("--config", metavar="FILE[:ARG]", required=True, help="a config with model.embedder")
+    parser.add_argument(
+        "--config", metavar="FILE[:ARG]", required=True, help="a config with model.embedder or model.weights"
+    )
     parser.add_argument("--out", type=_path, required=True, help="new folder, for data.source=embeddings:<folder>")
 
 

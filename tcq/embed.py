@@ -1,10 +1,11 @@
-"""Embeds a collection and its views once with a user's function, into a folder that training reads."""
+"""Embeds a collection and its views once, with a user's function or a backbone, into a folder that training reads."""
 
 import hashlib
 import json
 import logging
 import shutil
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from ml_collections import ConfigDict
 from tcq import augment, encode
 from tcq.data import embeddings, sources, splits
 from tcq.data.source import Source, SourceError
-from tcq.models import embedder
-from tcq.runtime import log, processes, signals, storage
+from tcq.models import embedder, retriever
+from tcq.runtime import devices, log, processes, signals, storage
 
 BLOCK = 64  # images embedded at a time
 SHARD = 2**16  # rows of a file
 SEED = 0  # of the views: runs with other seeds share them
 DONE = "done.json"
+
+Run = Callable[[np.ndarray], np.ndarray]  # uint8 images (N, S, S, 3) to float32 embeddings (N, F)
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +49,41 @@ def open_source(config: ConfigDict) -> Source:
 def write(config: ConfigDict, out: str | Path) -> int:
     """Writes the embeddings of the source of a config, and `data.views` views of each image, to a new folder.
 
-    Returns the number of images. Raises SourceError, also if `out` exists, and EmbedderError.
+    They are those of `model.embedder`, or of the backbone that `model.weights` names, before any projection.
+    Returns the number of images. Raises SourceError, also if `out` exists, EmbedderError and WeightsError.
     """
     if Path(out).exists():
         raise SourceError(f"{out} exists: give another folder")
-    if not config.model.embedder:
-        raise embedder.EmbedderError("model.embedder is empty: give --config.model.embedder=file.py:function")
+    run = _run_of(config)
     source = sources.open_source(config.data)
     with storage.temporary_folder(out) as folder:
-        _write(folder, config, source, np.arange(len(source.images)))
+        _write(folder, config, run, source, np.arange(len(source.images)))
         folder.rename(out)
     return len(source.images)
+
+
+def _run_of(config: ConfigDict) -> Run:
+    """What embeds images. Raises EmbedderError if the config has neither a function nor weights."""
+    m = config.model
+    if m.embedder:
+        return partial(embedder.run, m.embedder)
+    if not m.weights:
+        raise embedder.EmbedderError(
+            "nothing to embed with: give --config.model.embedder=file.py:function, or --config.model.weights=<path>"
+        )
+    model = retriever.from_config(config)
+    variables = devices.replicate(encode.backbone_from_weights(config, model))
+    run = _compiled_backbone(model)
+    return lambda images: np.asarray(devices.map_in_batches(run, variables, images, config.eval.batch_size))
+
+
+@lru_cache(maxsize=2)
+def _compiled_backbone(model: retriever.Retriever) -> Any:
+    def body(variables: Any, images: Any) -> Any:
+        pixels = retriever.normalized(retriever.scaled(images), model.mean, model.std)
+        return model.backbone.apply(variables, pixels).astype(jnp.float32)  # type: ignore[union-attr]
+
+    return devices.pmap_rows(body)
 
 
 def _cache(config: ConfigDict, source: Source) -> Path:
@@ -86,14 +113,14 @@ def _fill(folder: Path, config: ConfigDict, source: Source) -> None:
     viewed = np.union1d(split.train, split.validation)
     shutil.rmtree(folder, ignore_errors=True)
     with storage.temporary_folder(folder) as temporary:
-        _write(temporary, config, source, viewed)
+        _write(temporary, config, _run_of(config), source, viewed)
         storage.write_text(temporary / DONE, json.dumps({"images": len(source.images)}))
         temporary.rename(folder)
 
 
-def _write(folder: Path, config: ConfigDict, source: Source, viewed: np.ndarray) -> None:
+def _write(folder: Path, config: ConfigDict, run: Run, source: Source, viewed: np.ndarray) -> None:
     """Writes items, the views of the images at `viewed` (zeros for others), and metadata."""
-    spec, images, views = config.model.embedder, source.images, config.data.views
+    images, views = source.images, config.data.views
     progress = log.Progress(logger, f"embedding images and {views} views each", len(images))
     has_views = np.isin(np.arange(len(images)), viewed)
     draw = _compiled_views(tuple(sorted(config.data.augment.items())))
@@ -107,7 +134,7 @@ def _write(folder: Path, config: ConfigDict, source: Source, viewed: np.ndarray)
             signals.poll()
             rows = np.arange(start, min(start + BLOCK, stop))
             block = np.asarray(images[rows])
-            plain = embedder.run(spec, block)
+            plain = run(block)
             if items is None:
                 items = _shard(folder, embeddings.ITEMS, number, (stop - first, plain.shape[1]))
                 if views:
@@ -116,7 +143,7 @@ def _write(folder: Path, config: ConfigDict, source: Source, viewed: np.ndarray)
             here = has_views[rows]
             for view in range(views) if here.any() else ():
                 pixels = np.asarray(draw(block, rows.astype(np.int32), np.int32(view)))[here]
-                rows_of_views[rows[here] - first, view] = embedder.run(spec, pixels)
+                rows_of_views[rows[here] - first, view] = run(pixels)
             progress.update(int(rows[-1]) + 1)
     embeddings.write_metadata(folder, source.names, source.labels, source.classes)
 

@@ -76,6 +76,14 @@ def as_weights(workdir: str | Path) -> published.Weights:
     return published.Weights(Path(workdir), published.OWN, {"patch": patch}, flat, [])
 
 
+def backbone_from_weights(config: ConfigDict, model: retriever.Retriever) -> retriever.Variables:
+    """The variables of the backbone from `model.weights`. Raises WeightsError if they do not fit."""
+    path, side = Path(config.model.weights), config.data.image_size
+    weights = as_weights(path) if published.is_workdir(path) else published.read(path)
+    logger.info(f"weights: {weights.family.name}, {weights.path}")
+    return published.variables(weights, retriever.shapes(model.backbone, side), image_size=side)
+
+
 def encode(encoder: Encoder, images: Any) -> Encoded:
     """Features and codes of images, without augmentation, `eval.batch_size` images on a device at a time.
 

@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -176,6 +178,21 @@ def test_embed_writes_what_training_reads(tmp_path):
     assert train.train(config, tmp_path / "run")["mAP"] > 0.2
     again = small.main("embed", "--config=configs/digits.py", *flags, f"--out={tmp_path / 'e'}")
     small.assert_refused(again, "exists: give another folder")
+
+
+def test_a_backbone_of_ours_embeds_too(digits_run, tmp_path):
+    flags = ["--config.data.views=2", f"--config.model.weights={digits_run}", "--config.data.image_size=8"]
+    done = small.main("embed", "--config=configs/digits.py", *flags, f"--out={tmp_path / 'e'}")
+    assert done.returncode == 0, done.stderr
+    source = embeddings.open_folder(tmp_path / "e")
+    encoder = encode.load(digits_run)
+    images = jnp.asarray(sources.open_source(encoder.config.data).images[:5], jnp.float32) / 255
+    variables = jax.tree.map(jnp.asarray, encoder.variables)
+    expected = encoder.model.apply(variables, images, method="embed")
+    np.testing.assert_allclose(source.images[:5], expected, atol=1e-4)
+    assert source.views.shape == (len(source.images), 2, expected.shape[1])
+    done = small.main("embed", "--config=configs/digits.py", f"--out={tmp_path / 'f'}")
+    small.assert_refused(done, "nothing to embed with: give --config.model.embedder")
 
 
 def test_noise_is_a_function_of_the_seed_the_step_and_the_place(tmp_path):

@@ -66,8 +66,7 @@ class Retriever(nn.Module):
         """The output of the backbone, float32; of images, or of embeddings if the model takes these."""
         if takes_embeddings(self):
             return self.backbone(images.astype(jnp.float32))
-        mean, std = (jnp.array(x, images.dtype)[None, None, None] for x in (self.mean, self.std))
-        pixels = (images - mean) / std
+        pixels = normalized(images, self.mean, self.std)
         return self.backbone(pixels, train=train and not self.frozen).astype(jnp.float32)
 
     def head(self, embedded: Float[Array, "N F"]) -> Outputs:
@@ -76,6 +75,14 @@ class Retriever(nn.Module):
         codebooks = quantizer.unit_codewords(self.codebooks) if self.metric == "ip" else self.codebooks
         weights = quantizer.soft_assign(features, codebooks, scale=self.scale, metric=self.metric)
         return Outputs(features, weights, quantizer.reconstruct(weights, codebooks), codebooks)
+
+
+def normalized(
+    images: Float[Array, "N H W 3"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Array, "N H W 3"]:
+    """The input of a backbone: images in [0, 1] minus the mean of each channel, divided by its deviation."""
+    shift, divisor = (jnp.array(x, images.dtype)[None, None, None] for x in (mean, std))
+    return (images - shift) / divisor
 
 
 def takes_embeddings(model: nn.Module) -> bool:

@@ -4,10 +4,8 @@ Letters: b images on this device, B in the global batch, F width of the backbone
 codebooks, K codewords, V views.
 """
 
-import logging
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +18,6 @@ from ml_collections import ConfigDict
 from tcq import augment, encode, losses, quantizer
 from tcq import config as configs
 from tcq.models import retriever
-from tcq.models import weights as published
 from tcq.runtime.devices import AXIS
 from tcq.train import optimizer as optimizers
 
@@ -28,8 +25,6 @@ INIT_KEY = 2**31 - 1  # folded into the key of the initial weights; no step has 
 
 Batch = dict[str, Array]
 Logs = dict[str, Array]
-
-logger = logging.getLogger(__name__)
 
 
 class TrainState(NamedTuple):
@@ -286,7 +281,7 @@ def queue_filled(config: ConfigDict, steps: int, step: Int32[Array, ""]) -> Int3
 def initial_state(config: ConfigDict, model: retriever.Retriever, optimizer: Any, images: np.ndarray) -> TrainState:
     """The state before the first step; `images` are training images for `retriever.init`."""
     key = jax.random.fold_in(jax.random.key(config.train.seed), INIT_KEY)
-    weights = backbone_from_weights(config, model) if config.model.weights else None
+    weights = encode.backbone_from_weights(config, model) if config.model.weights else None
     variables = retriever.init(key, model, images, codewords=config.quantizer.init, backbone=weights)
     params = variables["params"]
     queue: Any = jnp.zeros(_queue_shape(config), jnp.float32) if config.loss.queue else {}
@@ -304,11 +299,3 @@ def state_template(config: ConfigDict, model: retriever.Retriever, optimizer: An
 
 def _queue_shape(config: ConfigDict) -> tuple[int, int, int]:
     return config.loss.queue, config.quantizer.num_codebooks, config.quantizer.num_codewords
-
-
-def backbone_from_weights(config: ConfigDict, model: retriever.Retriever) -> retriever.Variables:
-    """The variables of the backbone from `model.weights`. Raises WeightsError if they do not fit."""
-    path, side = Path(config.model.weights), config.data.image_size
-    weights = encode.as_weights(path) if published.is_workdir(path) else published.read(path)
-    logger.info(f"weights: {weights.family.name}, {weights.path}")
-    return published.variables(weights, retriever.shapes(model.backbone, side), image_size=side)

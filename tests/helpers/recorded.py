@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from tcq import config as configs
+from tcq.encode import backbone_from_weights
 from tcq.models import retriever
-from tcq.train.step import backbone_from_weights
 
 PATH = Path(__file__).with_name("activations.json")
 SIDES = (32, 48, 24)  # pixels; the weights are for the first

@@ -16,10 +16,10 @@ import recorded
 import small
 from tcq import config as configs
 from tcq import encode, index, train
+from tcq.encode import backbone_from_weights
 from tcq.models import retriever
 from tcq.models import weights as published
 from tcq.models.weights import positions
-from tcq.train.step import backbone_from_weights
 
 FAMILIES = recorded.families()
 VIT = "timm ViT with registers"
