@@ -1,6 +1,8 @@
 """Installs tcq in a runtime that has its own jax: what is there stays as it is, only what is missing is installed.
 
-python colab/install.py            # from the folder of tcq; --dry_run only lists
+    python colab/install.py            # --dry_run only lists
+
+Run it from the folder of tcq.
 """
 
 import argparse

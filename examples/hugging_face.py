@@ -20,19 +20,23 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def embed(images: np.ndarray) -> np.ndarray:
     """Embeddings (N, F), float32, of uint8 images (N, S, S, 3): of the image tower, if there is a text tower too."""
     model, mean, std = _model()
-    pixels = (torch.from_numpy(images).to(DEVICE) / 255 - mean) / std
+    pixels = ((torch.from_numpy(images).to(DEVICE) / 255 - mean) / std).permute(0, 3, 1, 2)
     with torch.inference_mode():
-        run = model.get_image_features if hasattr(model, "get_image_features") else model
-        output = run(pixel_values=pixels.permute(0, 3, 1, 2))
-    return _vectors(output).float().cpu().numpy()
+        if hasattr(model, "get_image_features"):
+            features = model.get_image_features(pixel_values=pixels)
+            rows = features if isinstance(features, torch.Tensor) else features.pooler_output
+        else:
+            rows = _pooled(model, model(pixel_values=pixels))
+    return rows.float().cpu().numpy()
 
 
-def _vectors(output: Any) -> torch.Tensor:
-    """One vector for each image: the pooled one, or the class token where a model has no pooling."""
-    if isinstance(output, torch.Tensor):
-        return output
-    pooled = getattr(output, "pooler_output", None)
-    return output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
+def _pooled(model: Any, output: Any) -> torch.Tensor:
+    """The pooled vector, or the class token: a pooling layer with weights is random where a checkpoint lacks them."""
+    pooler = getattr(model, "pooler", None)
+    learned = pooler is not None and any(True for _ in pooler.parameters())
+    if learned or getattr(output, "pooler_output", None) is None:
+        return output.last_hidden_state[:, 0]
+    return output.pooler_output.flatten(1)
 
 
 @cache
