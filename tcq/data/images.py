@@ -4,20 +4,41 @@ import contextlib
 import io
 import os
 import stat
+import struct
+import threading
 import warnings
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from io import BufferedIOBase
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
-from PIL import Image, ImageOps
+from PIL import Image
 
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
-MAX_BYTES = 256 * 2**20
-MAX_PIXELS = 100_000_000
+from tcq.data import repair
+
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000")
+HEIC = "HEIC"  # by pillow-heif, which is an extra
+MAX_UPLOAD = 256 * 2**20  # bytes of an image that is not a file
+MAX_PIXELS = 100_000_000  # the default of data.max_pixels
+AT_ONCE = 2**27  # pixels that all threads of a process hold decoded at a time; one larger image is decoded alone
+STRIP = 2**20  # pixels that are converted to RGB at a time
+SOFTWARE = "tcq"  # the "Software" of pictures that tcq draws, which are never input
 RESIZES = ("crop", "squash")
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+TRANSPOSITIONS = {  # by the value of the EXIF tag "Orientation"
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+BIT_DEPTHS = (8, 10, 12, 14, 16, 24, 32)  # of gray values above 8 bits: the least one that holds the image's maximum
 
 
 class Resize(NamedTuple):
@@ -29,6 +50,8 @@ class Resize(NamedTuple):
 
 
 WHOLE = Resize()
+ALL = Resize("squash")
+COUNTED = 512  # side of the square on which missing pixels are counted
 
 
 def resize_of(data: ConfigDict) -> Resize:
@@ -37,76 +60,236 @@ def resize_of(data: ConfigDict) -> Resize:
 
 
 class ImageError(ValueError):
-    """This file cannot be used as an image; the message is the reason."""
+    """This file cannot be used as an image; the message is the reason, which lies in its contents."""
 
 
-def decode(source: str | Path | bytes, *, size: int, resize: Resize = WHOLE) -> UInt8[np.ndarray, "size size 3"]:
-    """The first frame of an image as uint8 RGB (size, size, 3), rotated as its EXIF tag says.
+class UnreadableError(ImageError):
+    """The file could not be read, or memory was short: the next attempt may succeed."""
 
-    The size in the header is checked before anything is decoded. Transparent pixels are blended with white, 16 bits are
-    reduced to 8.
+
+class Decoded(NamedTuple):
+    """A decoded image, and what was wrong with a file that was decoded nevertheless, else ""."""
+
+    pixels: UInt8[np.ndarray, "size size 3"]
+    repaired: str
+
+
+def decode(
+    source: str | Path | bytes, *, size: int, resize: Resize = WHOLE, max_pixels: int = MAX_PIXELS
+) -> UInt8[np.ndarray, "size size 3"]:
+    """The pixels of `read`, with the same arguments and errors."""
+    return read(source, size=size, resize=resize, max_pixels=max_pixels).pixels
+
+
+def read(source: str | Path | bytes, *, size: int, resize: Resize = WHOLE, max_pixels: int = MAX_PIXELS) -> Decoded:
+    """The first frame of an image as uint8 RGB (size, size, 3), turned as its EXIF orientation says.
+
+    The size in the header is checked before anything is decoded. Transparent pixels are blended with white. Gray values
+    above 8 bits are scaled by the least of 8, 10, 12, 14, 16 ... bits that holds the image's maximum. A file that lacks
+    its end marker or up to 5 % of its pixels is repaired. Metadata never costs an image.
+
+    Args:
+      source: a path, or the bytes of a file.
+      size: of the square, in pixels.
+      resize: how the image becomes a square.
+      max_pixels: most pixels to decode. Those of a baseline JPEG are counted at the scale at which it is decoded.
 
     Raises:
-      ImageError: not a regular file, empty, larger than 256 MiB or 100 million pixels, of another format than JPEG,
-        PNG, GIF, BMP, WebP, TIFF and PPM, or corrupted.
+      ImageError: empty, too many pixels, of an unknown format, or corrupted.
+      UnreadableError: not a regular file, cannot be read, or memory is short.
     """
-    data = source if isinstance(source, bytes) else _read(Path(source))
-    if not data:
-        raise ImageError("the file is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about metadata; pixels that cannot be decoded raise
-            return _decode(data, size, resize)
+            with _opened(source) as file:
+                return _read(file, size, resize, max_pixels)
+    except ImageError:
+        raise
+    except MemoryError:
+        raise UnreadableError("memory is short") from None
+    except OSError as error:
+        raise UnreadableError(f"cannot be read: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def _opened(source: str | Path | bytes) -> Iterator[BufferedIOBase]:
+    if isinstance(source, bytes):
+        yield io.BytesIO(source)
+        return
+    if not stat.S_ISREG(os.stat(source).st_mode):  # opening a pipe would block forever
+        raise UnreadableError("not a regular file")
+    with open(source, "rb") as file:
+        yield file
+
+
+def _read(file: BufferedIOBase, size: int, resize: Resize, max_pixels: int) -> Decoded:
+    """Decodes a file; if that fails, what `repair.attempts` makes of it."""
+    if not file.read(1):
+        raise ImageError("the file is empty")
+
+    try:
+        return Decoded(_decode(file, size, resize, max_pixels), "")
     except (ImageError, MemoryError):
         raise
-    except Image.UnidentifiedImageError:
-        raise ImageError(f"not an image of a known format ({', '.join(FORMATS)})") from None
     except Exception as error:  # decoders raise errors of any kind for corrupted input
-        raise ImageError(f"cannot be decoded: {type(error).__name__}: {error}") from None
+        failure = f"cannot be decoded: {type(error).__name__}: {error}"
+    for data, note in repair.attempts(file, lambda data: _decode(io.BytesIO(data), COUNTED, ALL, max_pixels)):
+        with contextlib.suppress(Exception):
+            return Decoded(_decode(io.BytesIO(data), size, resize, max_pixels), note)
+    raise ImageError(failure)
 
 
-def _read(path: Path) -> bytes:
-    try:
-        info = os.stat(path)
-        if not stat.S_ISREG(info.st_mode):  # opening a pipe would block forever
-            raise ImageError("not a regular file")
-        if info.st_size > MAX_BYTES:
-            raise ImageError(f"{info.st_size:,} bytes is above the limit of {MAX_BYTES:,}")
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"cannot be read: {error.strerror or error}") from None
-
-
-def _decode(data: bytes, size: int, resize: Resize) -> np.ndarray:
-    image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"{width} x {height} pixels is above the limit of {MAX_PIXELS:,}")
+def _decode(file: BufferedIOBase, size: int, resize: Resize, max_pixels: int) -> np.ndarray:
+    image = _open(file)
+    if str(image.info.get("Software", "")) == SOFTWARE:
+        raise ImageError("a picture that tcq has drawn")
     least = int(2 * size / resize.share)
+    whole = image.size
     image.draft("RGB", (least, least))  # decodes a large JPEG at a fraction of its size
-    image.load()
-    with contextlib.suppress(Exception):  # the pixels are fine even if the EXIF tag is corrupted
-        image = ImageOps.exif_transpose(image)
-    image = _to_rgb(image)
+    width, height = whole if "progressive" in image.info else image.size  # these are held as a whole
+    if width * height > max_pixels:
+        raise ImageError(f"{width} x {height} pixels is above data.max_pixels {max_pixels:,}")
+    with _room(width * height):
+        deep = any(";16" in str(tile[3]) for tile in image.tile)  # 16 bits of RGB, of which Pillow keeps the upper 8
+        image.load()
+        image = _turned(image)
+        image = _to_rgb(image, _steps(image.size, size, resize), deep=deep and image.mode in ("RGB", "RGBA"))
+    return np.asarray(_to_square(image, size, resize), np.uint8)
+
+
+def _open(file: BufferedIOBase) -> Image.Image:
+    """An image whose header was read. `Image.open` would refuse large ones by a limit of the whole process."""
+    file.seek(0)
+    start = file.read(16)
+    reasons = []
+    for name, (factory, accepts) in _factories().items():
+        if accepts(start) is not True:
+            continue
+        file.seek(0)
+        try:
+            image = factory(file, "")
+        except (SyntaxError, IndexError, TypeError, struct.error) as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        if min(image.size) < 1:
+            raise ImageError(f"{image.size[0]} x {image.size[1]} pixels: it is empty")
+        return image
+    if reasons:
+        raise SyntaxError("; ".join(reasons))
+    if start[4:8] == b"ftyp" and start[8:12] in repair.HEIC_BRANDS:
+        raise ImageError("HEIC, which needs pillow-heif: pip install 'tcq[heic]'")
+    raise ImageError(f"not an image of a known format ({', '.join((*FORMATS, HEIC))})")
+
+
+@lru_cache(maxsize=1)
+def _factories() -> dict[str, tuple[Callable[[BufferedIOBase, str], Any], Callable[[bytes], Any]]]:
+    """For each format the function that opens a file, and the test of its first 16 bytes."""
+    Image.init()
+    factories: dict[str, Any] = {name: Image.OPEN[name] for name in FORMATS if name in Image.OPEN}
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        factories[HEIC] = pillow_heif.HeifImageFile, lambda b: b[4:8] == b"ftyp" and b[8:12] in repair.HEIC_BRANDS
+    return factories
+
+
+class _Held:
+    """The pixels that all threads hold decoded."""
+
+    changed = threading.Condition()
+    pixels = 0
+
+
+@contextlib.contextmanager
+def _room(pixels: int) -> Iterator[None]:
+    """Waits until all threads together hold at most `AT_ONCE` pixels, or none but these."""
+    with _Held.changed:
+        _Held.changed.wait_for(lambda: not _Held.pixels or _Held.pixels + pixels <= AT_ONCE)
+        _Held.pixels += pixels
+    try:
+        yield
+    finally:
+        with _Held.changed:
+            _Held.pixels -= pixels
+            _Held.changed.notify_all()
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """The image turned as its orientation tag says; the other tags are not looked at, as they may be corrupted."""
+    try:
+        method = TRANSPOSITIONS.get(image.getexif().get(0x0112))  # type: ignore[arg-type]  # unhashable values raise
+    except Exception:  # no tag can be read
+        return image
+    return image if method is None else image.transpose(method)
+
+
+def _steps(whole: tuple[int, int], size: int, resize: Resize) -> tuple[int, int]:
+    """The whole numbers by which both sides may be reduced, at least 3 pixels being left for each of the result."""
+    width, height = whole
+    if resize.rule == "crop":
+        width = height = min(width, height)
+    return max(int(width * resize.share / size / 3), 1), max(int(height * resize.share / size / 3), 1)
+
+
+def _to_rgb(image: Image.Image, steps: tuple[int, int], *, deep: bool) -> Image.Image:
+    """The image in RGB, reduced by whole steps. Strip by strip, so that a wide type is never made of all pixels."""
+    (width, height), (x, y) = image.size, steps
+    convert = _converter(image, deep)
+    rows = max(STRIP // max(width, 1) // y, 1) * y
+    if rows >= height:
+        return convert(image).reduce(steps)
+    small = Image.new("RGB", (-(-width // x), -(-height // y)))
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        small.paste(convert(strip).reduce(steps), (0, top // y))
+    return small
+
+
+def _converter(image: Image.Image, deep: bool) -> Callable[[Image.Image], Image.Image]:
+    """The function that makes an RGB image of one of the same kind."""
+    if image.mode.startswith("I") or image.mode == "F":
+        scale = 255 / _full_scale(image)
+        return lambda part: Image.fromarray(
+            np.clip(np.asarray(part, np.float32) * scale, 0, 255).astype(np.uint8)
+        ).convert("RGB")
+    if deep:
+        most = max(high for _, high in image.getextrema()[:3])  # type: ignore[misc,index]
+        bits = next(b for b in BIT_DEPTHS if most < 2 ** (b - 8)) if most else 16
+        image_scale = 2 ** (16 - bits)
+        return lambda part: _on_white(part).point(lambda value: value * image_scale)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        return _on_white
+    return lambda part: part.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _full_scale(image: Image.Image) -> float:
+    """The value that becomes white: 1 for floats up to 1, else the largest of the least bit depth that holds all."""
+    width, height = image.size
+    rows, most = max(STRIP // width, 1), 0.0
+    for top in range(0, height, rows):
+        values = np.asarray(image.crop((0, top, width, min(top + rows, height))))
+        if image.mode == "F" and not np.isfinite(values).all():
+            raise ImageError("has pixels that are not finite")
+        most = max(most, float(values.max()))
+    if image.mode == "F" and most <= 1:
+        return 1.0
+    return next((float(2**bits - 1) for bits in BIT_DEPTHS if most < 2**bits), most)
+
+
+def _to_square(image: Image.Image, size: int, resize: Resize) -> Image.Image:
     width, height = image.size
     box = (0.0, 0.0, float(width), float(height))
     if resize.rule == "crop":
         side = min(width, height) * resize.share
         left, top = (width - side) / 2, (height - side) / 2
         box = (left, top, left + side, top + side)
-    if (width, height) != (size, size) or resize.share < 1:
-        image = image.resize((size, size), INTERPOLATIONS[resize.interpolation], box=box, reducing_gap=3.0)
-    return np.asarray(image, np.uint8)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, np.float64)
-        if not np.isfinite(values).all():
-            raise ImageError("has pixels that are not finite")
-        top = 1.0 if image.mode == "F" and values.max() <= 1 else 255.0 if values.max() <= 255 else 65_535.0
-        return Image.fromarray(np.clip(values / top * 255, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    if (width, height) == (size, size) and resize.share == 1:
+        return image
+    return image.resize((size, size), INTERPOLATIONS[resize.interpolation], box=box)

@@ -12,7 +12,7 @@ from string import Template
 from PIL import Image
 
 from tcq import config as configs
-from tcq.data.images import MAX_BYTES, ImageError, decode, resize_of
+from tcq.data.images import MAX_UPLOAD, ImageError, decode, resize_of
 from tcq.index.search import Hit, image_of, search
 from tcq.index.store import open_index
 from tcq.runtime import signals, storage
@@ -47,7 +47,7 @@ def make_server(path: str | Path, *, port: int, k: int = 10) -> Server:
 
         def do_POST(self) -> None:
             length = self.headers.get("Content-Length", "")
-            if self.path != "/search" or not re.fullmatch(r"\d{1,12}", length) or int(length) > MAX_BYTES:
+            if self.path != "/search" or not re.fullmatch(r"\d{1,12}", length) or int(length) > MAX_UPLOAD:
                 self.close_connection = True
                 self._error(400, "send one image to /search")
                 return

@@ -19,7 +19,7 @@ def test_labels_are_sub_folders_and_bad_files_are_listed(tmp_path):
     np.testing.assert_array_equal(source.labels, [0, 0, 1])
     assert {s["path"]: s["reason"].split(":")[0] for s in source.skipped} == {
         "cat/empty.png": "the file is empty",
-        "dog/notes.txt": "not an image of a known format (JPEG, PNG, GIF, BMP, WEBP, TIFF, PPM)",
+        "dog/notes.txt": "not an image of a known format (JPEG, PNG, GIF, BMP, WEBP, TIFF, PPM, AVIF, JPEG2000, HEIC)",
     }
     for name, pixels in zip(source.names, source.images, strict=True):
         np.testing.assert_array_equal(pixels, images.decode(tmp_path / name, size=8))
