@@ -107,6 +107,9 @@ def _data() -> ConfigDict:
     data.split_seed = -1  # seed of the split; -1 is that of the protocol, which gives the published split
     data.query = 0.1  # share of the images held out as queries (protocol folder); 0 without labels
     data.validation = 0.1  # share of the training images held out for validation
+    data.labels = "auto"  # of a folder: auto | folders | none | a .csv or .jsonl file of path,label[,label ...]
+    data.exclude = ""  # patterns of names or relative paths that are left out of a folder, separated by commas
+    data.max_pixels = 100_000_000  # of an image; a JPEG is counted at the scale at which it is decoded
     data.image_size = 32  # pixels, the side to which images are decoded, once
     data.resize = "crop"  # crop (a central square) | squash (scale both sides); weights set it unless given
     data.interpolation = "bicubic"  # bicubic | bilinear; weights set it unless the command line does
@@ -116,6 +119,7 @@ def _data() -> ConfigDict:
     data.resident = 1024  # MiB; training images of up to this size are kept on every device
     data.threads = 2  # that read batches ahead
     data.tfds_dir = ""  # folder of prepared TFDS datasets; "" is the default of TFDS (~/tensorflow_datasets)
+    data.cache_gib = 100.0  # GiB of decoded images above which the longest unused ones are deleted; 0: no limit
     data.cache_dir = ""  # folder of decoded images; "" is $XDG_CACHE_HOME/tcq or ~/.cache/tcq
     data.augment = augment = ConfigDict()  # strengths, 0 is off: tcq/augment.py
     augment.crop = 0.8  # largest share of the area that is cut away
@@ -243,6 +247,7 @@ def _eval() -> ConfigDict:
     evaluation.empty = "zero"  # queries without relevant items: zero (they score 0) | skip
     evaluation.exclude_query = True  # a query that is in the database is not among its own answers
     evaluation.max_scores = 16_777_216  # float32 scores in memory at once
+    evaluation.baseline_mib = 256  # MiB of training pixels above which FAISS PQ on pixels is left out
     evaluation.batch_size = 64  # images per encoding step and device
     evaluation.max_database = 10_000  # database images for validation during training
     return evaluation

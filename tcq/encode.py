@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Key, UInt, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt
 from ml_collections import ConfigDict
 
 from tcq import augment, quantizer
@@ -63,7 +63,7 @@ def load(workdir: str | Path, *, which: str = "best") -> Encoder:
         step, saved = checkpoint.restore_first_intact(manager, steps, template)
     finally:
         manager.close()
-    return Encoder(config, model, saved["variables"], step)
+    return Encoder(config, model, devices.place(saved["variables"]), step)
 
 
 def as_weights(workdir: str | Path) -> published.Weights:
@@ -71,7 +71,7 @@ def as_weights(workdir: str | Path) -> published.Weights:
     encoder = load(workdir)
     c = encoder.config
     backbone = {k: v["backbone"] for k, v in encoder.variables.items() if "backbone" in v}
-    flat = traverse_util.flatten_dict(backbone, sep="/")
+    flat = traverse_util.flatten_dict(jax.tree.map(np.asarray, backbone), sep="/")
     patch = vit.NAMED[c.model.name][1] if c.model.name in vit.NAMED else c.model.patch
     return published.Weights(Path(workdir), published.OWN, {"patch": patch}, flat, [])
 
@@ -116,10 +116,10 @@ def _in_batches(encoder: Encoder, images: Any, *, with_features: bool) -> tuple[
     if takes_embeddings and of_images:
         images = _embed_images(encoder, images)
     run = _compiled_encoder(encoder.model, with_features)
-    return devices.map_in_batches(run, devices.replicate(encoder.variables), images, encoder.config.eval.batch_size)
+    return devices.map_in_batches(run, devices.place(encoder.variables), images, encoder.config.eval.batch_size)
 
 
-def _embed_images(encoder: Encoder, images: np.ndarray) -> Float[np.ndarray, "N F"]:
+def _embed_images(encoder: Encoder, images: Any) -> Float[np.ndarray, "N F"]:
     """The embeddings of images by `model.embedder`. Raises EmbedderError if it is not the one of the training."""
     m = encoder.config.model
     _require_embedder(m.embedder, encoder.config.data.image_size, tuple(m.embedder_output))
@@ -156,13 +156,11 @@ def view_key(seed: int, index: Int[ArrayLike, ""], view: Int[ArrayLike, ""]) -> 
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), view)
 
 
-def embed_views(
-    encoder: Encoder, images: UInt8[np.ndarray, "N H W 3"], indices: Int[np.ndarray, " T"]
-) -> Float[np.ndarray, "T views F"]:
+def embed_views(encoder: Encoder, images: Any, indices: Int[np.ndarray, " T"]) -> Float[np.ndarray, "T views F"]:
     """The output of the backbone for all `data.views` views of the images at `indices`, float32."""
     data, seed, batch_size = encoder.config.data, encoder.config.train.seed, encoder.config.eval.batch_size
     run = _compiled_views(encoder.model, tuple(sorted(data.augment.items())), seed)
-    variables = devices.replicate(encoder.variables)
+    variables = devices.place(encoder.variables)
     block = VIEW_BATCHES * batch_size * jax.local_device_count()
     progress = log.Progress(logger, f"embedding {data.views} views each", len(indices))
     parts = []

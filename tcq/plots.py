@@ -47,7 +47,7 @@ def gallery(
     if title:
         figure.suptitle(_printable(title), fontsize=10, parse_math=False)
     figure.tight_layout(rect=(0, 0, 1, 0.99))
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def _image(axis: Any, pixels: np.ndarray, caption: str, mark: Mapping[str, Any] | None) -> None:
@@ -75,7 +75,7 @@ def curves(path: str | Path, results: Mapping[str, Mapping[str, Any]], *, ks: Se
     left.legend(fontsize=8)
     figure.suptitle(_printable(title), fontsize=10, parse_math=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def sweep(
@@ -100,7 +100,7 @@ def sweep(
         row[0].set_ylabel("mAP, mean over the seeds")
     axes[0, 0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def _lines(
@@ -134,6 +134,12 @@ def _label(keys: Sequence[str], setting: Sequence[str]) -> str:
 def _printable(text: str) -> str:
     """Text without bytes that cannot be drawn, which file names may hold."""
     return text.encode("utf-8", "replace").decode()
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    """Writes a figure; a PNG says that tcq has drawn it, so that it is never read as an image of a collection."""
+    metadata = {"Software": "tcq"} if Path(path).suffix.lower() == ".png" else None
+    figure.savefig(path, dpi=120, metadata=metadata)
 
 
 def _figure(width: float, height: float) -> Any:

@@ -25,6 +25,7 @@ from tcq.config.derived import (
     warmup_steps,
 )
 from tcq.config.overrides import ConfigError, flatten
+from tcq.data import folders
 from tcq.models import weights as published
 from tcq.runtime import storage
 
@@ -54,6 +55,7 @@ OPERATIONAL = (
     "data.threads",
     "data.resident",
     "data.cache_dir",
+    "data.cache_gib",
     "data.tfds_dir",
     "model.attention",
     "model.remat",
@@ -102,6 +104,8 @@ def load(path: str, overrides: Iterable[str] = (), *, workdir: str | Path | None
     kind, _, folder = config.data.source.partition(":")
     if kind == "folder" and folder and not storage.is_url(folder):
         config.data.source = f"folder:{_absolute(folder)}"  # a workdir stores it, and is used from other directories
+    if config.data.labels not in folders.LABELS:
+        config.data.labels = _absolute(config.data.labels)
     return config
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from math import inf, log2
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 from tcq import losses, metrics, quantizer, ranking
 from tcq.config import derived
 from tcq.config.overrides import COUNT_OR_SHARE, ConfigError, flatten, suggestion
-from tcq.data import images, protocols
+from tcq.data import folders, images, protocols
 from tcq.models import embedder, resnet, vit
 
 OPTIMIZERS = ("adamw", "lars", "sgd")
@@ -64,6 +65,8 @@ ALLOWED: dict[str, Choice | Range] = {
     "data.split_seed": Range(-1, SEED),
     "data.query": SHARE_BELOW_1,
     "data.validation": SHARE_BELOW_1,
+    "data.max_pixels": POSITIVE_COUNT,
+    "data.cache_gib": Range(0),
     "data.image_size": Range(1, 4096),
     "data.resize": _one_of(images.RESIZES),
     "data.interpolation": _one_of(images.INTERPOLATIONS),
@@ -148,6 +151,7 @@ ALLOWED: dict[str, Choice | Range] = {
     "eval.denominator": _one_of(metrics.DENOMINATORS),
     "eval.empty": _one_of(metrics.EMPTY),
     "eval.max_scores": POSITIVE_COUNT,
+    "eval.baseline_mib": COUNT,
     "eval.batch_size": POSITIVE_COUNT,
     "eval.max_database": POSITIVE_COUNT,
     "checkpoint.every_steps": POSITIVE_COUNT,
@@ -211,6 +215,8 @@ def _value_problems(c: ConfigDict) -> Iterator[str]:
 def _data_problems(c: ConfigDict) -> Iterator[str]:
     if not c.data.source:
         yield "data.source is not set: use digits, tfds:<name> or folder:<path>"
+    if c.data.labels not in folders.LABELS and Path(c.data.labels).suffix not in folders.FILES:
+        yield f"data.labels {c.data.labels!r} is unknown: use {', '.join(folders.LABELS)}, or a .csv or .jsonl file"
     if c.data.views == 1:
         yield "data.views 1 leaves no two views to compare: use 0 or at least 2"
 

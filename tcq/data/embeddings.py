@@ -14,41 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from tcq.data.rows import Rows
 from tcq.data.source import Source, SourceError
 
 ITEMS, VIEWS, METADATA = "img_emb", "view_emb", "metadata"
 NAMES = ("image_path", "path", "key", "url", "image_url")
 CHECKED = 1024  # rows, spread over all of them, that are tested for numbers that are not finite
-
-
-class Shards:
-    """Arrays that stand for their concatenation along the first axis; an index reads only the rows it needs."""
-
-    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
-        self._arrays = list(arrays)
-        self._ends = np.cumsum([len(a) for a in arrays])
-        self.shape = (int(self._ends[-1]), *arrays[0].shape[1:])
-        self.ndim, self.dtype = len(self.shape), arrays[0].dtype
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: Any) -> np.ndarray:
-        """The rows of a slice, an array of numbers, or one number."""
-        if isinstance(rows, slice):
-            rows = np.arange(*rows.indices(len(self)))
-        wanted = np.atleast_1d(np.asarray(rows, np.int64))
-        out = np.empty((len(wanted), *self.shape[1:]), self.dtype)
-        shards = np.searchsorted(self._ends, wanted, side="right")
-        for shard in np.unique(shards):
-            here = shards == shard
-            first = self._ends[shard] - len(self._arrays[shard])
-            out[here] = self._arrays[shard][wanted[here] - first]
-        return out if np.ndim(rows) else out[0]
-
-    def with_axis(self) -> "Shards":
-        """The same rows with a second axis of length 1."""
-        return Shards([a[:, None] for a in self._arrays])
 
 
 def open_folder(path: str | Path) -> Source:
@@ -66,7 +37,7 @@ def open_folder(path: str | Path) -> Source:
         if rows is not None:
             _check_finite(root / name, rows)
     names, labels, classes = _metadata(root, len(items))
-    return Source(items, labels, names, classes, [], views=views)  # type: ignore[arg-type]
+    return Source(items, labels, names, classes, [], views=views)
 
 
 def width(path: str | Path) -> int:
@@ -74,7 +45,7 @@ def width(path: str | Path) -> int:
     return _shards(Path(path).expanduser(), ITEMS, 2).shape[1]
 
 
-def _shards(root: Path, name: str, ndim: int) -> Shards:
+def _shards(root: Path, name: str, ndim: int) -> Rows:
     folder = root / name if (root / name).is_dir() else root
     files = sorted(folder.glob("*.npy"), key=_number)
     if not files:
@@ -89,14 +60,14 @@ def _shards(root: Path, name: str, ndim: int) -> Shards:
             expected = f"{ndim} axes of floats" + (f", as the {arrays[0].shape} of {files[0].name}" if arrays else "")
             raise SourceError(f"{file}: {array.shape} {array.dtype} must have {expected}")
         arrays.append(array)
-    return Shards(arrays)
+    return Rows(arrays)
 
 
 def _number(path: Path) -> tuple[list[int], str]:
     return [int(n) for n in re.findall(r"\d+", path.stem)], path.name
 
 
-def _check_finite(path: Path, rows: Shards) -> None:
+def _check_finite(path: Path, rows: Rows) -> None:
     places = np.unique(np.linspace(0, len(rows) - 1, CHECKED).astype(np.int64))
     finite = np.isfinite(rows[places].reshape(len(places), -1)).all(axis=1)
     if not finite.all():

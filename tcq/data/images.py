@@ -101,7 +101,7 @@ def read(source: str | Path | bytes, *, size: int, resize: Resize = WHOLE, max_p
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about metadata; pixels that cannot be decoded raise
-            with _opened(source) as file:
+            with opened(source) as file:
                 return _read(file, size, resize, max_pixels)
     except ImageError:
         raise
@@ -112,13 +112,18 @@ def read(source: str | Path | bytes, *, size: int, resize: Resize = WHOLE, max_p
 
 
 @contextlib.contextmanager
-def _opened(source: str | Path | bytes) -> Iterator[BufferedIOBase]:
+def opened(source: str | Path | bytes) -> Iterator[BufferedIOBase]:
+    """A file, or the contents of one, for reading. Raises UnreadableError if it is not regular or cannot be opened."""
     if isinstance(source, bytes):
         yield io.BytesIO(source)
         return
-    if not stat.S_ISREG(os.stat(source).st_mode):  # opening a pipe would block forever
-        raise UnreadableError("not a regular file")
-    with open(source, "rb") as file:
+    try:
+        if not stat.S_ISREG(os.stat(source).st_mode):  # opening a pipe would block forever
+            raise UnreadableError("not a regular file")
+        file = open(source, "rb")
+    except OSError as error:
+        raise UnreadableError(f"cannot be read: {error.strerror or error}") from None
+    with file:
         yield file
 
 
@@ -150,7 +155,9 @@ def _decode(file: BufferedIOBase, size: int, resize: Resize, max_pixels: int) ->
     if width * height > max_pixels:
         raise ImageError(f"{width} x {height} pixels is above data.max_pixels {max_pixels:,}")
     with _room(width * height):
-        deep = any(";16" in str(tile[3]) for tile in image.tile)  # 16 bits of RGB, of which Pillow keeps the upper 8
+        deep = any(
+            ";16" in str(tile[3]) for tile in getattr(image, "tile", ())
+        )  # 16 bits of RGB, of which Pillow keeps the upper 8
         image.load()
         image = _turned(image)
         image = _to_rgb(image, _steps(image.size, size, resize), deep=deep and image.mode in ("RGB", "RGBA"))
@@ -253,7 +260,7 @@ def _converter(image: Image.Image, deep: bool) -> Callable[[Image.Image], Image.
             np.clip(np.asarray(part, np.float32) * scale, 0, 255).astype(np.uint8)
         ).convert("RGB")
     if deep:
-        most = max(high for _, high in image.getextrema()[:3])  # type: ignore[misc,index]
+        most = max(high for _, high in image.getextrema()[:3])  # type: ignore[misc]
         bits = next(b for b in BIT_DEPTHS if most < 2 ** (b - 8)) if most else 16
         image_scale = 2 ** (16 - bits)
         return lambda part: _on_white(part).point(lambda value: value * image_scale)

@@ -1,9 +1,9 @@
 """A source of images or embeddings: the arrays and names that every kind of source is read into."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Int64
 
 
 class SourceError(ValueError):
@@ -13,11 +13,13 @@ class SourceError(ValueError):
 class Source(NamedTuple):
     """N images in their official order, all of one size; or N embeddings."""
 
-    images: UInt8[np.ndarray, "N S S 3"] | Float[np.ndarray, "N F"]  # in memory, or mapped from files
+    images: Any  # uint8 (N, S, S, 3), or embeddings float (N, F): an array, or `Rows` of arrays mapped from files
     labels: Int64[np.ndarray, " N"] | Bool[np.ndarray, "N L"] | None
     names: list[str]  # paths relative to the folder, or ids
     classes: list[str]
     skipped: list[dict[str, str]]  # {"path", "reason"} of files that are not used
     notes: tuple[str, ...] = ()  # what a reader of the results should know
-    views: Float[np.ndarray, "N V F"] | None = None  # embeddings of views of each item
-    pictures: UInt8[np.ndarray, "N S S 3"] | None = None  # the images of embeddings, if they are known
+    views: Any = None  # embeddings (N, V, F) of views of each item
+    pictures: Any = None  # the images of embeddings, if they are known
+    digests: list[bytes] | None = None  # of the contents of the files, where they have a path
+    repaired: list[dict[str, str]] | None = None  # {"path", "reason"} of files that are damaged, and used

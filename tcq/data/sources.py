@@ -3,9 +3,8 @@
 Images are decoded once to uint8 and cached. Embeddings are mapped from their files.
 """
 
-import hashlib
 import io
-import json
+import logging
 import os
 from pathlib import Path
 
@@ -13,10 +12,12 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tcq.data import cache, embeddings, protocols
-from tcq.data.images import WHOLE, Resize, decode, resize_of
+from tcq.data import cache, embeddings, folders, protocols
+from tcq.data.images import decode
 from tcq.data.source import Source, SourceError
-from tcq.runtime import signals, storage
+from tcq.runtime import storage
+
+logger = logging.getLogger(__name__)
 
 
 def open_source(data: ConfigDict) -> Source:
@@ -41,7 +42,7 @@ def _open(data: ConfigDict) -> Source:
     if data.source == "digits":
         return _digits(data.image_size)
     if kind == "folder" and rest:
-        return folder(rest, size=data.image_size, resize=resize_of(data), cache_dir=data.cache_dir)
+        return folder(rest, cache.rule_of(data), labels=data.labels, exclude=data.exclude)
     if kind == "tfds" and rest:
         from tcq.data.datasets import reader  # only here: importing tensorflow_datasets takes a second
 
@@ -53,45 +54,44 @@ def _open(data: ConfigDict) -> Source:
     )
 
 
-def folder(path: str | Path, *, size: int, resize: Resize = WHOLE, cache_dir: str = "") -> Source:
+def folder(path: str | Path, rule: cache.Rule, *, labels: str = "auto", exclude: str = "") -> Source:
     """Every image below a folder, local or in a bucket, sorted by path; files that are not images are skipped.
 
-    If every image is in a sub-folder and there are at least two, the names of the sub-folders are labels (those below
-    the first folder that has more than one). Hidden files and folders are ignored, linked folders are followed. Decoded
-    images are cached by paths, sizes, modification times and the decoding rule.
-    Raises SourceError if the path is not a folder or has no image.
+    Decoded images are cached by contents, so that a file which was moved, or has a copy, is decoded once.
+    `labels` and `exclude` are as `data.labels` and `data.exclude`.
+    Raises SourceError if the path is not a folder or has no image, or if the labels do not fit.
     """
-    root = storage.download(str(path)) if storage.is_url(path) else Path(path).expanduser()
+    root = storage.download(str(path)) if storage.is_url(path) else Path(os.path.abspath(Path(path).expanduser()))
     if not root.is_dir():
         raise SourceError(f"image folder {str(root)!r} {'is not a folder' if root.exists() else 'not found'}")
-    files, skipped = _walk(root)
-    if not files:
-        raise SourceError(f"image folder {str(root.resolve())!r} holds no files")
-    decoded = cache.decode_once(
-        _listing_digest(root, files, size, resize),
-        lambda: cache.EncodedImages(((name, root / name) for name in files), len(files), {}),
-        size=size,
-        resize=resize,
-        cache_dir=cache_dir,
-    )
-    if not decoded.names:
-        first = decoded.skipped[0]
+    listing = folders.walk(root, exclude)
+    if not listing.files:
+        left_out = f" but {_first(listing.excluded)}, which are left out (data.exclude)" if listing.excluded else ""
+        raise SourceError(f"image folder {str(root.resolve())!r} holds no files{left_out}")
+    entry = cache.decode([cache.Item(name, root / name) for name in listing.files], rule)
+    if not entry.names:
+        first = entry.skipped[0]
         raise SourceError(
-            f"image folder {str(root)!r} holds no image among its {len(files)} files; the first is "
+            f"image folder {str(root)!r} holds no image among its {len(listing.files)} files; the first is "
             f"{first['path']}: {first['reason']}"
         )
-    classes, labels = _folder_labels(decoded.names)
-    return Source(decoded.images, labels, decoded.names, classes, skipped + decoded.skipped)
+    found = folders.labels(entry.names, labels, root)
+    if listing.excluded:
+        logger.info(f"{path}: left out {_first(listing.excluded)} (data.exclude)")
+    logger.info(f"{path}: {found.note}")
+    return Source(
+        entry.images,
+        found.labels,
+        entry.names,
+        found.classes,
+        listing.skipped + entry.skipped,
+        digests=entry.digests,
+        repaired=entry.repaired,
+    )
 
 
-def _listing_digest(root: Path, files: list[str], size: int, resize: Resize) -> str:
-    """A digest of the decoding rule, and of path, size, time and mode of every file."""
-    digest = hashlib.sha256(json.dumps([size, resize, str(root.resolve())]).encode())
-    for name in files:
-        signals.poll()
-        stat = os.stat(root / name, follow_symlinks=True) if os.path.exists(root / name) else None
-        digest.update(json.dumps([name, stat and [stat.st_size, stat.st_mtime_ns, stat.st_mode]]).encode())
-    return digest.hexdigest()
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
 def _digits(size: int) -> Source:
@@ -108,35 +108,3 @@ def _png(pixels: np.ndarray) -> bytes:
     out = io.BytesIO()
     Image.fromarray(pixels.squeeze()).save(out, "PNG", compress_level=0)
     return out.getvalue()
-
-
-def _walk(root: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """The relative paths of all files below root, sorted, without hidden ones; and the folders that cannot be read."""
-    skipped: list[dict[str, str]] = []
-
-    def unreadable(error: OSError) -> None:
-        skipped.append({"path": os.path.relpath(error.filename, root), "reason": f"cannot be read: {error.strerror}"})
-
-    files, visited = [], set()
-    for folder, subfolders, names in os.walk(root, onerror=unreadable, followlinks=True):
-        signals.poll()
-        real = os.path.realpath(folder)
-        if real in visited:  # a link to a folder that is already listed, or to one above it
-            subfolders.clear()
-            continue
-        visited.add(real)
-        subfolders[:] = sorted(f for f in subfolders if not f.startswith("."))
-        files += [os.path.relpath(os.path.join(folder, n), root) for n in names if not n.startswith(".")]
-    return sorted(files), skipped
-
-
-def _folder_labels(names: list[str]) -> tuple[list[str], np.ndarray | None]:
-    """Classes and labels by sub-folder; none where an image is in no sub-folder, or all are in the same."""
-    common = os.path.commonpath([os.path.dirname(name) for name in names])
-    below = [os.path.relpath(name, common or ".") for name in names]
-    top = [name.split(os.sep)[0] if os.sep in name else None for name in below]
-    classes = sorted({t for t in top if t is not None})
-    if None in top or len(classes) < 2:
-        return [], None
-    number = {c: i for i, c in enumerate(classes)}
-    return classes, np.array([number[t] for t in top if t is not None], np.int64)

@@ -12,6 +12,7 @@ from tcq import config as configs
 from tcq import embed, encode, metrics, ranking
 from tcq import workdir as workdirs
 from tcq.data import protocols, splits
+from tcq.data.rows import take
 from tcq.evaluate import baselines, clipped, report, retrieval
 from tcq.evaluate.report import NAMES, EvaluateError, Evaluation, read_recorded, table
 from tcq.models import retriever
@@ -19,7 +20,7 @@ from tcq.runtime import processes, storage
 
 __all__ = ["NAMES", "EvaluateError", "evaluate", "read_recorded", "table"]
 FAISS_SAMPLE = 256  # vectors for each codeword, as many as FAISS's k-means uses at most
-BLOCK = 4096  # images encoded by a baseline at a time
+BLOCK_BYTES = 2**26  # of float32 rows that a baseline encodes at a time
 NUM_CURVE_POINTS = 60
 
 logger = logging.getLogger(__name__)
@@ -58,8 +59,8 @@ def _encode(folder: Path, encoder: encode.Encoder) -> Evaluation:
             f"{config.data.source} has {missing}, so there is nothing to score; tcq index and tcq search need neither"
         )
     start = time.monotonic()
-    queries = encode.encode(encoder, source.images[split.query])
-    database = encode.encode(encoder, source.images[split.database])
+    queries = encode.encode(encoder, take(source.images, split.query))
+    database = encode.encode(encoder, take(source.images, split.database))
     rate = (len(split.query) + len(split.database)) / (time.monotonic() - start)
     logger.info(
         f"encoded {len(split.query):,} queries and {len(split.database):,} database images, {rate:,.0f} images/s"
@@ -115,7 +116,7 @@ def _cosine(queries: np.ndarray, database: np.ndarray) -> retrieval.Scorer:
 def _baselines(evaluation: Evaluation) -> dict[str, retrieval.Scorer]:
     """Scores by FAISS PQ on pixels, and by PQ, PCA + PQ and PCA + signs on our features, with as many bits as ours."""
     encoder, source, split, queries, database = evaluation
-    q, bits = encoder.config.quantizer, configs.bits(encoder.config)
+    config, q, bits = encoder.config, encoder.config.quantizer, configs.bits(encoder.config)
     if len(split.database) < q.num_codewords:
         logger.warning(f"no FAISS baselines: {len(split.database)} database images for {q.num_codewords} codewords")
         return {}
@@ -126,7 +127,8 @@ def _baselines(evaluation: Evaluation) -> dict[str, retrieval.Scorer]:
     sample = np.random.RandomState(0).permutation(len(split.database))[: FAISS_SAMPLE * q.num_codewords]
 
     def pq(query: Callable[[slice], np.ndarray], item: Callable[[np.ndarray], np.ndarray]) -> retrieval.Scorer:
-        blocks = np.array_split(np.arange(len(split.database)), -(-len(split.database) // BLOCK))
+        rows = max(BLOCK_BYTES // max(item(sample[:1]).nbytes, 1), 1)
+        blocks = np.array_split(np.arange(len(split.database)), -(-len(split.database) // rows))
         codebooks, codes = baselines.faiss_pq(
             item(sample), map(item, blocks), num_codebooks=q.num_codebooks, num_codewords=q.num_codewords
         )
@@ -151,8 +153,12 @@ def _baselines(evaluation: Evaluation) -> dict[str, retrieval.Scorer]:
         rotate = baselines.faiss_opq(inputs(split.database[sample]) - mean, num_codebooks=q.num_codebooks, width=width)
         rotated = rotate(inputs(split.query) - mean)
         others["opq_embeddings"] = pq(lambda b: rotated[b], lambda i: rotate(inputs(split.database[i]) - mean))
+    size = len(sample) * inputs(split.query[:1]).nbytes / 2**20
+    if size <= config.eval.baseline_mib:
+        others[name] = pq(lambda b: inputs(split.query[b]), lambda i: inputs(split.database[i]))
+    else:
+        logger.warning(f"no {name}: its {len(sample):,} rows take {size:,.0f} MiB (eval.baseline_mib)")
     return others | {
-        name: pq(lambda b: inputs(split.query[b]), lambda i: inputs(split.database[i])),
         "pq_features": pq(lambda b: queries.features[b], lambda i: database.features[i]),
         "pca_pq_features": pq(lambda b: projected[b], lambda i: project(database.features[i])),
         "pca_sign_features": lambda block: signs(queries.features[block]) @ codes.T,

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from tcq import config as configs
 from tcq import encode, plots, quantizer
 from tcq.data import protocols
+from tcq.data.rows import take
 from tcq.data.source import Source
 from tcq.runtime import processes
 
@@ -28,7 +29,7 @@ def write(folder: Path, encoder: encode.Encoder, source: Source, split: protocol
     if images.ndim != 4 or not rule.count() or len(split.train) < 2:
         return
     chosen = np.sort(np.random.RandomState(0).permutation(split.train)[: config.data.batch_size])
-    similarity = similarities(encoder, encode.encode(encoder, source.images[chosen]))
+    similarity = similarities(encoder, encode.encode(encoder, take(source.images, chosen)))
     clipped = clipped_pairs(similarity, rule.of_negatives(len(chosen) - 1), scope=config.loss.clip_scope)
     nearest = np.sort(similarity, axis=1)[:, -min(NEGATIVES, len(chosen) - 1) :]
     density = nearest.mean(axis=1)

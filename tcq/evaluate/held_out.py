@@ -10,6 +10,7 @@ from jaxtyping import Array
 from tcq import augment, encode, losses
 from tcq import config as configs
 from tcq.data import protocols
+from tcq.data.rows import take
 from tcq.data.source import Source
 from tcq.evaluate import retrieval
 from tcq.models import retriever
@@ -26,14 +27,14 @@ def validate(encoder: encode.Encoder, source: Source, split: protocols.Split) ->
     if len(split.validation) < 2:
         return {}
     config = encoder.config
-    images = source.images[split.validation]
+    images = take(source.images, split.validation)
     labels = None if source.labels is None else source.labels[split.validation]
-    rows = images if source.views is None else source.views[split.validation][:, :2]
+    rows = images if source.views is None else take(source.views, split.validation)
     values = clip_quality(encoder, rows, labels)
     if source.labels is None:
         return values
     chosen = np.sort(np.random.RandomState(0).permutation(split.train)[: config.eval.max_database])
-    database = encode.encode(encoder, source.images[chosen])
+    database = encode.encode(encoder, take(source.images, chosen))
     queries = encode.encode(encoder, images)
     score = retrieval.scorers(encoder, queries, database)["asymmetric"]
     k = protocols.cut_off(config.data.protocol, config.eval.k, len(chosen))
@@ -42,10 +43,11 @@ def validate(encoder: encode.Encoder, source: Source, split: protocols.Split) ->
     return {"mAP": result.mean_average_precision} | values
 
 
-def clip_quality(encoder: encode.Encoder, images: np.ndarray, labels: Any) -> dict[str, float]:
+def clip_quality(encoder: encode.Encoder, images: Any, labels: Any) -> dict[str, float]:
     """The training loss and its logs on held-out images, with views drawn from a fixed key.
 
-    `images` are uint8 (N, H, W, 3), or embeddings: (N, F), of which views are made, or two views each (N, 2, F).
+    `images` are uint8 (N, H, W, 3), or embeddings: (N, F), of which views are made, or two or more views each,
+    (N, V, F).
 
     The loss is without a queue, and with the complete `loss.clip` whatever the step, so that steps can be compared.
     With labels the logs have clip_precision, clip_recall and false_negative_rate (see `losses.nt_xent`). All are means
@@ -56,12 +58,13 @@ def clip_quality(encoder: encode.Encoder, images: np.ndarray, labels: Any) -> di
     size = min(c.data.batch_size, len(images))
     clip = configs.clip_rule(c, 0).of_negatives(2 * size - 2)
     order = np.random.RandomState(c.train.seed).permutation(len(images))
-    variables = devices.replicate(encoder.variables)
+    variables = devices.place(encoder.variables)
     run = _compiled_views(encoder.model, tuple(sorted(c.data.augment.items())))
     results = []
     for start in range(0, min(MAX_BATCHES * size, len(images) // size * size), size):
         chosen = np.sort(order[start : start + size])
-        rows = {"image": images[chosen], "index": chosen.astype(np.int32)}
+        batch = images[chosen]
+        rows = {"image": batch[:, :2] if batch.ndim == 3 else batch, "index": chosen.astype(np.int32)}
         loss, logs = _loss(
             *devices.map_in_batches(run, variables, rows, c.eval.batch_size),
             pairing=c.loss.pairing,

@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from tcq import embed, encode, plots
 from tcq.data import protocols, splits
+from tcq.data.rows import take
 from tcq.data.source import Source
 from tcq.evaluate import clipped
 from tcq.evaluate.report import EvaluateError
@@ -156,7 +157,7 @@ def judge(
     whose pairs are ranked, and the questions.
     """
     chosen = np.sort(np.random.RandomState(seed).permutation(split.train)[:IMAGES])
-    ranks = pair_ranks(clipped.similarities(encoder, encode.encode(encoder, source.images[chosen])))
+    ranks = pair_ranks(clipped.similarities(encoder, encode.encode(encoder, take(source.images, chosen))))
     first, second = np.triu_indices(len(chosen), 1)
     open_pairs = np.argsort(ranks[first, second], kind="stable")  # the most similar first
     file, random = folder / ANSWERS, np.random.RandomState(seed + 1)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from tcq import encode
+from tcq.data.rows import take
 from tcq.index import scan, store
 from tcq.index.search import Hit, draw, image_of, read_queries, search, search_features
 from tcq.index.store import CorruptedError, Index, IndexFileError, open_index
@@ -52,7 +53,7 @@ def add(path: str | Path, images: str | Path) -> tuple[int, list[dict[str, str]]
     source = scan.read_folder(index.encoder, images)
     candidates, known = scan.full_paths(images, source.names), set(index.paths)
     new = [i for i, name in enumerate(candidates) if name not in known]
-    codes = encode.codes(index.encoder, source.images[np.array(new, np.int64)])
+    codes = encode.codes(index.encoder, take(source.images, np.array(new, np.int64)))
     paths = index.paths + [candidates[i] for i in new]
     processes.require_same("images", paths)
     all_codes = np.concatenate([index.codes, codes])

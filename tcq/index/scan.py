@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tcq import encode
-from tcq.data import embeddings, sources
-from tcq.data.images import resize_of
+from tcq.data import cache, embeddings, sources
 from tcq.data.source import Source, SourceError
 from tcq.models import retriever
 from tcq.runtime import storage
@@ -28,7 +27,7 @@ def read_folder(encoder: encode.Encoder, images: str | Path) -> Source:
         return source
     if takes_embeddings and not m.embedder:
         raise SourceError(f"{images}: the model was trained on embeddings: give --images=embeddings:<folder>")
-    return sources.folder(images, size=data.image_size, resize=resize_of(data), cache_dir=data.cache_dir)
+    return sources.folder(images, cache.rule_of(data), labels="none", exclude=data.exclude)
 
 
 def is_embeddings(images: str | Path) -> bool:

@@ -24,7 +24,7 @@ from tcq import config as configs
 from tcq import encode, ranking
 from tcq import workdir as workdirs
 from tcq.models import retriever
-from tcq.runtime import storage
+from tcq.runtime import devices, storage
 
 FORMAT = 2
 CODES, PATHS, ENCODER, CONFIG, SKIPPED, META = (
@@ -97,7 +97,7 @@ def _open(path: Path) -> Index:
         variables = traverse_util.unflatten_dict({tuple(k.split("/")): saved[k] for k in saved.files})
     model = retriever.from_config(config)
     _check_variables(retriever.shapes(model, config.data.image_size), variables, path)
-    encoder = encode.Encoder(config, model, variables, meta["step"])
+    encoder = encode.Encoder(config, model, devices.place(variables), meta["step"])
     norms = np.asarray(ranking.code_norms(codes, encoder.codebooks)) if config.eval.score == "cosine" else None
     return Index(encoder, codes, json.loads((path / PATHS).read_text()), norms)
 

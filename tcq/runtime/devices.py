@@ -54,6 +54,17 @@ def replicate(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(np.array(x), sharding), tree)
 
 
+def place(tree: Any) -> Any:
+    """As `replicate`, but arrays that are on all local devices already stay as they are. Never donate the result."""
+    sharding = NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec())
+
+    def one(x: Any) -> Any:
+        placed = isinstance(x, jax.Array) and x.sharding == sharding
+        return x if placed else jax.device_put(np.array(x), sharding)
+
+    return jax.tree.map(one, tree)
+
+
 def shard(batch: Batch) -> Batch:
     """Arrays (local devices, b, ...) placed on the local devices, one slice on each."""
     sharding = NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec(AXIS))

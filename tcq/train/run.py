@@ -121,7 +121,7 @@ def make_job(
         logger.info(f"the training images are on every device ({data.nbytes / 2**20:,.1f} MiB)")
 
     def validate(variables: retriever.Variables, number: int) -> dict[str, float]:
-        encoder = encode.Encoder(config, model, variables, number)
+        encoder = encode.Encoder(config, model, devices.place(variables), number)
         values = held_out.validate(encoder, source, split)
         if number == steps:
             clipped.write(mirror.folder, encoder, source, split)

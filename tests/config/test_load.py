@@ -191,7 +191,7 @@ def test_a_config_file_finds_base_in_any_directory(tmp_path, monkeypatch):
 def test_all_keys_with_a_range_or_choices_are_in_one_table():
     """Those that are not are bools, or texts and numbers that another rule checks."""
     other = {"data.source", "data.tfds_dir", "data.cache_dir", "model.weights", "model.mean", "model.std"}
-    other |= {"model.embedder", "model.embedder_output"}
+    other |= {"model.embedder", "model.embedder_output", "data.labels", "data.exclude"}
     other |= {"loss.clip", "optim.warmup_steps"}
     known = configs.flatten(configs.base.get_config())
     assert set(checks.ALLOWED) <= set(known)

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tcq.data import embeddings
+from tcq.data.rows import Rows
 from tcq.data.source import SourceError
 
 
@@ -48,7 +49,7 @@ def test_plain_files_without_metadata(tmp_path):
 def test_rows_of_shards_are_those_of_the_whole(sizes, data):
     sizes = [*sizes, 1]
     whole = rows(sum(sizes))
-    shards = embeddings.Shards(np.split(whole, np.cumsum(sizes)[:-1]))
+    shards = Rows(np.split(whole, np.cumsum(sizes)[:-1]))
     index = data.draw(st.lists(st.integers(0, len(whole) - 1)))
     np.testing.assert_array_equal(shards[np.array(index, int)], whole[np.array(index, int)])
     part = data.draw(st.slices(len(whole)))

@@ -13,7 +13,7 @@ def test_labels_are_sub_folders_and_bad_files_are_listed(tmp_path):
     write_images(tmp_path, ["cat/b.png", "cat/deep/a.png", "dog/c.png", ".hidden/x.png", "dog/.y.png"])
     (tmp_path / "dog" / "notes.txt").write_text("not an image")
     (tmp_path / "cat" / "empty.png").write_bytes(b"")
-    source = sources.folder(tmp_path, size=8)
+    source = sources.folder(tmp_path, cache.Rule(8))
     assert source.names == ["cat/b.png", "cat/deep/a.png", "dog/c.png"]
     assert source.classes == ["cat", "dog"]
     np.testing.assert_array_equal(source.labels, [0, 0, 1])
@@ -30,67 +30,33 @@ def test_classes_below_one_common_folder_and_behind_links(tmp_path):
     write_images(tmp_path / "images", ["train/cat/b.png", "train/dog/c.png"])
     (tmp_path / "images" / "train" / "fox").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "images" / "train" / "loop").symlink_to(tmp_path / "images")
-    source = sources.folder(tmp_path / "images", size=8)
+    source = sources.folder(tmp_path / "images", cache.Rule(8))
     assert source.classes == ["cat", "dog", "fox"]
     assert source.names == ["train/cat/b.png", "train/dog/c.png", "train/fox/c.png"]
 
 
 def test_without_sub_folders_there_are_no_labels(tmp_path):
     write_images(tmp_path, ["a.png", "cat/b.png", "dog/c.png"])
-    assert sources.folder(tmp_path, size=8).labels is None
-
-
-def test_the_cache_is_used_until_a_file_changes(tmp_path, monkeypatch):
-    write_images(tmp_path, ["a.png", "b.png"])
-    first = sources.folder(tmp_path, size=8)
-    with monkeypatch.context() as patch:
-        patch.setattr(cache, "decode", None)  # must not be called
-        np.testing.assert_array_equal(sources.folder(tmp_path, size=8).images, first.images)
-    write_images(tmp_path, ["b.png"], seed=5)
-    os.utime(tmp_path / "b.png", ns=(1, 1))
-    assert not np.array_equal(sources.folder(tmp_path, size=8).images, first.images)
-
-
-@pytest.mark.parametrize("file", ["images.u8", "names.json", "arrays.npz"])
-def test_a_corrupted_entry_is_made_again(tmp_path, file):
-    write_images(tmp_path / "images", ["a.png", "b.png"])
-    options = {"size": 8, "cache_dir": str(tmp_path / "cache")}
-    first = np.array(sources.folder(tmp_path / "images", **options).images)
-    (entry,) = (tmp_path / "cache").iterdir()
-    (entry / file).write_bytes(b"{")
-    np.testing.assert_array_equal(sources.folder(tmp_path / "images", **options).images, first)
-
-
-def test_a_killed_decoding_leaves_no_entry(tmp_path, monkeypatch):
-    write_images(tmp_path / "images", ["a.png", "b.png"])
-    home = tmp_path / "cache"
-
-    def broken(*arguments, **options):
-        raise MemoryError
-
-    monkeypatch.setattr(cache, "decode", broken)
-    with pytest.raises(MemoryError):
-        sources.folder(tmp_path / "images", size=8, cache_dir=str(home))
-    assert list(home.iterdir()) == []
+    assert sources.folder(tmp_path, cache.Rule(8)).labels is None
 
 
 def test_odd_names(tmp_path):
     write_images(tmp_path, ["sp ace/ü\n.png", "sp ace/'quote\".png"])
     (tmp_path / os.fsdecode(b"sp ace/\xff.png")).write_bytes(png(np.zeros((4, 4, 3), np.uint8)))
-    assert len(sources.folder(tmp_path, size=8).names) == 3
-    assert len(sources.folder(tmp_path, size=8).names) == 3  # again, from the cache
+    assert len(sources.folder(tmp_path, cache.Rule(8)).names) == 3
+    assert len(sources.folder(tmp_path, cache.Rule(8)).names) == 3  # again, from the cache
 
 
 def test_errors(tmp_path):
     with pytest.raises(SourceError, match="not found"):
-        sources.folder(tmp_path / "none", size=8)
+        sources.folder(tmp_path / "none", cache.Rule(8))
     with pytest.raises(SourceError, match="holds no files"):
-        sources.folder(tmp_path, size=8)
+        sources.folder(tmp_path, cache.Rule(8))
     (tmp_path / "x.txt").write_text("x")
     with pytest.raises(SourceError, match=r"holds no image among its 1 files; the first is x.txt"):
-        sources.folder(tmp_path, size=8)
+        sources.folder(tmp_path, cache.Rule(8))
     with pytest.raises(SourceError, match="is not a folder"):
-        sources.folder(tmp_path / "x.txt", size=8)
+        sources.folder(tmp_path / "x.txt", cache.Rule(8))
 
 
 def test_digits_are_the_real_scans():

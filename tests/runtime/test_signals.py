@@ -160,7 +160,7 @@ def test_index_stops_and_leaves_nothing_behind(run, images, tmp_path):
 @pytest.mark.parametrize("loop", ["decode", "encode", "score", "download", "serve", "kmeans", "pq"])
 def test_long_loops_poll(loop, run, images, tmp_path):
     """Each of them stops when the flag is set, and leaves nothing behind."""
-    from tcq.data import sources
+    from tcq.data import cache, sources
     from tcq.evaluate import baselines, retrieval
     from tcq.index import serve
     from tcq.models import kmeans
@@ -177,7 +177,7 @@ def test_long_loops_poll(loop, run, images, tmp_path):
 
         fsspec.filesystem("memory").pipe("/polled/a.txt", b"a")
     work = {
-        "decode": lambda: sources.folder(images, size=7, cache_dir=str(tmp_path / "cache")),
+        "decode": lambda: sources.folder(images, cache.Rule(7, home=str(tmp_path / "cache"))),
         "encode": lambda: encode.encode(encoder, np.zeros((3, 8, 8, 3), np.uint8)),
         "score": lambda: retrieval.retrieve(
             lambda block: np.zeros((3, 4))[block], np.arange(3), np.arange(4), k=2, ks=[1]
@@ -196,7 +196,7 @@ def test_long_loops_poll(loop, run, images, tmp_path):
             server.server_close()
     signals.reset()
     if loop == "decode":
-        assert not list((tmp_path / "cache").glob("*"))
+        assert not list((tmp_path / "cache").glob("images/*.u8"))
 
 
 def test_without_a_safe_point_the_process_ends_after_the_grace_period():

@@ -1,8 +1,11 @@
 """Reading datasets that TFDS has prepared as array_record, without TensorFlow."""
 
 import hashlib
+import io
 import json
 import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,6 @@ from ml_collections import ConfigDict
 
 from tcq.data import cache
 from tcq.data.datasets import prepare
-from tcq.data.images import resize_of
 from tcq.data.source import Source, SourceError
 from tcq.runtime import signals, storage
 
@@ -58,27 +60,43 @@ def _read(name: str, folder: str, home: str, data: ConfigDict) -> Source:
 
     files = sorted(p for p in Path(folder).iterdir() if p.is_file())
     stats = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-    decoded = cache.decode_once(
-        hashlib.sha256(json.dumps([data.image_size, resize_of(data), folder, stats]).encode()).hexdigest(),
-        lambda: _rows(builder),
-        size=data.image_size,
-        resize=resize_of(data),
-        cache_dir=data.cache_dir,
-    )
+    rule = cache.rule_of(data)
+    key = hashlib.sha256(json.dumps([cache.VERSION, folder, stats]).encode()).hexdigest()
+    decoded, arrays = cache.recall(key, rule) or _decode(key, builder, rule)
     if decoded.skipped:
         total = len(decoded.names) + len(decoded.skipped)
         raise SourceError(
             f"{len(decoded.skipped)} of {total} images of {name!r} cannot be decoded, the first: {decoded.skipped[0]}"
         )
-    labels, classes = _labels(decoded.arrays, features)
+    labels, classes = _labels(_from_bytes(arrays), features)
     metadata = builder.info.metadata or {}
     notes = () if metadata.get("verified", True) else (f"{name} was prepared from files that were not verified",)
     excluded = [{"path": row["id"], "reason": row["reason"]} for row in metadata.get("excluded", [])]
     return Source(decoded.images, labels, decoded.names, classes, excluded, notes)
 
 
-def _rows(builder: Any) -> cache.EncodedImages:
-    """Names, encoded images, and the label features (numbers, or multi-hot columns), all in official order."""
+def _decode(key: str, builder: Any, rule: cache.Rule) -> tuple[cache.Entry, bytes]:
+    """The images of a dataset and its label features, which are remembered if all images can be decoded."""
+    items, columns = _rows(builder)
+    entry, arrays = cache.decode(items, rule), _to_bytes(columns)
+    if not entry.skipped:
+        cache.remember(key, entry.names, entry.digests, arrays, rule)
+    return entry, arrays
+
+
+def _to_bytes(columns: dict[str, np.ndarray]) -> bytes:
+    out = io.BytesIO()
+    np.savez_compressed(out, **columns)  # type: ignore[arg-type]  # the stub takes the names for allow_pickle
+    return out.getvalue()
+
+
+def _from_bytes(data: bytes) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(data), allow_pickle=False) as saved:
+        return {name: saved[name] for name in saved.files}
+
+
+def _rows(builder: Any) -> tuple[Sequence[cache.Item], dict[str, np.ndarray]]:
+    """Encoded images, and the label features (numbers, or multi-hot columns), all in official order."""
     import tensorflow_datasets as tfds
 
     features, splits = builder.info.features, [s for s in ("train", "validation", "test") if s in builder.info.splits]
@@ -103,8 +121,12 @@ def _rows(builder: Any) -> cache.EncodedImages:
         columns[key] = np.zeros((len(ranked), len(_names(features[key]))), bool)
         for row_number, r in enumerate(ranked):
             columns[key][row_number, np.asarray(labels[r][key], np.int64)] = True
-    items = ((f"{rows[r][0]}/{ids[r]}", bytes(stores[rows[r][0]][rows[r][1]]["image"])) for r in ranked)
-    return cache.EncodedImages(items, len(ranked), columns)
+    items = [cache.Item(f"{rows[r][0]}/{ids[r]}", partial(_image, stores[rows[r][0]], rows[r][1])) for r in ranked]
+    return items, columns
+
+
+def _image(store: Any, row: int) -> bytes:
+    return bytes(store[row]["image"])
 
 
 def _advice(name: str, home: str, tfds_dir: str) -> str:

@@ -1,0 +1,53 @@
+"""Rows of several arrays as one array, read only when they are asked for."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+class Rows:
+    """Stands for an array (N, ...) whose rows lie in other arrays, such as files mapped from disk.
+
+    An index reads only the rows it needs; `take` reads none.
+    """
+
+    def __init__(self, arrays: Sequence[np.ndarray], places: tuple[np.ndarray, np.ndarray] | None = None) -> None:
+        """`places` are for each row the number of its array and its row there; by default all rows in order."""
+        self._arrays = list(arrays)
+        if places is None:
+            lengths = [len(a) for a in arrays]
+            numbers = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+            places = numbers, np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])
+        self._numbers: np.ndarray = places[0]
+        self._rows: np.ndarray = places[1]
+        self.shape: tuple[int, ...] = (len(self._rows), *self._arrays[0].shape[1:])
+        self.ndim, self.dtype = len(self.shape), self._arrays[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        """The rows of a slice, an array of numbers, a mask, or one number. Raises IndexError."""
+        numbers, places = np.atleast_1d(self._numbers[rows]), np.atleast_1d(self._rows[rows])
+        out = np.empty((len(places), *self.shape[1:]), self.dtype)
+        for number in np.unique(numbers):
+            here = numbers == number
+            out[here] = self._arrays[number][places[here]]
+        return out if np.ndim(self._rows[rows]) else out[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[:] if dtype is None else self[:].astype(dtype)
+
+    def take(self, rows: Any) -> "Rows":
+        """These rows, without reading them."""
+        return Rows(self._arrays, (self._numbers[rows], self._rows[rows]))
+
+    def with_axis(self) -> "Rows":
+        """The same rows with a second axis of length 1."""
+        return Rows([a[:, None] for a in self._arrays], (self._numbers, self._rows))
+
+
+def take(images: Any, rows: Any) -> Rows:
+    """Some rows of an array or of `Rows`, without reading them."""
+    return images.take(rows) if isinstance(images, Rows) else Rows([images]).take(rows)
