@@ -10,14 +10,10 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from tcq import cli_index, flags
 from tcq.runtime import log, signals, storage
-
-LEVELS = ("debug", "info", "warning", "error")
-Commands = Any  # what argparse's add_subparsers returns
-Run = Callable[[argparse.Namespace, list[str]], int]
 
 
 def console() -> None:
@@ -50,35 +46,15 @@ def make_parser() -> argparse.ArgumentParser:
         _add_evaluate,
         _add_judge,
         _add_embed,
-        _add_index,
-        _add_search,
-        _add_serve,
-        _add_export,
+        cli_index.add_index,
+        cli_index.add_search,
+        cli_index.add_serve,
+        cli_index.add_export,
         _add_prepare,
         _add_doctor,
     ):
         add(commands)
     return parser
-
-
-def _add_command(commands: Commands, name: str, help: str, run: Run, *, compiles: bool = False) -> Any:
-    """A parser with the flags that all commands have; `compiles`: whether compiled programs are cached."""
-    parser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-    parser.set_defaults(run=run, compiles=compiles)
-    parser.add_argument("--quiet", action="store_true", help="log only warnings and errors")
-    parser.add_argument("--log_level", choices=LEVELS, default="info", help="least level to log (default: info)")
-    return parser
-
-
-def _add_distributed(parser: Any) -> None:
-    parser.add_argument("--distributed", action="store_true", help="join a run of several processes, which JAX detects")
-    parser.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="address of process 0, if JAX cannot detect the processes"
-    )
-    parser.add_argument("--processes", type=_positive, metavar="N", help="number of processes (with --coordinator)")
-    parser.add_argument(
-        "--process_id", type=int, metavar="I", help="number of this process, from 0 (with --coordinator)"
-    )
 
 
 def _check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -88,10 +64,10 @@ def _check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namesp
         if not takes_overrides or not argument.startswith(("--config.", "--noconfig.")):
             parser.error(f"unknown argument {argument!r} for {arguments.command}")
     if "distributed" in arguments:
-        flags = [f"--{name}" for name in ("processes", "process_id") if getattr(arguments, name) is not None]
-        if flags and not arguments.coordinator:
-            parser.error(f"{' and '.join(flags)} must come with --coordinator=HOST:PORT, the address of process 0")
-        if arguments.coordinator and len(flags) < 2:
+        given = [f"--{name}" for name in ("processes", "process_id") if getattr(arguments, name) is not None]
+        if given and not arguments.coordinator:
+            parser.error(f"{' and '.join(given)} must come with --coordinator=HOST:PORT, the address of process 0")
+        if arguments.coordinator and len(given) < 2:
             parser.error("--coordinator needs --processes=N and --process_id=I, which differs for each process")
 
 
@@ -157,33 +133,19 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return 2 if processes.is_refusal(error) else 1
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    return int(text)
-
-
-def _steps(text: str) -> tuple[int, int]:
-    first, _, stop = text.partition(":")
-    if not (first.isdecimal() and stop.isdecimal() and 0 < int(first) < int(stop)):
-        raise argparse.ArgumentTypeError(f"{text!r} must have the form 10:20, the first step and one past the last")
-    return int(first), int(stop)
-
-
-_path = os.path.expanduser
-
-
-def _add_train(commands: Commands) -> None:
+def _add_train(commands: flags.Commands) -> None:
     help = "train a model, or resume training; --config.group.key=value overrides a key"
-    parser = _add_command(commands, "train", help, _train, compiles=True)
+    parser = flags.add_command(commands, "train", help, _train, compiles=True)
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="for example configs/digits.py")
-    parser.add_argument("--workdir", type=_path, required=True, help="folder, or gs:// URL, of everything of this run")
+    parser.add_argument(
+        "--workdir", type=flags.path, required=True, help="folder, or gs:// URL, of everything of this run"
+    )
     parser.add_argument("--allow_changes", action="store_true", help="resume with another config than the run had")
     parser.add_argument(
-        "--profile", type=_steps, metavar="START:STOP", help="write a trace of these steps to the workdir"
+        "--profile", type=flags.steps, metavar="START:STOP", help="write a trace of these steps to the workdir"
     )
     parser.add_argument("--evaluate", metavar="CHECKPOINT", help="score at the end: best (by validation) or latest")
-    _add_distributed(parser)
+    flags.add_distributed(parser)
 
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -197,14 +159,16 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _add_sweep(commands: Commands) -> None:
-    parser = _add_command(
+def _add_sweep(commands: flags.Commands) -> None:
+    parser = flags.add_command(
         commands, "sweep", "train and score a grid of configs, with a table and a plot; resumable", _sweep
     )
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="for example configs/digits.py")
     parser.add_argument("--grid", required=True, help="for example 'loss.clip=0,0.1; train.seed=0,1,2'")
-    parser.add_argument("--workdir", type=_path, required=True, help="gets table.csv, table.md, sweep.png and cells/")
-    parser.add_argument("--jobs", type=_positive, default=1, help="cells at a time (default: 1)")
+    parser.add_argument(
+        "--workdir", type=flags.path, required=True, help="gets table.csv, table.md, sweep.png and cells/"
+    )
+    parser.add_argument("--jobs", type=flags.positive, default=1, help="cells at a time (default: 1)")
     parser.add_argument(
         "--axes", default="", metavar="KEY[,KEY]", help="keys of the x axis and of the lines of the plot"
     )
@@ -224,18 +188,18 @@ def _sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _add_evaluate(commands: Commands) -> None:
+def _add_evaluate(commands: flags.Commands) -> None:
     help = "score a trained model under its protocol; --config.eval.key=value overrides a convention"
-    parser = _add_command(commands, "evaluate", help, _evaluate, compiles=True)
+    parser = flags.add_command(commands, "evaluate", help, _evaluate, compiles=True)
     parser.add_argument(
         "--workdir",
-        type=_path,
+        type=flags.path,
         required=True,
         help="workdir of the training run; results.json and pictures are written to it",
     )
     parser.add_argument("--checkpoint", default="best", help="best (by validation), latest, or a step (default: best)")
     parser.add_argument("--recorded", metavar="JSON", help='file {"mAP": {name: value}} of scores to add to the table')
-    _add_distributed(parser)
+    flags.add_distributed(parser)
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -255,11 +219,11 @@ def _score(workdir: str, checkpoint: str, *, overrides: Sequence[str] = (), reco
             print(f"{workdir}/{name}")
 
 
-def _add_judge(commands: Commands) -> None:
+def _add_judge(commands: flags.Commands) -> None:
     help = "ask which pairs of images are the same kind of thing, and say how much to clip"
-    parser = _add_command(commands, "judge", help, _judge, compiles=True)
-    parser.add_argument("--workdir", type=_path, required=True, help="workdir of a short first training run")
-    parser.add_argument("--answers", type=_positive, default=50, help="number of answers in all (default: 50)")
+    parser = flags.add_command(commands, "judge", help, _judge, compiles=True)
+    parser.add_argument("--workdir", type=flags.path, required=True, help="workdir of a short first training run")
+    parser.add_argument("--answers", type=flags.positive, default=50, help="number of answers in all (default: 50)")
     parser.add_argument("--labels", action="store_true", help="let the labels of the images answer")
 
 
@@ -270,15 +234,15 @@ def _judge(arguments: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
-def _add_embed(commands: Commands) -> None:
+def _add_embed(commands: flags.Commands) -> None:
     help = (
         "embed a source, and views of its images, by a function or by weights, into a folder of .npy and Parquet files"
     )
-    parser = _add_command(commands, "embed", help, _embed, compiles=True)
+    parser = flags.add_command(commands, "embed", help, _embed, compiles=True)
     parser.add_argument(
         "--config", metavar="FILE[:ARG]", required=True, help="a config with model.embedder or model.weights"
     )
-    parser.add_argument("--out", type=_path, required=True, help="new folder, for data.source=embeddings:<folder>")
+    parser.add_argument("--out", type=flags.path, required=True, help="new folder, for data.source=embeddings:<folder>")
 
 
 def _embed(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -289,118 +253,17 @@ def _embed(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _add_index(commands: Commands) -> None:
-    help = "encode a folder of images into an index; or add images to one, or remove them"
-    parser = _add_command(commands, "index", help, _index, compiles=True)
-    parser.add_argument("--workdir", type=_path, help="workdir of the training run whose model encodes the images")
-    parser.add_argument("--checkpoint", default="best", help="best (by validation), latest, or a step (default: best)")
-    parser.add_argument(
-        "--images", type=_path, help="folder of images, with all folders below it; or embeddings:<folder>"
-    )
-    parser.add_argument(
-        "--out",
-        type=_path,
-        required=True,
-        help="folder of the index: a new one, or with --add or --remove an existing one",
-    )
-    parser.add_argument("--add", action="store_true", help="add --images to the existing index --out")
-    parser.add_argument("--remove", nargs="+", metavar="PATH", help="remove images or folders from the index --out")
-    _add_distributed(parser)
-
-
-def _index(arguments: argparse.Namespace, _: list[str]) -> int:
-    from tcq import index
-
-    if arguments.remove:
-        print(f"removed {index.remove(arguments.out, arguments.remove):,} images from {arguments.out}")
-        return 0
-    if not arguments.images:
-        raise index.IndexFileError("--images is missing: the folder of the images to index")
-    if arguments.add:
-        count, skipped = index.add(arguments.out, arguments.images)
-        print(f"added {count:,} images to {arguments.out}")
-    else:
-        if not arguments.workdir:
-            raise index.IndexFileError("--workdir is missing: the training run whose model encodes the images")
-        count, skipped = index.build(arguments.workdir, arguments.images, arguments.out, which=arguments.checkpoint)
-        print(f"indexed {count:,} images: {arguments.out}")
-    if skipped:
-        print(f"{len(skipped):,} files skipped, listed with reasons in {arguments.out}/skipped.jsonl")
-    return 0
-
-
-def _add_search(commands: Commands) -> None:
-    parser = _add_command(
-        commands, "search", "show the indexed images nearest to a query image", _search, compiles=True
-    )
-    parser.add_argument("--index", type=_path, required=True, help="a folder that tcq index wrote")
-    parser.add_argument(
-        "--query", type=_path, required=True, nargs="+", metavar="IMAGE", help="images, or .npy files of embeddings"
-    )
-    parser.add_argument("--k", type=_positive, default=10, help="number of hits (default: 10)")
-    parser.add_argument("--gallery", type=_path, metavar="PNG", help="write a picture of the hits")
-
-
-def _search(arguments: argparse.Namespace, _: list[str]) -> int:
-    from tcq import index
-
-    indexed = index.open_index(arguments.index)
-    queries = index.read_queries(indexed, arguments.query)
-    hits_of_queries = index.search(indexed, queries, k=arguments.k)
-    is_image = queries.ndim == 4
-    names = arguments.query if is_image else [f"row {i}" for i in range(len(queries))]
-    for query, hits in zip(names, hits_of_queries, strict=True):
-        if len(hits_of_queries) > 1:
-            print(f"# {query}")
-        for rank, hit in enumerate(hits, 1):
-            print(f"{rank}\t{hit.score:.6f}\t{hit.path}")
-    if arguments.gallery:
-        if not is_image:
-            raise index.IndexFileError("--gallery needs query images, and the queries are embeddings")
-        index.draw(indexed, queries, hits_of_queries, arguments.gallery)
-        print(f"gallery: {arguments.gallery}", file=sys.stderr)
-    return 0
-
-
-def _add_serve(commands: Commands) -> None:
-    parser = _add_command(
-        commands, "serve", "serve a search page for an index, on this machine only", _serve, compiles=True
-    )
-    parser.add_argument("--index", type=_path, required=True, help="a folder that tcq index wrote")
-    parser.add_argument("--port", type=int, default=8000, help="of the page (default: 8000)")
-    parser.add_argument("--k", type=_positive, default=10, help="number of answers (default: 10)")
-
-
-def _serve(arguments: argparse.Namespace, _: list[str]) -> int:
-    from tcq.index import serve
-
-    serve.serve(arguments.index, port=arguments.port, k=arguments.k)
-    return 0
-
-
-def _add_export(commands: Commands) -> None:
-    parser = _add_command(commands, "export", "export an index to FAISS, or as NumPy arrays", _export)
-    parser.add_argument("--index", type=_path, required=True, help="a folder that tcq index wrote")
-    parser.add_argument("--out", type=_path, required=True, help="a file that does not exist yet")
-    parser.add_argument("--format", choices=("faiss", "npz"), default="faiss", help="of the file (default: faiss)")
-
-
-def _export(arguments: argparse.Namespace, _: list[str]) -> int:
-    from tcq.index import export
-
-    print(export.export(arguments.index, arguments.out, format=arguments.format))
-    return 0
-
-
-def _add_prepare(commands: Commands) -> None:
-    parser = _add_command(
+def _add_prepare(commands: flags.Commands) -> None:
+    parser = flags.add_command(
         commands, "prepare", "prepare a dataset once from its published files, without network", _prepare
     )
     parser.add_argument("--dataset", required=True, help="cifar10, mirflickr25k, nus_wide or nus_wide/concepts81")
     parser.add_argument(
-        "--files", type=_path, default="", help="folder of the files (default: <data_dir>/downloads/manual)"
+        "--files", type=flags.path, default="", help="folder of the files (default: <data_dir>/downloads/manual)"
     )
-    parser.add_argument("--data_dir", type=_path, default="", help="folder of TFDS datasets (default: that of TFDS)")
+    parser.add_argument(
+        "--data_dir", type=flags.path, default="", help="folder of TFDS datasets (default: that of TFDS)"
+    )
     parser.add_argument("--unverified", action="store_true", help="accept other files than the published ones")
 
 
@@ -414,21 +277,21 @@ def _prepare(arguments: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
-def _add_doctor(commands: Commands) -> None:
+def _add_doctor(commands: flags.Commands) -> None:
     help = "check versions and devices, and whether a config, its images and a workdir fit them"
-    parser = _add_command(commands, "doctor", help, _doctor)
+    parser = flags.add_command(commands, "doctor", help, _doctor)
     parser.add_argument("--config", metavar="FILE[:ARG]", help="for example configs/digits.py")
-    parser.add_argument("--workdir", type=_path, help="check whether it is shared and writable, and what it holds")
+    parser.add_argument("--workdir", type=flags.path, help="check whether it is shared and writable, and what it holds")
     parser.add_argument(
-        "--expect_processes", type=_positive, metavar="N", help="fail unless the run has this many processes"
+        "--expect_processes", type=flags.positive, metavar="N", help="fail unless the run has this many processes"
     )
     parser.add_argument(
         "--expect_devices",
-        type=_positive,
+        type=flags.positive,
         metavar="N",
         help="fail unless all processes together have this many devices",
     )
-    _add_distributed(parser)
+    flags.add_distributed(parser)
 
 
 def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:

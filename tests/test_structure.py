@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 LAYERS = (
-    {"runtime", "quantizer", "augment", "metrics", "plots"},
+    {"runtime", "quantizer", "augment", "metrics", "plots", "flags"},
     {"models", "losses", "data", "ranking"},
     {"config", "workdir"},
     {"encode", "sweep", "doctor"},
     {"embed"},
     {"evaluate", "index"},
     {"train"},
+    {"cli_index"},
     {"cli"},
 )
 PEERS = {("workdir", "config")}  # the only imports between two packages of one layer

@@ -85,6 +85,7 @@ class Entry(NamedTuple):
     names: list[str]
     digests: list[bytes]  # of the contents
     skipped: list[dict[str, str]]  # {"path", "reason"} of what cannot be decoded
+    unreadable: list[str]  # those of the skipped that may be images, but could not be read
     repaired: list[dict[str, str]]  # the same of what was decoded although it is damaged
 
 
@@ -369,7 +370,12 @@ def _entry(
         shards.append(shard)
         numbers.append(row)
     return Entry(
-        _rows(database, rule, np.array(shards, np.int64), np.array(numbers, np.int64)), names, found, skipped, repaired
+        _rows(database, rule, np.array(shards, np.int64), np.array(numbers, np.int64)),
+        names,
+        found,
+        skipped,
+        [items[i].name for i in unreadable],
+        repaired,
     )
 
 

@@ -22,4 +22,5 @@ class Source(NamedTuple):
     views: Any = None  # embeddings (N, V, F) of views of each item
     pictures: Any = None  # the images of embeddings, if they are known
     digests: list[bytes] | None = None  # of the contents of the files, where they have a path
+    unreadable: tuple[str, ...] = ()  # files and folders that may be images, but could not be read
     repaired: list[dict[str, str]] | None = None  # {"path", "reason"} of files that are damaged, and used

@@ -78,7 +78,8 @@ def folder(path: str | Path, rule: cache.Rule, *, labels: str = "auto", exclude:
     found = folders.labels(entry.names, labels, root)
     if listing.excluded:
         logger.info(f"{path}: left out {_first(listing.excluded)} (data.exclude)")
-    logger.info(f"{path}: {found.note}")
+    if labels != "none":
+        logger.info(f"{path}: {found.note}")
     return Source(
         entry.images,
         found.labels,
@@ -86,6 +87,7 @@ def folder(path: str | Path, rule: cache.Rule, *, labels: str = "auto", exclude:
         found.classes,
         listing.skipped + entry.skipped,
         digests=entry.digests,
+        unreadable=(*(s["path"] for s in listing.skipped), *entry.unreadable),
         repaired=entry.repaired,
     )
 

@@ -50,12 +50,14 @@ def export(index_path: str | Path, out: str | Path, *, format: str) -> Path:
         raise ExportError(f"format {format!r} is unknown: use one of {', '.join(FORMATS)}")
     if out.exists():
         raise ExportError(f"{str(out)!r} exists: choose another --out, or delete it first")
+    if not out.parent.is_dir():
+        raise ExportError(f"{str(out)!r} cannot be written: its folder does not exist")
     index = open_index(index_path)
     try:
         with storage.atomic(out) as temporary:
             _write(index, temporary, format)
-    except OSError as error:
-        raise ExportError(f"{str(out)!r} cannot be written: {error.strerror or error}") from None
+    except (OSError, RuntimeError) as error:  # FAISS raises RuntimeError where it cannot write
+        raise ExportError(f"{str(out)!r} cannot be written: {getattr(error, 'strerror', None) or error}") from None
     return out
 
 

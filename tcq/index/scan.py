@@ -1,6 +1,5 @@
-"""Reading the folder of images that is to be indexed, and naming its images."""
+"""Reading the folder of images that is to be indexed."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from tcq import encode
@@ -35,11 +34,8 @@ def is_embeddings(images: str | Path) -> bool:
     return str(images).startswith(EMBEDDINGS)
 
 
-def full_paths(images: str | Path, names: Sequence[str]) -> list[str]:
-    """The absolute paths, or URLs, of images by their names below a folder; the names of embeddings as they are."""
+def root_of(images: str | Path) -> str:
+    """The absolute path or URL of a folder of images; "" for embeddings, whose names are complete."""
     if is_embeddings(images):
-        return list(names)
-    if storage.is_url(images):
-        return [str(storage.join(images, name)) for name in names]
-    root = Path(images).expanduser().resolve()
-    return [str(root / name) for name in names]
+        return ""
+    return str(images).rstrip("/") if storage.is_url(images) else str(Path(images).expanduser().resolve())

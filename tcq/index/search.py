@@ -38,7 +38,7 @@ def read_queries(index: Index, paths: Sequence[str | Path]) -> UInt8[np.ndarray,
     queries = []
     for path in paths:
         try:
-            queries.append(decode(path, size=data.image_size, resize=resize_of(data)))
+            queries.append(decode(path, size=data.image_size, resize=resize_of(data), max_pixels=data.max_pixels))
         except ImageError as error:
             raise IndexFileError(f"query {str(path)!r}: {error}") from None
     return np.stack(queries)

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import re
+import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from string import Template
@@ -19,6 +20,8 @@ from tcq.runtime import signals, storage
 
 PAGE = Path(__file__).with_name("page") / "page.html"
 THUMBNAIL = 160  # pixels
+UPLOADS = 2  # images in memory at once, before they are decoded
+NAMES = ("127.0.0.1", "localhost")  # of this machine, in the addresses of the page
 
 logger = logging.getLogger(__name__)
 
@@ -36,23 +39,32 @@ def make_server(path: str | Path, *, port: int, k: int = 10) -> Server:
     index = open_index(path)
     data = index.encoder.config.data
     values = {"count": f"{len(index.paths):,}", "bits": configs.bits(index.encoder.config)}
+    uploads = threading.BoundedSemaphore(UPLOADS)
     page = Template(PAGE.read_text()).substitute(values).encode()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            if self.path == "/":
+            if not self._is_local():
+                self._error(403, "this page is served to this machine only")
+            elif self.path == "/":
                 self._answer(200, "text/html; charset=utf-8", page)
             else:
                 self._error(404, "not found")
 
         def do_POST(self) -> None:
             length = self.headers.get("Content-Length", "")
+            if not self._is_local():
+                self.close_connection = True
+                self._error(403, "this page is served to this machine only")
+                return
             if self.path != "/search" or not re.fullmatch(r"\d{1,12}", length) or int(length) > MAX_UPLOAD:
                 self.close_connection = True
                 self._error(400, "send one image to /search")
                 return
             try:
-                query = decode(self.rfile.read(int(length)), size=data.image_size, resize=resize_of(data))
+                with uploads:
+                    body = self.rfile.read(int(length))
+                    query = decode(body, size=data.image_size, resize=resize_of(data), max_pixels=data.max_pixels)
             except ImageError as error:
                 self._error(400, f"query: {error}")
                 return
@@ -60,6 +72,14 @@ def make_server(path: str | Path, *, port: int, k: int = 10) -> Server:
                 {"path": h.path, "score": h.score, "image": _thumbnail(h)} for h in search(index, query[None], k=k)[0]
             ]
             self._answer(200, "application/json", json.dumps({"hits": hits}).encode())
+
+        def _is_local(self) -> bool:
+            """Whether the page was asked for by its own address: another site's name may lead here (DNS rebinding)."""
+            port = self.connection.getsockname()[1]
+            hosts = [f"{name}:{port}" for name in NAMES] + (list(NAMES) if port == 80 else [])
+            origin = self.headers.get("Origin")
+            own = origin is None or origin in [f"http://{host}" for host in hosts]
+            return self.headers.get("Host", "") in hosts and own
 
         def _error(self, status: int, message: str) -> None:
             self._answer(status, "application/json", json.dumps({"error": message}).encode())

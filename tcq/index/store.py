@@ -1,17 +1,20 @@
-"""The files of an index, and replacing them as a whole.
+"""The files of an index, and replacing them while others read.
 
-An index is a folder with codes.npy (N, M), paths.json, encoder.npz (the variables of the encoder), config.json,
-skipped.jsonl and meta.json (format, count and a SHA-256 of every other file). It needs neither the images nor the
-workdir. A change writes a new folder and renames it; the previous version is kept beside it, hidden, until the next
-change.
+An index is a folder with meta.json, encoder.npz (the variables of the encoder), config.json, skipped.jsonl, and the
+columns of its items: codes (N, M), hashes (N, 20) of the contents, roots (N,) as numbers of `meta["roots"]`, and the
+names below these as UTF-8 with their offsets (N + 1,). It needs neither the images nor the workdir.
+
+A column is a file named by its own hash, and meta.json names the columns. A change writes new columns and then replaces
+meta.json, so that a reader finds the old or the new index. The version before the last change is kept.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
-import shutil
+import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,18 +27,18 @@ from tcq import config as configs
 from tcq import encode, ranking
 from tcq import workdir as workdirs
 from tcq.models import retriever
-from tcq.runtime import devices, storage
+from tcq.runtime import devices, locks, storage
 
-FORMAT = 2
-CODES, PATHS, ENCODER, CONFIG, SKIPPED, META = (
-    "codes.npy",
-    "paths.json",
+FORMAT = 3
+ENCODER, CONFIG, SKIPPED, META, PREVIOUS = (
     "encoder.npz",
     "config.json",
     "skipped.jsonl",
     "meta.json",
+    "meta.previous.json",
 )
-FILES = (CODES, PATHS, ENCODER, CONFIG, SKIPPED)
+COLUMNS = ("codes", "hashes", "roots", "names", "offsets")
+ATTEMPTS = 100  # to read an index that is being replaced
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +51,48 @@ class CorruptedError(IndexFileError):
     """The files of the index are not what was written."""
 
 
+class Paths(Sequence[str]):
+    """The paths of N images, each a root and a name below it."""
+
+    def __init__(self, roots: Sequence[str], numbers: np.ndarray, names: np.ndarray, offsets: np.ndarray) -> None:
+        self.roots, self.numbers = list(roots), numbers
+        self._names, self._offsets = names, offsets
+
+    @classmethod
+    def of(cls, roots: Sequence[str], numbers: Sequence[int] | np.ndarray, names: Sequence[str]) -> "Paths":
+        """From roots, the number of the root of each image, and its name. Roots without images are left out."""
+        used, numbers = np.unique(np.asarray(numbers, np.int64), return_inverse=True)
+        roots = [roots[i] for i in used.tolist()] or roots
+        raw = [os.fsencode(name) for name in names]
+        offsets = np.concatenate([[0], np.cumsum([len(r) for r in raw])]).astype(np.int64)
+        return cls(roots, np.asarray(numbers, np.uint16), np.frombuffer(b"".join(raw), np.uint8), offsets)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        root, name = self.roots[self.numbers[i]], self.name(int(i))
+        return str(storage.join(root, name)) if root else name
+
+    def name(self, i: int) -> str:
+        """The name of an image below its root."""
+        i = range(len(self))[i]
+        return os.fsdecode(self._names[self._offsets[i] : self._offsets[i + 1]].tobytes())
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """The arrays that are stored."""
+        return {"roots": self.numbers, "names": self._names, "offsets": self._offsets}
+
+
 class Index(NamedTuple):
     """N indexed images."""
 
     encoder: encode.Encoder
     codes: UInt[np.ndarray, "N M"]
-    paths: list[str]
+    paths: Paths
+    hashes: UInt[np.ndarray, "N 20"]  # of the contents of the files; 0 for embeddings
     norms: Float[np.ndarray, " N"] | None  # only for eval.score "cosine"
 
 
@@ -63,14 +102,12 @@ def open_index(path: str | Path) -> Index:
     If it is corrupted, the version before its last change is opened, with a warning, if it is still there.
     Raises IndexFileError if it is missing, incomplete, corrupted, or of another format.
     """
-    if storage.is_url(path):
-        return _open(storage.download(str(path)))
-    path = Path(path)
+    path = storage.download(str(path)) if storage.is_url(path) else Path(path)
     try:
-        return _open(path)
+        return _open_current(path)
     except CorruptedError as error:
         try:
-            index = _open(_previous(path))
+            index = _open(path, _read_meta(path, PREVIOUS))
         except IndexFileError:
             raise error from None
         logger.warning(f"corrupted: {error}")
@@ -78,43 +115,59 @@ def open_index(path: str | Path) -> Index:
         return index
 
 
-def _previous(path: Path) -> Path:
-    """The folder of the version before the last change."""
-    return path.resolve().with_name(f".{path.resolve().name}.previous")
+def _open_current(path: Path) -> Index:
+    """The index of meta.json, which another process may replace meanwhile."""
+    meta = _read_meta(path, META)
+    for _ in range(ATTEMPTS):
+        try:
+            return _open(path, meta)
+        except CorruptedError:
+            now = _read_meta(path, META)
+            if now == meta:
+                raise
+            meta = now
+    raise IndexFileError(f"index {str(path)!r} is replaced faster than it can be read")
 
 
-def _open(path: Path) -> Index:
-    meta = _read_meta(path)
+def _open(path: Path, meta: dict[str, Any]) -> Index:
     for name, digest in meta["sha256"].items():
         file = path / name
-        if not file.is_file() or _sha256(file) != digest:
-            raise CorruptedError(
-                f"{str(file)!r} is {'corrupted' if file.is_file() else 'missing'}: build the index again"
-            )
+        try:
+            corrupted = None if _sha256(file) == digest else "corrupted"
+        except FileNotFoundError:
+            corrupted = "missing"
+        if corrupted:
+            raise CorruptedError(f"{str(file)!r} is {corrupted}: build the index again")
     config = configs.from_json((path / CONFIG).read_text())
-    codes = np.load(path / CODES, allow_pickle=False)
+    try:
+        columns = {name: np.load(path / meta["columns"][name], allow_pickle=False) for name in COLUMNS}
+    except FileNotFoundError as error:
+        raise CorruptedError(f"{error.filename!r} is missing: build the index again") from None
     with np.load(path / ENCODER, allow_pickle=False) as saved:
         variables = traverse_util.unflatten_dict({tuple(k.split("/")): saved[k] for k in saved.files})
     model = retriever.from_config(config)
     _check_variables(retriever.shapes(model, config.data.image_size), variables, path)
     encoder = encode.Encoder(config, model, devices.place(variables), meta["step"])
+    codes = columns["codes"]
     norms = np.asarray(ranking.code_norms(codes, encoder.codebooks)) if config.eval.score == "cosine" else None
-    return Index(encoder, codes, json.loads((path / PATHS).read_text()), norms)
+    paths = Paths(meta["roots"], columns["roots"], columns["names"], columns["offsets"])
+    return Index(encoder, codes, paths, columns["hashes"], norms)
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
+def _read_meta(path: Path, name: str) -> dict[str, Any]:
     if not path.is_dir():
         raise CorruptedError(f"index {str(path)!r} {'is not a folder' if path.exists() else 'not found'}")
     try:
-        meta = json.loads((path / META).read_text())
+        meta: dict[str, Any] = json.loads((path / name).read_text())
         version = meta["format"]
-        missing = set(FILES) - meta["sha256"].keys()
     except (OSError, ValueError, KeyError, TypeError):
-        raise CorruptedError(f"{str(path)!r} is not an index: it has no readable {META}") from None
-    if version != FORMAT or missing:
+        raise CorruptedError(f"{str(path)!r} is not an index: it has no readable {name}") from None
+    if version != FORMAT:
         raise IndexFileError(
             f"index {str(path)!r} has format {version}, this version of tcq reads {FORMAT}: build it again"
         )
+    if not {"columns", "roots", "step", "sha256"} <= meta.keys() or set(meta["columns"]) != set(COLUMNS):
+        raise CorruptedError(f"{str(path)!r} is not an index: {name} is incomplete")
     return meta
 
 
@@ -131,73 +184,112 @@ def _check_variables(like: Mapping[str, Any], variables: Mapping[str, Any], path
 
 
 def refuse_existing(out: str | Path) -> None:
-    """Raises IndexFileError if there is something at the path of a new index."""
-    exists = Path(out).exists()
+    """Raises IndexFileError if there is something at the path of a new index but what a killed run has left."""
     if storage.is_url(out):
         exists = storage.read(storage.join(out, META)) is not None
+    else:
+        folder = Path(out)
+        files = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+        unfinished = META not in files and all(_is_own(name) for name in files)
+        exists = folder.exists() and not (folder.is_dir() and unfinished)
     if exists:
         raise IndexFileError(f"{str(out)!r} exists: choose another --out, or delete it first")
 
 
-def refuse_bucket(path: str | Path) -> None:
-    """Raises IndexFileError if an index that is to be changed is in a bucket."""
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Holds the lock of an index; a second writer waits. Raises IndexFileError for one in a bucket that exists."""
     if storage.is_url(path):
-        raise IndexFileError(
-            f"an index in a bucket cannot be changed, because its files cannot be replaced together: build it again, "
-            f"or download {path}, change it, and upload it under another name"
-        )
+        if storage.read(storage.join(path, META)) is not None:
+            raise IndexFileError(
+                f"an index in a bucket cannot be changed, because its files cannot be replaced together: build it "
+                f"again, or download {path}, change it, and upload it under another name"
+            )
+        yield
+        return
+    try:
+        with locks.lock(path, wait=True):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # of a folder that holds no index
+            if {p.name for p in Path(path).iterdir()} == {locks.NAME}:
+                (Path(path) / locks.NAME).unlink()
+                Path(path).rmdir()
 
 
-def write(
-    out: str | Path, encoder: encode.Encoder, codes: np.ndarray, paths: list[str], skipped: list[dict[str, str]]
-) -> None:
-    """Writes an index, or replaces one as a whole; in a bucket meta.json is the last file. Raises IndexFileError."""
+def write(out: str | Path, index: Index, skipped: Sequence[dict[str, str]]) -> None:
+    """Writes an index, or replaces one; in a bucket meta.json is the last file. Raises IndexFileError."""
     if storage.is_url(out):
         with tempfile.TemporaryDirectory(prefix="tcq-") as temporary:
-            write(Path(temporary, "index"), encoder, codes, paths, skipped)
+            write(Path(temporary, "index"), index, skipped)
             storage.upload(Path(temporary, "index"), str(out), last=META)
         return
-    out = Path(out).resolve()
+    out = Path(out)
     try:
-        with storage.temporary_folder(out) as folder:
-            _write_files(folder, encoder, codes, paths, skipped)
-            _replace(folder, out)
+        out.mkdir(parents=True, exist_ok=True)
+        _write_files(out, index, skipped)
+        _delete_unused(out)
     except OSError as error:
         raise IndexFileError(f"{str(out)!r} cannot be written: {error.strerror or error}") from None
 
 
-def _write_files(
-    folder: Path, encoder: encode.Encoder, codes: np.ndarray, paths: list[str], skipped: list[dict[str, str]]
-) -> None:
-    np.save(folder / CODES, codes)
-    (folder / PATHS).write_text(json.dumps(paths))
-    (folder / CONFIG).write_text(configs.to_json(encoder.config))
-    (folder / SKIPPED).write_text(workdirs.json_lines(skipped))
-    flat = traverse_util.flatten_dict(jax.tree.map(np.asarray, dict(encoder.variables)), sep="/")
-    np.savez(folder / ENCODER, **flat)
+def _write_files(folder: Path, index: Index, skipped: Sequence[dict[str, str]]) -> None:
+    encoder = index.encoder
+    if not (folder / META).exists():
+        storage.write_text(folder / CONFIG, configs.to_json(encoder.config))
+        flat = traverse_util.flatten_dict(jax.tree.map(np.asarray, dict(encoder.variables)), sep="/")
+        with storage.atomic(folder / ENCODER) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **flat)
+    columns = {"codes": index.codes, "hashes": index.hashes, **index.paths.columns()}
+    names = {name: _write_column(folder, name, column) for name, column in columns.items()}
+    storage.write_text(folder / SKIPPED, workdirs.json_lines(skipped))
     meta = {
         "format": FORMAT,
-        "count": len(paths),
+        "count": len(index.paths),
         "bits": configs.bits(encoder.config),
         "step": encoder.step,
-        "sha256": {name: _sha256(folder / name) for name in FILES},
+        "roots": index.paths.roots,
+        "columns": names,
+        "sha256": {name: _sha256(folder / name) for name in (*names.values(), CONFIG, ENCODER)},
     }
-    (folder / META).write_text(json.dumps(meta, indent=2) + "\n")
+    before = storage.read(folder / META)
+    if before is not None:
+        storage.write_text(folder / PREVIOUS, before.decode())
+    storage.write_text(folder / META, json.dumps(meta, indent=2) + "\n")
 
 
-def _replace(folder: Path, out: Path) -> None:
-    """Renames a complete folder to `out`, and what is there to its previous version."""
-    previous = _previous(out)
-    shutil.rmtree(previous, ignore_errors=True)
-    if not out.exists():
-        folder.rename(out)
-        return
-    out.rename(previous)
-    try:
-        folder.rename(out)
-    except OSError:
-        previous.rename(out)
-        raise
+def _write_column(folder: Path, name: str, column: np.ndarray) -> str:
+    """Writes a column to a file named by its contents, and returns the name."""
+    with tempfile.NamedTemporaryFile(prefix=storage.TEMPORARY, dir=folder, delete=False) as file:
+        np.save(file, np.ascontiguousarray(column))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary = Path(file.name)
+    temporary.chmod(0o644)
+    target = folder / f"{name}-{_sha256(temporary)[:16]}.npy"
+    temporary.replace(target)
+    return target.name
+
+
+def _delete_unused(folder: Path) -> None:
+    """Deletes what neither this version nor the one before needs: older columns, and what killed writers have left."""
+    used: set[str] = set()
+    for name in (META, PREVIOUS):
+        with contextlib.suppress(IndexFileError):
+            used |= set(_read_meta(folder, name)["columns"].values())
+    for file in folder.iterdir():
+        if file.name not in used and (file.name.startswith(storage.TEMPORARY) or _is_column(file.name)):
+            file.unlink(missing_ok=True)
+
+
+def _is_column(name: str) -> bool:
+    return name.endswith(".npy") and name.partition("-")[0] in COLUMNS
+
+
+def _is_own(name: str) -> bool:
+    """Whether a file of this name is written by tcq into the folder of an index."""
+    fixed = (ENCODER, CONFIG, SKIPPED, META, PREVIOUS, locks.NAME)
+    return name in fixed or _is_column(name) or name.startswith(storage.TEMPORARY)
 
 
 def _sha256(path: Path) -> str:

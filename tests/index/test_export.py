@@ -29,3 +29,10 @@ def test_npz_without_pickles(index, tmp_path):
         np.testing.assert_array_equal(saved["codebooks"], opened.encoder.codebooks)
         assert saved["paths"][3].decode() == opened.paths[3]
     small.assert_refused(small.main("export", f"--index={index}", f"--out={tmp_path / 'x.npz'}"), "exists")
+
+
+def test_a_folder_that_is_missing_is_one_message(index, tmp_path):
+    for format in export.FORMATS:
+        out = tmp_path / "no" / "such" / "x"
+        done = small.main("export", f"--index={index}", f"--out={out}", f"--format={format}")
+        small.assert_refused(done, "its folder does not exist")

@@ -30,6 +30,23 @@ def test_page_and_search(address, images):
     assert len(hits) == 3 and all(h["image"].startswith("data:image/jpeg;base64,") for h in hits)
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [{"Host": "attacker.example"}, {"Origin": "https://attacker.example"}, {"Host": "127.0.0.1"}, {"Origin": "null"}],
+)
+def test_other_sites_are_refused(address, headers, images):
+    body = (images / "class 3" / "003.png").read_bytes()
+    for path, data in (("/", None), ("/search", body)):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(urllib.request.Request(address + path, data, headers))
+        assert error.value.code == 403
+        error.value.close()
+    local = address.replace("127.0.0.1", "localhost")
+    own = urllib.request.Request(address + "/search", body, {"Origin": local, "Host": local.removeprefix("http://")})
+    with urllib.request.urlopen(own) as answer:
+        assert len(json.load(answer)["hits"]) == 3
+
+
 def test_a_port_in_use(address, index):
     done = small.main("serve", f"--index={index}", f"--port={address.rsplit(':')[-1]}")
     small.assert_refused(done, "Address already in use")

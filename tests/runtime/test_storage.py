@@ -119,11 +119,12 @@ def test_an_index_in_a_bucket(run, bucket, images, tmp_path):
     assert indexes.image_of(hit) == bucket.cat(query)
     again = small.main("index", f"--workdir={run}", "--images=gs://bucket/images", "--out=gs://bucket/index")
     assert again.returncode == 2 and "exists: choose another --out" in again.stderr
-    for change in ("--add", "--remove=gs://bucket/images"):
-        refused = small.main("index", "--out=gs://bucket/index", "--images=gs://bucket/images", change)
+    for change in (["--add", "--images=gs://bucket/images"], ["--remove=gs://bucket/images"], ["--update"]):
+        refused = small.main("index", "--out=gs://bucket/index", *change)
         assert refused.returncode == 2 and "an index in a bucket cannot be changed" in refused.stderr
-    bucket.pipe("gs://bucket/index/codes.npy", bucket.cat("gs://bucket/index/codes.npy")[:-1] + b"\x7f")
-    with pytest.raises(indexes.CorruptedError, match=r"codes.npy' is corrupted"):
+    (codes,) = bucket.glob("gs://bucket/index/codes-*.npy")
+    bucket.pipe(codes, bucket.cat(codes)[:-1] + b"\x7f")
+    with pytest.raises(indexes.CorruptedError, match=r"codes-.*npy' is corrupted"):
         indexes.open_index("gs://bucket/index")
 
 

@@ -1,0 +1,49 @@
+"""What the parsers of all commands share: flags, and the types of their values."""
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+LEVELS = ("debug", "info", "warning", "error")
+Commands = Any  # what argparse's add_subparsers returns
+Run = Callable[[argparse.Namespace, list[str]], int]
+
+
+def add_command(commands: Commands, name: str, help: str, run: Run, *, compiles: bool = False) -> Any:
+    """A parser with the flags that all commands have; `compiles`: whether compiled programs are cached."""
+    parser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+    parser.set_defaults(run=run, compiles=compiles)
+    parser.add_argument("--quiet", action="store_true", help="log only warnings and errors")
+    parser.add_argument("--log_level", choices=LEVELS, default="info", help="least level to log (default: info)")
+    return parser
+
+
+def add_distributed(parser: Any) -> None:
+    """Adds the flags by which a process joins a run of several."""
+    parser.add_argument("--distributed", action="store_true", help="join a run of several processes, which JAX detects")
+    parser.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="address of process 0, if JAX cannot detect the processes"
+    )
+    parser.add_argument("--processes", type=positive, metavar="N", help="number of processes (with --coordinator)")
+    parser.add_argument(
+        "--process_id", type=int, metavar="I", help="number of this process, from 0 (with --coordinator)"
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1. Raises ArgumentTypeError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
+def steps(text: str) -> tuple[int, int]:
+    """The first step and one past the last of "10:20". Raises ArgumentTypeError."""
+    first, _, stop = text.partition(":")
+    if not (first.isdecimal() and stop.isdecimal() and 0 < int(first) < int(stop)):
+        raise argparse.ArgumentTypeError(f"{text!r} must have the form 10:20, the first step and one past the last")
+    return int(first), int(stop)
+
+
+path = os.path.expanduser

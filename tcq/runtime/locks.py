@@ -1,0 +1,70 @@
+"""One writer at a time: a lock on a folder that ends with its process, however that ends."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tcq.runtime import signals
+
+NAME = ".lock"
+EVERY = 0.1  # seconds between two attempts
+UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+
+logger = logging.getLogger(__name__)
+
+
+class LockedError(ValueError):
+    """Another process writes to the folder; the message names it."""
+
+
+@contextlib.contextmanager
+def lock(folder: str | Path, *, wait: bool) -> Iterator[None]:
+    """Holds the lock of a folder, which is created. With `wait` until the other process ends, else LockedError.
+
+    The operating system releases the lock when the process ends, also by kill -9. Between hosts it holds where the file
+    system shares locks, as NFS 4 does; where it has none, a warning says so, and nothing is locked.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    path = Path(folder) / NAME
+    with open(path, "a+") as file:
+        _take(file.fileno(), path, wait=wait)
+        file.truncate(0)
+        file.write(json.dumps({"host": platform.node(), "pid": os.getpid(), "time": time.ctime()}))
+        file.flush()
+        yield  # the lock ends with the file; the file stays, because another process may wait for it
+
+
+def _take(number: int, path: Path, *, wait: bool) -> None:
+    waited = False
+    while True:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno in UNSUPPORTED:
+                logger.warning(f"{path} cannot be locked ({error.strerror}): run one writer at a time")
+                return
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+        if not wait:
+            raise LockedError(f"{str(path.parent)!r} is in use by {_owner(path)}: wait for it, or stop it")
+        if not waited:
+            logger.info(f"waiting for {_owner(path)}, which writes to {str(path.parent)!r}")
+            waited = True
+        signals.poll()
+        time.sleep(EVERY)
+
+
+def _owner(path: Path) -> str:
+    try:
+        owner = json.loads(path.read_text())
+        return f"process {owner['pid']} on {owner['host']}, since {owner['time']}"
+    except (OSError, ValueError, KeyError, TypeError):  # it has not written its name yet
+        return "another process"
