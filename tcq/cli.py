@@ -198,23 +198,33 @@ def _add_evaluate(commands: flags.Commands) -> None:
         help="workdir of the training run; results.json and pictures are written to it",
     )
     parser.add_argument("--checkpoint", default="best", help="best (by validation), latest, or a step (default: best)")
+    parser.add_argument("--root", type=flags.path, help="where the image folder of the run is now, if it was moved")
     parser.add_argument("--recorded", metavar="JSON", help='file {"mAP": {name: value}} of scores to add to the table')
     flags.add_distributed(parser)
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    _score(arguments.workdir, arguments.checkpoint, overrides=overrides, recorded=arguments.recorded)
+    a = arguments
+    _score(a.workdir, a.checkpoint, overrides=overrides, recorded=a.recorded, root=a.root)
     return 0
 
 
-def _score(workdir: str, checkpoint: str, *, overrides: Sequence[str] = (), recorded: str | None = None) -> None:
+def _score(
+    workdir: str,
+    checkpoint: str,
+    *,
+    overrides: Sequence[str] = (),
+    recorded: str | None = None,
+    root: str | None = None,
+) -> None:
     from tcq import evaluate
     from tcq.evaluate import clipped, report
 
     figures = evaluate.read_recorded(recorded) if recorded else None
-    results = evaluate.evaluate(workdir, which=checkpoint, overrides=overrides)
+    results = evaluate.evaluate(workdir, which=checkpoint, overrides=overrides, root=root)
     print(evaluate.table(results, figures))
-    for name in (report.RESULTS, report.CURVES, report.GALLERY, clipped.CLIPPED):
+    written = (report.RESULTS, report.QUERIES, report.CURVES, report.GALLERY, clipped.CLIPPED)
+    for name in [report.beside(n, overrides) for n in written]:
         if storage.read(storage.join(workdir, name)) is not None:
             print(f"{workdir}/{name}")
 

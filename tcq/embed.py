@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -30,13 +31,14 @@ Run = Callable[[np.ndarray], np.ndarray]  # uint8 images (N, S, S, 3) to float32
 logger = logging.getLogger(__name__)
 
 
-def open_source(config: ConfigDict) -> Source:
+def open_source(config: ConfigDict, order: Callable[[Source], Source] = lambda source: source) -> Source:
     """The source of a config; with `model.embedder` its embeddings, which are computed once and cached.
 
-    Process 0 computes them. All processes of a run read them, so these must share `data.cache_dir`.
+    Process 0 computes them. All processes of a run read them, so these must share `data.cache_dir`. `order` puts the
+    images into the order that a run knows.
     Raises SourceError and EmbedderError.
     """
-    source = sources.open_source(config.data)
+    source = order(sources.open_source(config.data))
     if not config.model.embedder:
         return source
     folder = _cache(config, source)
@@ -95,11 +97,13 @@ def _cache(config: ConfigDict, source: Source) -> Path:
         data.views,
         sorted((name, strength) for name, strength in data.augment.items() if name not in ("noise", "drop")),
         [data.image_size, data.resize, data.interpolation, data.crop_share],
-        [data.source, data.protocol, data.split_seed, data.query, data.validation],
-        splits.names_digest(source),
+        [data.protocol, data.split_seed, data.query, data.validation],
+        [data.max_pixels, data.labels],
     ]
     digest = hashlib.blake2b(json.dumps(parts).encode())
-    for first in range(0, len(source.images), BLOCK):  # an edited image keeps its name
+    if source.digests is not None:
+        digest.update(b"".join(source.digests))
+    for first in range(0, len(source.images) if source.digests is None else 0, BLOCK):
         signals.poll()
         digest.update(np.ascontiguousarray(source.images[first : first + BLOCK]).data)
     home = Path(data.cache_dir).expanduser() if data.cache_dir else storage.cache_home()
@@ -149,8 +153,13 @@ def _write(folder: Path, config: ConfigDict, run: Run, source: Source, viewed: n
 
 
 def _shard(folder: Path, name: str, number: int, shape: tuple[int, ...]) -> np.ndarray:
+    """A mapped file, whose place on the disk is reserved: a full disk is an OSError here, and not a bus error later."""
     path = folder / name / f"{name}_{number}.npy"
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return rows
 
 
 @lru_cache(maxsize=2)

@@ -73,7 +73,7 @@ def test_it_learns_and_is_scored_beside_its_embeddings(run):
 
 
 def test_images_are_indexed_and_searched_by_the_function(run, tmp_path, images):
-    count, _ = index.build(run[0], images, tmp_path / "index")
+    count = index.build(run[0], images, tmp_path / "index").added
     opened = index.open_index(tmp_path / "index")
     queries = index.read_queries(opened, opened.paths[:4])
     codes = encode.codes(opened.encoder, tiny_embedder.embed(queries))

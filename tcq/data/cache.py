@@ -101,7 +101,7 @@ def decode(items: Sequence[Item], rule: Rule) -> Entry:
     Files that could not be read are skipped, and tried again the next time; what their contents decide is remembered.
     Raises OSError if the cache cannot be written.
     """
-    with contextlib.closing(_connect(rule.folder)) as database:
+    with _database(rule.folder) as database:
         for attempt in range(ATTEMPTS):
             digests, unreadable = _fill(database, items, rule)
             try:
@@ -114,14 +114,14 @@ def decode(items: Sequence[Item], rule: Rule) -> Entry:
 
 def remember(key: str, names: Sequence[str], digests: Sequence[bytes], arrays: bytes, rule: Rule) -> None:
     """Stores the contents of a list of images under a key, for `recall`."""
-    with contextlib.closing(_connect(rule.folder)) as database, _transaction(database):
+    with _database(rule.folder) as database, _transaction(database):
         row = key, json.dumps(list(names)), b"".join(digests), arrays
         database.execute("INSERT OR REPLACE INTO lists VALUES (?, ?, ?, ?)", row)
 
 
 def recall(key: str, rule: Rule) -> tuple[Entry, bytes] | None:
     """A stored list and its arrays; None if there is none, or one of its images is not in the cache any more."""
-    with contextlib.closing(_connect(rule.folder)) as database:
+    with _database(rule.folder) as database:
         found = database.execute("SELECT names, digests, arrays FROM lists WHERE key = ?", (key,)).fetchone()
         if found is None:
             return None
@@ -145,6 +145,16 @@ def digest(source: Path | bytes) -> bytes:
 
 
 @contextlib.contextmanager
+def _database(folder: Path) -> Iterator[sqlite3.Connection]:
+    """The database of a cache. Raises OSError where the cache cannot be read or written."""
+    try:
+        with contextlib.closing(_connect(folder)) as database:
+            yield database
+    except sqlite3.OperationalError as error:
+        raise OSError(0, f"{error}: make room, or set data.cache_dir to another folder", str(folder)) from None
+
+
+@contextlib.contextmanager
 def _transaction(database: sqlite3.Connection) -> Iterator[None]:
     """One writer at a time."""
     database.execute("BEGIN IMMEDIATE")
@@ -152,21 +162,22 @@ def _transaction(database: sqlite3.Connection) -> Iterator[None]:
         yield
         database.execute("COMMIT")
     except BaseException:
-        database.execute("ROLLBACK")
+        with contextlib.suppress(sqlite3.OperationalError):  # SQLite has done so itself, on a full disk
+            database.execute("ROLLBACK")
         raise
 
 
 def _connect(folder: Path) -> sqlite3.Connection:
-    """The database of a cache; a corrupted one is replaced. Raises OSError if the folder cannot be written."""
+    """The database of a cache; a corrupted one is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     for attempt in range(2):
         database = sqlite3.connect(folder / DATABASE, timeout=600, isolation_level=None, check_same_thread=False)
         try:
             database.executescript(TABLES)
             return database
-        except sqlite3.OperationalError as error:
+        except sqlite3.OperationalError:
             database.close()
-            raise OSError(f"{folder / DATABASE}: {error}: set data.cache_dir to another folder") from None
+            raise
         except sqlite3.DatabaseError:
             database.close()
             if attempt:

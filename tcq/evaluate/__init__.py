@@ -3,10 +3,12 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from tcq import config as configs
 from tcq import embed, encode, metrics, ranking
@@ -26,30 +28,45 @@ NUM_CURVE_POINTS = 60
 logger = logging.getLogger(__name__)
 
 
-def evaluate(workdir: str | Path, *, which: str = "best", overrides: Sequence[str] = ()) -> dict[str, Any]:
+def evaluate(
+    workdir: str | Path, *, which: str = "best", overrides: Sequence[str] = (), root: str | None = None
+) -> dict[str, Any]:
     """Scores the run in a workdir on its queries, and returns the contents of results.json.
 
-    Writes results.json and curves.png to the workdir, and if there are images gallery.png and clipped.png. The model is
-    rebuilt from the workdir alone; overrides such as "eval.ties=index" change the conventions of the scoring. The
+    Writes results.json, queries.jsonl and curves.png to the workdir, and if there are images gallery.png and
+    clipped.png. Overrides such as "eval.ties=index" change the conventions of the scoring: their results stand beside
+    the run's own, as results_ties=index.json. `root` is where the image folder of the run is now, if it was moved. The
     processes of a run share the work.
     Raises EvaluateError without labels or queries, and as `encode.load`, `config.with_eval` and `open_source`.
     """
     encoder = encode.load(workdir, which=which)
-    encoder = encoder._replace(config=configs.with_eval(encoder.config, overrides))
+    config = encoder.config if root is None else _moved(encoder.config, root)
+    encoder = encoder._replace(config=configs.with_eval(config, overrides))
     with storage.mirror(workdir, writes=processes.is_first()) as mirror:
         evaluation = _encode(mirror.folder, encoder)
+        if root is not None:
+            processes.on_first(lambda: workdirs.move_images(mirror.folder, config))
         k, ks = cut_offs(encoder, len(evaluation.split.database))
         retrievals = _retrieve(evaluation, k, ks)
         results = report.results(evaluation, retrievals, k=k, ks=ks)
-        processes.on_first(lambda: report.write(mirror.folder, evaluation, retrievals, results))
-        clipped.write(mirror.folder, encoder, evaluation.source, evaluation.split)
+        processes.on_first(lambda: report.write(mirror.folder, evaluation, retrievals, results, overrides=overrides))
+        if not overrides:
+            clipped.write(mirror.folder, encoder, evaluation.source, evaluation.split)
     return results
+
+
+def _moved(config: ConfigDict, root: str) -> ConfigDict:
+    """The config of a run whose image folder is at another place now. Raises EvaluateError if it had none."""
+    if not config.data.source.startswith("folder:"):
+        raise EvaluateError(f"--root={root}: data.source {config.data.source} is not a folder of images")
+    place = root if storage.is_url(root) else str(Path(root).expanduser().resolve())
+    return workdirs.with_source(config, f"folder:{place}")
 
 
 def _encode(folder: Path, encoder: encode.Encoder) -> Evaluation:
     """The images of a run and their codes. Raises EvaluateError if there is nothing to score."""
     config = encoder.config
-    source = embed.open_source(config)
+    source = embed.open_source(config, partial(workdirs.in_order, folder))
     split = splits.of_source(source, config.data)
     processes.require_same("images", {"names": splits.names_digest(source), "split": protocols.digest(split)})
     processes.on_first(lambda: workdirs.claim_data(folder, source, split))

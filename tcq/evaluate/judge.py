@@ -7,6 +7,7 @@ pair is the one whose answer is expected to narrow the share of pairs of one kin
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from tcq import embed, encode, plots
+from tcq import workdir as workdirs
 from tcq.data import protocols, splits
 from tcq.data.rows import take
 from tcq.data.source import Source
@@ -131,7 +133,7 @@ def run(workdir: str | Path, *, count: int, labels: bool, read: Callable[[str], 
     if storage.is_url(workdir):
         raise EvaluateError(f"{workdir} is in a bucket, and answers are kept in the workdir: copy it to a local folder")
     encoder = encode.load(workdir, which="latest")
-    source = embed.open_source(encoder.config)
+    source = embed.open_source(encoder.config, partial(workdirs.in_order, Path(workdir)))
     split = splits.of_source(source, encoder.config.data)
     if labels and source.labels is None:
         raise EvaluateError(f"{encoder.config.data.source} has no labels: leave out --labels, and answer yourself")

@@ -2,7 +2,10 @@
 
 import json
 import platform
-from collections.abc import Mapping
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +20,9 @@ from tcq.data.source import Source
 from tcq.evaluate import held_out, retrieval
 from tcq.runtime import storage
 
-RESULTS, CURVES, GALLERY = "results.json", "curves.png", "gallery.png"
+RESULTS, CURVES, GALLERY, QUERIES = "results.json", "curves.png", "gallery.png", "queries.jsonl"
+NEAREST = 10  # items of each query in queries.jsonl
+QUERY_BLOCK = 256  # queries ranked at a time for it
 SHOWN = (1, 10, 100, 1000)  # cut-offs of the precision in results.json, beside k
 GALLERY_QUERIES, GALLERY_ITEMS = 8, 10
 MEANINGS = {
@@ -110,7 +115,22 @@ def results(
             "python": f"Python {platform.python_version()}",
             "jax": f"jax {jax.__version__}",
         },
+        "tcq": {"version": version("tcq"), "commit": _commit()},
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that runs, with "+" if files differ from it; None outside of one."""
+    here = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit, changed = (
+            subprocess.run([*here, *command], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            for command in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--untracked-files=no", "."))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if changed else "")
 
 
 def _conventions(config: ConfigDict, split: protocols.Split) -> dict[str, Any]:
@@ -139,14 +159,31 @@ def _similarity(config: ConfigDict) -> str:
     return f"{name}, {norm[configs.query_norm(config)]}"
 
 
+def beside(name: str, overrides: Sequence[str]) -> str:
+    """The name of a file of results: of the run's own conventions as it is, else with those that differ."""
+    keys = sorted(o.removeprefix("--").removeprefix("config.").removeprefix("eval.") for o in overrides)
+    suffix = "".join(f"_{''.join(c if c.isalnum() or c in '=.-' else '_' for c in key)}" for key in keys)
+    stem, dot, end = name.rpartition(".")
+    return f"{stem}{suffix}{dot}{end}"
+
+
 def write(
     folder: Path,
     evaluation: Evaluation,
     retrievals: Mapping[str, retrieval.Retrieval],
     results: Mapping[str, Any],
+    *,
+    overrides: Sequence[str] = (),
 ) -> None:
-    """Writes results.json, curves.png, and gallery.png if there are images."""
-    storage.write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
+    """Writes results.json, queries.jsonl, curves.png, and gallery.png if there are images.
+
+    Those of other conventions than the run's own stand beside them: see `beside`.
+    """
+    storage.write_text(folder / beside(RESULTS, overrides), json.dumps(results, indent=2) + "\n")
+    lines = _query_lines(evaluation, retrievals["asymmetric"].average_precision)
+    storage.write_text(folder / beside(QUERIES, overrides), "".join(json.dumps(line) + "\n" for line in lines))
+    if overrides:
+        return
     title = f"{results['source']}, {results['bits']} bits, mAP@{results['k']}"
     curves = {NAMES[n]: results["curves"][n] for n in retrievals}
     plots.curves(folder / CURVES, curves, ks=results["curves"]["k"], title=title)
@@ -154,29 +191,55 @@ def write(
         _gallery(folder / GALLERY, evaluation, retrievals["asymmetric"].average_precision)
 
 
-def _gallery(path: Path, evaluation: Evaluation, average_precision: np.ndarray) -> None:
-    """Queries sorted by average precision, each with its nearest database images."""
+def _query_lines(evaluation: Evaluation, average_precision: np.ndarray) -> Iterator[dict[str, Any]]:
+    """For each query its name, average precision, and nearest items with scores and whether they are relevant."""
+    source, split = evaluation.source, evaluation.split
+    own = evaluation.encoder.config.eval.exclude_query
+    for first in range(0, len(split.query), QUERY_BLOCK):
+        rows = np.arange(first, min(first + QUERY_BLOCK, len(split.query)))
+        scores, nearest, relevant = _nearest(evaluation, rows, NEAREST + own)
+        for row, *found in zip(rows, scores, nearest, relevant, strict=True):
+            yield {
+                "query": source.names[split.query[row]],
+                "average_precision": float(average_precision[row]),
+                "nearest": [
+                    {"name": source.names[split.database[n]], "score": float(s), "relevant": bool(r)}
+                    for s, n, r in zip(*found, strict=True)
+                    if not own or split.database[n] != split.query[row]
+                ][:NEAREST],
+            }
+
+
+def _nearest(evaluation: Evaluation, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores, places in the database, and relevance of the k nearest items of some queries."""
     encoder, source, split, queries, database = evaluation
     config, codebooks = encoder.config, encoder.codebooks
-    places = np.unique(np.linspace(0, len(split.query) - 1, GALLERY_QUERIES).astype(int))
-    shown = np.argsort(-average_precision, kind="stable")[places]
     tables = ranking.lookup_table(
-        queries.features[shown],
+        queries.features[rows],
         codebooks,
         metric=config.eval.score,
         squared=config.eval.squared,
         normalize=configs.query_norm(config),
     )
     norms = np.asarray(ranking.code_norms(database.codes, codebooks)) if config.eval.score == "cosine" else None
-    _, nearest = ranking.top_k(tables, database.codes, GALLERY_ITEMS, norms=norms)
+    scores, nearest = ranking.top_k(tables, database.codes, k, norms=norms)
     assert source.labels is not None
-    relevant = retrieval.relevance(source.labels[split.query[shown]], source.labels[split.database])
+    relevant = retrieval.relevance(source.labels[split.query[rows]], source.labels[split.database])
+    return scores, nearest, np.take_along_axis(relevant, nearest, axis=1)
+
+
+def _gallery(path: Path, evaluation: Evaluation, average_precision: np.ndarray) -> None:
+    """Queries sorted by average precision, each with its nearest database images."""
+    config, source, split = evaluation.encoder.config, evaluation.source, evaluation.split
+    places = np.unique(np.linspace(0, len(split.query) - 1, GALLERY_QUERIES).astype(int))
+    shown = np.argsort(-average_precision, kind="stable")[places]
+    _, nearest, relevant = _nearest(evaluation, shown, GALLERY_ITEMS)
     images = source.images if source.pictures is None else source.pictures
     plots.gallery(
         path,
         [images[i] for i in split.query[shown]],
         [[images[split.database[n]] for n in row] for row in nearest],
-        right=np.take_along_axis(relevant, nearest, axis=1),
+        right=relevant,
         title=f"{config.data.source}, {configs.bits(config)} bits: queries sorted by average precision",
     )
 

@@ -1,4 +1,6 @@
-"""Stopping on SIGTERM (schedulers) and SIGINT (people): a handler sets a flag, and long loops poll it.
+"""Stopping on SIGTERM (schedulers), SIGINT (people) and SIGHUP (a closed terminal).
+
+A handler sets a flag, and long loops poll it.
 
 Only the command line installs the handler. In Python code that uses tcq as a library signals keep their default effect.
 """
@@ -13,6 +15,8 @@ from types import FrameType
 
 GRACE = 25.0  # seconds to reach a safe point; schedulers send SIGKILL after 30
 INSIST = 1.0  # a second signal ends the process at once if it comes later than this many seconds after the first
+
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +42,7 @@ class _State:
 
 
 def install() -> None:
-    """Handles SIGTERM and SIGINT from now on; call it once, from the main thread.
+    """Handles SIGTERM, SIGINT and SIGHUP from now on; call it once, from the main thread.
 
     Python runs handlers between two of its own instructions, so never during a long compilation or another call into C.
     Therefore a thread, woken through a socket, ends the process where no safe point is reached within `GRACE` seconds.
@@ -47,8 +51,9 @@ def install() -> None:
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     _State.wakeup = writer
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handle)
+    for number in HANDLED:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(number, handle)
     threading.Thread(target=_end_after_grace, args=(reader,), name="signals", daemon=True).start()
 
 
@@ -107,7 +112,7 @@ def reset() -> None:
 
 def _end_after_grace(reader: socket.socket) -> None:
     number = 0
-    while number not in (signal.SIGTERM, signal.SIGINT):
+    while number not in HANDLED or signal.getsignal(number) == signal.SIG_IGN:
         number = reader.recv(1)[0]
     time.sleep(GRACE)
     name = signal.Signals(number).name

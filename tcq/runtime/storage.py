@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -30,8 +31,29 @@ class BucketError(ValueError):
 
 
 def cache_home() -> Path:
-    """The folder of everything that can be computed again: $XDG_CACHE_HOME/tcq, or ~/.cache/tcq."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tcq").expanduser()
+    """The folder of everything that can be computed again: $XDG_CACHE_HOME/tcq, or ~/.cache/tcq.
+
+    Where there is no home, or it cannot be written, as in containers, it is a temporary folder of this user.
+    """
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tcq").expanduser()
+        home.mkdir(parents=True, exist_ok=True)
+        if os.access(home, os.W_OK):
+            return home
+        reason = f"{home} cannot be written"
+    except (RuntimeError, OSError) as error:  # RuntimeError: the user has no home
+        reason = str(error)
+    folder = Path(tempfile.gettempdir(), f"tcq-{os.getuid()}")
+    _warn_once(f"{reason}: caching in {folder}; set XDG_CACHE_HOME, or data.cache_dir, to keep what is decoded")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user: set XDG_CACHE_HOME")
+    return folder
+
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 @contextmanager

@@ -1,15 +1,15 @@
 """Training: a config and a workdir to checkpoints, resumed where the workdir has some."""
 
 import logging
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from tcq import config as configs
 from tcq.models import retriever
-from tcq.runtime import processes, storage
+from tcq.runtime import locks, processes, storage
 from tcq.runtime.devices import AXIS
 from tcq.train import loop, run
 from tcq.train import optimizer as optimizers
@@ -38,11 +38,13 @@ def train(
     Raises:
       ConfigError, SourceError, ProtocolError, WorkdirError, CheckpointError: something does not fit; the message says
         what.
+      LockedError: another process trains in this workdir.
       TrainError: the numbers of the run are not finite, or its devices differ.
       Stopped: a signal asked the process to stop; the state is saved.
     """
-    with storage.mirror(workdir, writes=processes.is_first()) as mirror:
-        source, split = run.read_data(config)
+    checkpoint.check_place(workdir)
+    with _locked(workdir), storage.mirror(workdir, writes=processes.is_first()) as mirror:
+        source, split = run.read_data(config, mirror.folder)
         changes = run.claim(mirror, workdir, config, source, split, allow_changes=allow_changes)
         model = retriever.from_config(config, axis_name=AXIS)
         optimizer = optimizers.make(config, configs.total_steps(config, len(split.train)))
@@ -61,6 +63,15 @@ def train(
                 return run.newest_state(config, model, optimizer, manager)
 
             return _with_one_rollback(job, state, newest, mirror)
+
+
+@contextmanager
+def _locked(workdir: str | Path) -> Iterator[None]:
+    """Holds the lock of a workdir that is a folder. Raises LockedError if another run writes to it."""
+    with ExitStack() as stack:
+        if not storage.is_url(workdir):
+            processes.on_first(lambda: stack.enter_context(locks.lock(workdir, wait=False)) or 0)
+        yield
 
 
 def _with_one_rollback(

@@ -64,12 +64,13 @@ class Outcome(NamedTuple):
 def events(config: ConfigDict, steps: int, step: int) -> Events:
     """What is due after a step of a run of some steps."""
     last, every = step == steps, config.eval.every_steps
+    validate = last or bool(every and step % every == 0)
     return Events(
         last=last,
         log=last or step % config.train.log_every_steps == 0,
         compare=step % config.train.compare_every_steps == 0,
-        validate=last or bool(every and step % every == 0),
-        save=last or step % config.checkpoint.every_steps == 0,
+        validate=validate,
+        save=validate or step % config.checkpoint.every_steps == 0,  # a score belongs to a checkpoint
     )
 
 
@@ -114,7 +115,7 @@ def loop(job: Job, state: TrainState) -> dict[str, float]:
             if validates or due.save:
                 speed.restart(step)
             if outcome.stop or due.last:
-                job.manager.wait_until_finished()
+                _verify(job, state, step)
             if outcome.stop:
                 _raise_stopped(step)
     return validated
@@ -196,7 +197,7 @@ def _validate(job: Job, state: TrainState, step: int) -> dict[str, float]:
     except signals.Stopped:
         if step not in job.manager.all_steps():
             _save(job, step, state, score=None)
-            job.manager.wait_until_finished()
+            _verify(job, state, step)
         _raise_stopped(step)
     if validated:
         job.journal.write(step, {f"validation/{k}": v for k, v in validated.items()})
@@ -208,7 +209,18 @@ def _validate(job: Job, state: TrainState, step: int) -> dict[str, float]:
 def _save(job: Job, step: int, state: TrainState, *, score: float | None, replace: bool = False) -> None:
     processes.set_phase(f"step {step}, saving")
     job.journal.flush()
-    checkpoint.save(job.manager, step, items(devices.fetch(state)), score=score, replace=replace)
+    current = items(devices.fetch(state))
+    if not checkpoint.verify_newest(job.manager, current):
+        logger.warning(f"step {step:,} is saved in its place")
+    checkpoint.save(job.manager, step, current, score=score, replace=replace)
+
+
+def _verify(job: Job, state: TrainState, step: int) -> None:
+    """Reads the last checkpoint back, then deletes those that are not kept. Raises TrainError if it is corrupted."""
+    processes.set_phase(f"step {step}, reading the checkpoint back")
+    if not checkpoint.verify_newest(job.manager, items(devices.fetch(state))):
+        raise TrainError(f"checkpoint {step:,} cannot be read back: check the disk, then run the same command again")
+    checkpoint.prune(job.manager, keep=job.config.checkpoint.keep)
 
 
 def _score(validated: dict[str, float]) -> float | None:

@@ -29,10 +29,13 @@ from tcq.workdir.journal import Journal
 logger = logging.getLogger(__name__)
 
 
-def read_data(config: ConfigDict) -> tuple[Source, protocols.Split]:
-    """The images and their split, checked against the config and the devices, the same in all processes."""
+def read_data(config: ConfigDict, folder: Path) -> tuple[Source, protocols.Split]:
+    """The images and their split, checked against the config and the devices, the same in all processes.
+
+    `folder` is the local mirror of the workdir, which knows the order of the images.
+    """
     processes.set_phase("reading the images")
-    source = embed.open_source(config)
+    source = embed.open_source(config, partial(workdirs.in_order, folder))
     split = splits.of_source(source, config.data)
     configs.check_run(
         config, num_devices=jax.device_count(), num_train=len(split.train), num_validation=len(split.validation)

@@ -1,7 +1,9 @@
 """Checkpoints of a workdir; the only file that knows Orbax. They are NumPy trees, so they restore on any devices."""
 
+import glob
 import hashlib
 import logging
+import shutil
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ README = {
     CORRUPTED: "Corrupted checkpoints, moved here by tcq, which does not read them.\n",
     REPLACED: "A checkpoint, kept here until the same one with its score is written.\n",
 }
+SPARE = 1.2  # free disk space that a checkpoint needs, over the bytes of its arrays
 _UNSCORED = -1e30  # ranks below every score; Orbax ranks NaN as the best, and keeps all checkpoints without a score
 _TRANSIENT = (MemoryError, PermissionError, TimeoutError, ConnectionError)  # the files may be intact
 
@@ -36,15 +39,28 @@ class CorruptedError(CheckpointError):
     """The files of a checkpoint are not what was written."""
 
 
+def check_place(workdir: str | Path) -> None:
+    """Raises CheckpointError for a folder in which no checkpoint could be read: Orbax takes it for a pattern."""
+    place = str(workdir) if storage.is_url(workdir) else str(Path(workdir).resolve())
+    if glob.has_magic(place):
+        raise CheckpointError(
+            f"{place!r} holds one of the characters * ? [ in a name, which Orbax takes for a pattern: its checkpoints "
+            f"could not be read; choose another --workdir"
+        )
+
+
 def open_manager(workdir: str | Path, *, keep: int = 1, writable: bool = False) -> ocp.CheckpointManager:
-    """The checkpoints of a workdir, of which the `keep` newest and the best are kept. Close it when done."""
+    """The checkpoints of a workdir, of which the `keep` newest and the best are kept. Close it when done.
+
+    While a run writes, one more is kept: an older one is deleted only when `verify_newest` has read the newer one.
+    """
     folder = epath.Path(storage.join(workdir, FOLDER))
     folder = folder if storage.is_url(workdir) else folder.resolve()
     if not writable and not folder.is_dir():
         raise CheckpointError(f"{str(workdir)!r} holds no checkpoints: is it the --workdir of a training run?")
     best = policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep + 1), best]),
         best_fn=_score,  # without it scores are not stored, and a resumed run would lose the best checkpoint
         create=writable,
         cleanup_tmp_directories=writable,
@@ -69,8 +85,9 @@ def save(
       replace: whether to replace a checkpoint of this step, whose checkpoint has no score yet.
 
     Raises:
-      CheckpointError: a number is not finite; such a state is never saved.
+      CheckpointError: a number is not finite, or the disk is full; then nothing is saved.
     """
+    _check_space(manager, state)
     digests = {name: _digests(tree) for name, tree in state.items()}
     for name, tree in state.items():
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
@@ -87,6 +104,53 @@ def save(
     if replaces:
         manager.wait_until_finished()
         processes.on_first(lambda: _sibling(manager.directory, REPLACED).rmtree())
+
+
+def _check_space(manager: ocp.CheckpointManager, state: Mapping[str, Any]) -> None:
+    """Raises CheckpointError on a full disk, where Orbax would fail in its threads."""
+    folder = str(manager.directory)
+    if storage.is_url(folder) or not processes.is_first():
+        return
+    needed = int(SPARE * sum(np.asarray(x).nbytes for x in jax.tree.leaves(dict(state))))
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"{folder}: a checkpoint needs {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free: make room and "
+            f"run the same command again; the checkpoints up to step {manager.latest_step() or 0:,} stand"
+        )
+
+
+def verify_newest(manager: ocp.CheckpointManager, state: Mapping[str, Any]) -> bool:
+    """Whether the newest checkpoint, once complete, holds what was saved; a corrupted one is moved, with a warning.
+
+    `state` has the structure of what was saved. True if there is no checkpoint.
+    """
+    manager.wait_until_finished()
+    newest = manager.latest_step()
+    if newest is None:
+        return True
+    try:
+        restore(manager, newest, state)
+        problem = None
+    except CorruptedError as error:
+        problem = str(error)
+    problems = [p for p in processes.exchange(problem) if p]
+    if problems:
+        logger.warning(f"corrupted: {problems[0]}")
+        processes.on_first(partial(_move, manager.directory, newest, CORRUPTED))
+        manager.reload()
+    return not problems
+
+
+def prune(manager: ocp.CheckpointManager, *, keep: int) -> None:
+    """Deletes all checkpoints but the `keep` newest and the best."""
+    steps = sorted(manager.all_steps())
+    if not steps:
+        return
+    best = max(steps, key=lambda s: (_score(_metrics(manager, s)), s))
+    for step in steps[:-keep]:
+        if step != best:
+            manager.delete(step)
 
 
 def candidates(manager: ocp.CheckpointManager, which: str) -> list[int]:

@@ -71,7 +71,7 @@ def test_conventions_can_be_overridden_and_are_recorded(scored, tmp_path):
     flags = ["ties=worst", "k=5", "squared=false", "empty=skip", "denominator=all"]
     done = small.main("evaluate", f"--workdir={copy}", *(f"--config.eval.{f}" for f in flags))
     assert done.returncode == 0, done.stderr
-    changed = json.loads((copy / "results.json").read_text())
+    changed = json.loads((copy / report.beside("results.json", [f"--config.eval.{f}" for f in flags])).read_text())
     assert changed["k"] == 5 and changed["conventions"]["ties"].startswith("worst: ")
     assert changed["conventions"]["denominator"] == "all: relevant items in the database"
     assert changed["conventions"]["similarity"].startswith("minus the sum of the L2 distances of subvectors")

@@ -123,7 +123,7 @@ def test_events_are_due_at_their_steps():
     due = {step: loop.events(c, 11, step) for step in range(1, 12)}
     assert [s for s, e in due.items() if e.log] == [2, 4, 6, 8, 10, 11]
     assert [s for s, e in due.items() if e.validate] == [5, 10, 11]
-    assert [s for s, e in due.items() if e.save] == [4, 8, 11]
+    assert [s for s, e in due.items() if e.save] == [4, 5, 8, 10, 11]
     assert [s for s, e in due.items() if e.last] == [11]
     c = small.config("eval.every_steps=0")
     assert [s for s in range(1, 12) if loop.events(c, 11, s).validate] == [11]
@@ -152,7 +152,7 @@ def test_a_bad_range_of_a_trace_is_refused(tmp_path):
 
 def test_a_warmup_that_does_not_fit_is_logged(tmp_path, logs):
     c = small.config("train.total_steps=10", "optim.warmup_steps=100", "eval.every_steps=0")
-    source, split = run.read_data(c)
+    source, split = run.read_data(c, tmp_path)
     _, _, start = small.first_step(c)
     run.log_start(c, source, split, start)
     assert "optim.warmup_steps 100 does not fit a run of 10 steps and is reduced to 1" in logs.text
