@@ -215,7 +215,7 @@ def _pool(settings: _blocked.Settings, batch: _blocked.Batch, clip: ArrayLike) -
     else:
         mean = jnp.asarray(clip)
         whole = mean.astype(jnp.uint32)  # computed apart: a product in float32 would lose pairs
-        rest = jnp.floor((mean - whole).astype(jnp.float32) * num_anchors).astype(jnp.uint32)
+        rest = jnp.floor((mean - whole.astype(mean.dtype)).astype(jnp.float32) * num_anchors).astype(jnp.uint32)
         pairs = whole * jnp.uint32(num_anchors) + rest
     return _pooled.pool(settings, jax.lax.stop_gradient(batch), jnp.minimum(pairs, most))
 

@@ -193,7 +193,7 @@ def negatives(
     column = jax.lax.broadcasted_iota(jnp.int32, similarity.shape, 1)
     similarity = jnp.where((column == own[:, None]) | (column == partner[:, None]), -jnp.inf, similarity)
     if len(batch.queue):
-        valid = (jnp.arange(len(batch.queue)) < batch.filled)[None]
+        valid = (jnp.arange(len(batch.queue), dtype=jnp.int32) < batch.filled)[None]
         queued = jnp.where(valid, product(anchors, batch.queue.T), -jnp.inf)
         similarity = jnp.concatenate([similarity, queued], axis=1)
     return similarity, num_columns

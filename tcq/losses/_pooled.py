@@ -122,7 +122,9 @@ def _sample(settings: Settings, batch: Batch, share: Array) -> Float[Array, " S"
     values = jnp.where(negative, similarity, -jnp.inf).ravel()
     total = jnp.sum(negative, dtype=jnp.int32)
     rank = jnp.clip(
-        (share * jnp.exp(SAMPLE_ERROR * STEPS) * total).astype(jnp.int32), jnp.minimum(total, 1), total
+        (share * jnp.exp(SAMPLE_ERROR * STEPS) * total.astype(jnp.float32)).astype(jnp.int32),
+        jnp.minimum(total, 1),
+        total,
     ).astype(jnp.int32)
     low, reach, high = (jnp.broadcast_to(x, STEPS.shape) for x in (jnp.float32(LOW), total, jnp.max(values)))
     trials = jnp.broadcast_to(values, (len(STEPS), len(values)))

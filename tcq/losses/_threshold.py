@@ -103,7 +103,7 @@ class _State(NamedTuple):
 
 def _search(values: Array, count: Array, low: Array, reach: Array, high: Array) -> Threshold:
     num_columns = values.shape[1]
-    target = _logit(jnp.asarray(count + 0.25, jnp.float32), num_columns)
+    target = _logit(jnp.asarray(count).astype(jnp.float32) + 0.25, num_columns)
 
     def is_open(s: _State) -> Array:
         return (s.over - 1 > s.under) & (s.reach_under > count) & (count > 0)
@@ -178,7 +178,8 @@ def count_true(mask: Bool[Array, "R C"]) -> Int32[Array, " R"]:
 
 def _logit(count: Int[Array, "*n"] | Float[Array, "*n"], total: int) -> Float[Array, "*n"]:
     """log(count / (total - count)), finite for 0 and the total."""
-    return jnp.log(jnp.asarray(count + 0.5, jnp.float32) / jnp.asarray(total - count + 0.5, jnp.float32))
+    below, above = (jnp.asarray(x).astype(jnp.float32) + 0.5 for x in (count, total - count))
+    return jnp.log(below / above)
 
 
 def flushed(x: Array) -> Array:

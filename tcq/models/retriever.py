@@ -158,7 +158,8 @@ def shapes(model: nn.Module, image_size: int) -> Variables:
         backbone: Any = getattr(model, "backbone", model)
         shape = (1, backbone.width)
     image = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), image)
+    with jax.numpy_dtype_promotion("standard"):  # which flax takes for granted
+        return jax.eval_shape(model.init, jax.random.key(0), image)
 
 
 def init(

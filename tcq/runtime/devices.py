@@ -6,7 +6,7 @@ one: (local devices, b, ...). Since JAX 0.8 `jax.pmap` is `jit(shard_map)`.
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from typing import Any
 
 import jax
@@ -34,18 +34,29 @@ def cache_compilations() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
+def _standard(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, traced with the usual promotion of dtypes, which optax and flax take for granted."""
+
+    @wraps(function)
+    def traced(*arguments: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*arguments)
+
+    return traced
+
+
 def pmap_step(body: Step) -> Step:
     """Compiles body(state, data, batch of one device) -> (state, logs) for all devices; the state is donated.
 
     State and data are the same on all devices, and so must be what the body returns (average it over `AXIS`): the value
     of one device is kept.
     """
-    return jax.pmap(body, axis_name=AXIS, in_axes=(None, None, 0), out_axes=(None, None), donate_argnums=0)
+    return jax.pmap(_standard(body), axis_name=AXIS, in_axes=(None, None, 0), out_axes=(None, None), donate_argnums=0)
 
 
 def pmap_rows(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """Compiles function(params, rows of one device) -> rows for the local devices: (devices, b, ...) in and out."""
-    return jax.pmap(function, axis_name=AXIS, in_axes=(None, 0), devices=jax.local_devices())
+    return jax.pmap(_standard(function), axis_name=AXIS, in_axes=(None, 0), devices=jax.local_devices())
 
 
 def replicate(tree: Any) -> Any:

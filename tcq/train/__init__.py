@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
+import jax
 from ml_collections import ConfigDict
 
 from tcq import config as configs
@@ -43,7 +44,8 @@ def train(
       Stopped: a signal asked the process to stop; the state is saved.
     """
     checkpoint.check_place(workdir)
-    with _locked(workdir), storage.mirror(workdir, writes=processes.is_first()) as mirror:
+    promotion = jax.numpy_dtype_promotion("standard")  # which optax and flax take for granted
+    with promotion, _locked(workdir), storage.mirror(workdir, writes=processes.is_first()) as mirror:
         source, split = run.read_data(config, mirror.folder)
         changes = run.claim(mirror, workdir, config, source, split, allow_changes=allow_changes)
         model = retriever.from_config(config, axis_name=AXIS)

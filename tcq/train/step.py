@@ -275,7 +275,7 @@ def queue_filled(config: ConfigDict, steps: int, step: Int32[Array, ""]) -> Int3
     c, both_views = config.loss, 2 * config.data.batch_size
     full_after = -(-c.queue // both_views)
     valid = jnp.minimum(jnp.minimum(step, full_after) * both_views, c.queue)
-    return jnp.where(step < c.queue_from * steps, 0, valid)
+    return jnp.where(step.astype(jnp.float32) < c.queue_from * steps, 0, valid)
 
 
 def initial_state(config: ConfigDict, model: retriever.Retriever, optimizer: Any, images: np.ndarray) -> TrainState:
