@@ -138,9 +138,10 @@ def _read(file: BufferedIOBase, size: int, resize: Resize, max_pixels: int) -> D
         raise
     except Exception as error:  # decoders raise errors of any kind for corrupted input
         failure = f"cannot be decoded: {type(error).__name__}: {error}"
-    for data, note in repair.attempts(file, lambda data: _decode(io.BytesIO(data), COUNTED, ALL, max_pixels)):
-        with contextlib.suppress(Exception):
-            return Decoded(_decode(io.BytesIO(data), size, resize, max_pixels), note)
+    with contextlib.suppress(Exception):  # a file that is damaged in another way
+        for data, note in repair.attempts(file, lambda data: _decode(io.BytesIO(data), COUNTED, ALL, max_pixels)):
+            with contextlib.suppress(Exception):
+                return Decoded(_decode(io.BytesIO(data), size, resize, max_pixels), note)
     raise ImageError(failure)
 
 

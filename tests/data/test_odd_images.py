@@ -1,10 +1,12 @@
 """Images as cameras, phones, instruments and broken transfers leave them."""
 
 import io
+import json
 import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -239,3 +241,11 @@ def test_threads_hold_a_bounded_number_of_pixels(monkeypatch):
         thread.join(10)
     assert not any(thread.is_alive() for thread in threads)
     assert most[0] in (80, 500)
+
+
+def test_damaged_files_of_all_formats_are_decoded_repaired_or_refused():
+    script = Path(__file__).parents[2] / "benchmarks" / "fuzz_images.py"
+    done = subprocess.run([sys.executable, script, "--count=800", "--seed=7"], capture_output=True, text=True)
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["error"] == counts["crash"] == counts["hang"] == 0, done.stdout
+    assert min(counts["decoded"], counts["repaired"], counts["refused"]) > 10

@@ -122,6 +122,115 @@ def test_every_missing_unexpected_and_misshaped_tensor_is_named(tmp_path):
         assert words in str(error.value)
 
 
+PREFIXES = ["module.", "backbone.", "teacher.backbone.", "_orig_mod.", "module.encoder.", "state_dict.model."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("name", [VIT, "ResNet-18, CIFAR stem"])
+def test_prefixes_of_training_frameworks(tmp_path, name, prefix):
+    def prefixed(tensors):
+        renamed = {prefix + k: v for k, v in tensors.items()}
+        if prefix.startswith("teacher."):
+            renamed |= {"student.backbone." + k: np.zeros_like(v) for k, v in tensors.items()}
+            renamed["teacher.dino_head.last_layer.weight"] = np.zeros((3, 3), np.float32)
+        tensors.clear()
+        tensors |= renamed
+
+    recorded.assert_close(recorded.ours(changed(tmp_path, prefixed, name), 32), FAMILIES[name]["features"]["32"])
+
+
+def test_several_backbones_are_refused(tmp_path):
+    def twice(tensors):
+        tensors |= {f"{p}.{k}": v for k, v in list(tensors.items()) for p in ("online", "target")}
+        for k in [k for k in tensors if not k.startswith(("online.", "target."))]:
+            del tensors[k]
+
+    with pytest.raises(configs.ConfigError, match=r"several backbones, below 'online.', 'target.'"):
+        recorded.ours(changed(tmp_path, twice), 32)
+
+
+@pytest.mark.parametrize("name", [VIT, "Hugging Face DINOv2"])
+def test_weights_in_parts(tmp_path, name):
+    folder = recorded.write(FAMILIES[name], tmp_path / "weights")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    keys, places = sorted(tensors), {}
+    for i in range(3):
+        file = f"model-{i + 1:05d}-of-00003.safetensors"
+        part = {k: tensors[k] for k in keys[i::3]}
+        save_file(part, folder / file)
+        places |= dict.fromkeys(part, file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    for path in (folder, index):
+        recorded.assert_close(recorded.ours(path, 32), FAMILIES[name]["features"]["32"])
+    index.write_text(json.dumps({"weight_map": places | {keys[0]: "model-00002-of-00003.safetensors"}}))
+    with pytest.raises(configs.ConfigError, match="the files do not belong together"):
+        recorded.ours(folder, 32)
+    for wrong in ("../model-00001-of-00003.safetensors", "gone.safetensors"):
+        index.write_text(json.dumps({"weight_map": places | {keys[0]: wrong}}))
+        with pytest.raises(configs.ConfigError, match="not found beside it"):
+            recorded.ours(folder, 32)
+
+
+def original_dinov2(tensors):
+    """Tensors of Hugging Face's DINOv2 by the names of the original, which fuses query, key and value."""
+    top = {
+        "cls_token": "embeddings.cls_token",
+        "pos_embed": "embeddings.position_embeddings",
+        "register_tokens": "embeddings.register_tokens",
+        "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+        "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+        "norm.weight": "layernorm.weight",
+        "norm.bias": "layernorm.bias",
+    }
+    out = {new: tensors[old] for new, old in top.items()}
+    out["mask_token"] = np.zeros((1, out["cls_token"].shape[-1]), np.float32)
+    for i in range(2):
+        old, new = f"encoder.layer.{i}", f"blocks.{i}"
+        for k in ("weight", "bias"):
+            parts = [tensors[f"{old}.attention.attention.{part}.{k}"] for part in ("query", "key", "value")]
+            out[f"{new}.attn.qkv.{k}"] = np.concatenate(parts)
+            out[f"{new}.attn.proj.{k}"] = tensors[f"{old}.attention.output.dense.{k}"]
+            for part in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
+                out[f"{new}.{part}.{k}"] = tensors[f"{old}.{part}.{k}"]
+        for n in ("1", "2"):
+            out[f"{new}.ls{n}.gamma"] = tensors[f"{old}.layer_scale{n}.lambda1"]
+    return out
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_the_original_names_of_dinov2(tmp_path, chunked):
+    name = "Hugging Face DINOv2 with registers"
+
+    def rename(tensors):
+        renamed = original_dinov2(tensors)
+        if chunked:
+            renamed = {
+                k.replace("blocks.", "blocks.0.") if k.startswith("blocks.") else k: v for k, v in renamed.items()
+            }
+        tensors.clear()
+        tensors |= renamed
+
+    folder = changed(tmp_path, rename, name)
+    for side, want in FAMILIES[name]["features"].items():
+        recorded.assert_close(recorded.ours(folder, int(side)), want)
+    assert published.read(folder).family.name == "original DINOv2"
+
+
+def test_the_original_names_of_mae_with_its_decoder(tmp_path):
+    def with_decoder(tensors):
+        tensors["mask_token"] = np.zeros((1, 1, 16), np.float32)
+        tensors["decoder_pos_embed"] = np.zeros((1, 17, 16), np.float32)
+        tensors["decoder_embed.weight"] = np.zeros((16, 32), np.float32)
+        tensors["decoder_blocks.0.attn.qkv.weight"] = np.zeros((48, 16), np.float32)
+
+    folder = changed(tmp_path, with_decoder, "timm ViT")
+    (folder / "preprocessor_config.json").unlink(missing_ok=True)
+    recorded.assert_close(recorded.ours(folder, 32), FAMILIES["timm ViT"]["features"]["32"])
+    assert published.read(folder).family.name == "original MAE"
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_narrow_files_are_widened_before_anything_is_computed(tmp_path, dtype):
     def narrow(tensors):

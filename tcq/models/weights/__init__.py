@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from tcq.models.weights import files
+from tcq.models.weights import files, names
 from tcq.models.weights.layouts import HALF, LAYOUTS, Family, Layout, ShapeError, WeightsError, number
 from tcq.models.weights.positions import resample
 
@@ -36,7 +36,10 @@ def read(path: str | Path) -> Weights:
     Raises WeightsError if it is not of a known family, or the size of its model cannot be determined.
     """
     file = files.find(Path(path).expanduser())
-    tensors = files.tensors(file)
+    try:
+        tensors = names.plain(files.tensors(file))
+    except WeightsError as error:
+        raise WeightsError(f"{str(file)!r}: {error}" if str(file) not in str(error) else str(error)) from None
     layout = next((layout for layout in LAYOUTS if layout.matches(tensors)), None)
     if layout is None:
         known = ", ".join(layout.family.name for layout in LAYOUTS)

@@ -9,6 +9,7 @@ import numpy as np
 from tcq.models.weights.layouts import Family, Metadata, WeightsError, number
 
 SUFFIXES = (".npz", ".safetensors")
+SHARDED = ".safetensors.index.json"  # lists the files of a checkpoint that is stored in parts
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}  # Pillow's numbers
 PICKLE = (
     "{path!r} is a pickle, which can run any code when it is opened, so tcq does not open it. If you trust it, convert "
@@ -20,8 +21,14 @@ PICKLE = (
 
 
 def find(path: Path) -> Path:
-    """The weights file at a path, which may be a folder with exactly one. Raises WeightsError."""
+    """The weights file at a path, which may be a folder with exactly one, or with the parts that an index lists.
+
+    Raises WeightsError.
+    """
     if path.is_dir():
+        sharded = sorted(p for p in path.iterdir() if p.name.endswith(SHARDED))
+        if len(sharded) == 1:
+            return sharded[0]
         candidates = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
         if len(candidates) != 1:
             listed = ", ".join(p.name for p in candidates) or "none"
@@ -36,6 +43,8 @@ def find(path: Path) -> Path:
 
 def tensors(file: Path) -> dict[str, np.ndarray]:
     """All tensors of a file by name, floating-point ones as float32. Raises WeightsError, also for a pickle."""
+    if file.name.endswith(SHARDED):
+        return _parts(file)
     with open(file, "rb") as stream:
         start = stream.read(64)
     try:
@@ -54,6 +63,28 @@ def tensors(file: Path) -> dict[str, np.ndarray]:
         raise WeightsError(
             f"{str(file)!r} cannot be read as .npz or safetensors: {type(error).__name__}: {error}"
         ) from None
+
+
+def _parts(index: Path) -> dict[str, np.ndarray]:
+    """The tensors of the files that an index lists, each from the file where it should be."""
+    try:
+        places = {str(k): str(v) for k, v in json.loads(index.read_text())["weight_map"].items()}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise WeightsError(f"{str(index)!r} cannot be read: {type(error).__name__}: {error}") from None
+    names = sorted(set(places.values()))
+    outside = [n for n in names if Path(n).name != n]
+    absent = [n for n in names if n not in outside and not (index.parent / n).is_file()]
+    if outside or absent:
+        raise WeightsError(
+            f"{str(index)!r} lists {', '.join(outside or absent)}, not found beside it: copy all its files"
+        )
+    found = {name: tensors(index.parent / name) for name in names}
+    missing = [k for k, name in places.items() if k not in found[name]]
+    if missing:
+        raise WeightsError(
+            f"{str(index)!r}: {missing[0]} is not in {places[missing[0]]}: the files do not belong together"
+        )
+    return {k: found[name][k] for k, name in places.items()}
 
 
 def _float32(tensor: np.ndarray) -> np.ndarray:

@@ -365,6 +365,20 @@ LAYOUTS = (
         _hf,
     ),
     Layout(
+        Family("original DINOv2", *IMAGENET, "crop", "bicubic", 224 / 256, "bicubic_antialias", r"head\..*|mask_token"),
+        lambda t: "blocks.0.ls1.gamma" in t and "mask_token" in t and "blocks.0.attn.qkv.weight" in t,
+        _timm_model,
+        _timm,
+    ),
+    Layout(
+        Family(
+            "original MAE", *IMAGENET, "crop", "bicubic", 224 / 256, "bicubic", r"(head|decoder_\w+)(\..*)?|mask_token"
+        ),
+        lambda t: "decoder_pos_embed" in t and "blocks.0.attn.qkv.weight" in t,
+        _timm_model,
+        _timm,
+    ),
+    Layout(
         Family("timm ViT", *IMAGENET, "crop", "bicubic", 0.9, "bicubic_antialias", r"(head|fc_norm|pre_logits)\..*"),
         lambda t: "blocks.0.attn.qkv.weight" in t and "cls_token" in t,
         _timm_model,
