@@ -9,8 +9,10 @@ import io
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from tcq import cli_index, flags
 from tcq.runtime import log, signals, storage
@@ -51,6 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
         cli_index.add_serve,
         cli_index.add_export,
         _add_prepare,
+        _add_cache,
         _add_doctor,
     ):
         add(commands)
@@ -284,6 +287,26 @@ def _prepare(arguments: argparse.Namespace, _: list[str]) -> int:
         arguments.dataset, files=arguments.files, data_dir=arguments.data_dir, verify=not arguments.unverified
     )
     print(f"prepared: {folder}")
+    return 0
+
+
+def _add_cache(commands: flags.Commands) -> None:
+    parser = flags.add_command(commands, "cache", "show what is cached, or delete what has not been used", _cache)
+    parser.add_argument("--cache_dir", type=flags.path, default="", help="as data.cache_dir (default: that of tcq)")
+    parser.add_argument("--delete_unused", type=float, metavar="DAYS", help="delete what was not used for DAYS; 0: all")
+
+
+def _cache(arguments: argparse.Namespace, _: list[str]) -> int:
+    from tcq.data import cleaning
+
+    home = Path(arguments.cache_dir) if arguments.cache_dir else storage.cache_home()
+    if arguments.delete_unused is not None:
+        deleted = cleaning.delete_unused(home, days=arguments.delete_unused)
+        print(f"deleted {deleted / 2**20:,.1f} MiB")
+    print(home)
+    for part in cleaning.usage(home):
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(part.used)) if part.used else "-"
+        print(f"{part.bytes / 2**20:>12,.1f} MiB  {part.items:>9,}  {used:<16}  {part.what}")
     return 0
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
+from ml_collections import ConfigDict
 
 from tcq import config as configs
 from tcq.data import protocols, source, sources, splits
@@ -27,6 +29,8 @@ PACKAGES = (
     "numpy",
 )
 GIB = 2**30
+SHOWN = 50  # classes
+FILES = 10  # skipped files that are shown
 
 
 class Expected(NamedTuple):
@@ -180,7 +184,7 @@ def _config(config: str, overrides: Sequence[str], workdir: str | Path | None) -
         params = retriever.shapes(retriever.from_config(c), c.data.image_size)["params"]
         lines.append(f"model: {retriever.parameter_count(params):,} parameters, weights {c.model.weights or 'random'}")
         images = sources.open_source(c.data)
-        lines.append(f"{c.data.source}: {len(images.images):,} images, {len(images.skipped)} skipped")
+        lines += _source(c, images)
         split = splits.of_source(images, c.data)
         lines.append(", ".join(f"{len(part):,} {name}" for name, part in split._asdict().items()))
         configs.check_run(
@@ -192,6 +196,20 @@ def _config(config: str, overrides: Sequence[str], workdir: str | Path | None) -
     except (configs.ConfigError, source.SourceError, protocols.ProtocolError) as error:
         return Findings(lines, [str(error)])
     return Findings(lines, [])
+
+
+def _source(config: ConfigDict, images: source.Source) -> list[str]:
+    """The number of images, the classes with their sizes, and the first files that are skipped or repaired."""
+    lines = [f"{config.data.source}: {len(images.images):,} images, {len(images.skipped)} skipped"]
+    if images.labels is not None:
+        hot = images.labels.ndim == 2
+        counts = images.labels.sum(axis=0) if hot else np.bincount(images.labels, minlength=len(images.classes))
+        listed = [f"{name} {count:,}" for name, count in zip(images.classes, counts.tolist(), strict=True)]
+        rest = f" and {len(listed) - SHOWN:,} more" if len(listed) > SHOWN else ""
+        lines.append(f"{len(listed):,} classes: {', '.join(listed[:SHOWN])}{rest}")
+    for what, rows in (("skipped", images.skipped), ("repaired", images.repaired or [])):
+        lines += [f"{what}: {row['path']}: {row['reason']}" for row in rows[:FILES]]
+    return lines
 
 
 def _free_memory() -> float:

@@ -39,3 +39,10 @@ def test_it_accepts_what_train_accepts(tmp_path):
     done = small.main("doctor", *arguments)
     assert done.returncode == 0 and "it holds a run of this config, which train resumes" in done.stdout, done.stderr
     assert small.main("train", *arguments).returncode == 0
+
+
+def test_classes_and_the_first_skipped_files(images):
+    done = small.main("doctor", f"--config=configs/folder.py:{images}", "--config.data.batch_size=32")
+    assert "10 classes: class 0 12, class 1 13, class 2 13" in done.stdout, done.stdout + done.stderr
+    assert "skipped: class 1/empty.png: the file is empty" in done.stdout
+    assert done.stdout.count("skipped: ") == 5

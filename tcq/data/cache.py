@@ -101,7 +101,7 @@ def decode(items: Sequence[Item], rule: Rule) -> Entry:
     Files that could not be read are skipped, and tried again the next time; what their contents decide is remembered.
     Raises OSError if the cache cannot be written.
     """
-    with _database(rule.folder) as database:
+    with open_database(rule.folder) as database:
         for attempt in range(ATTEMPTS):
             digests, unreadable = _fill(database, items, rule)
             try:
@@ -114,14 +114,14 @@ def decode(items: Sequence[Item], rule: Rule) -> Entry:
 
 def remember(key: str, names: Sequence[str], digests: Sequence[bytes], arrays: bytes, rule: Rule) -> None:
     """Stores the contents of a list of images under a key, for `recall`."""
-    with _database(rule.folder) as database, _transaction(database):
+    with open_database(rule.folder) as database, transaction(database):
         row = key, json.dumps(list(names)), b"".join(digests), arrays
         database.execute("INSERT OR REPLACE INTO lists VALUES (?, ?, ?, ?)", row)
 
 
 def recall(key: str, rule: Rule) -> tuple[Entry, bytes] | None:
     """A stored list and its arrays; None if there is none, or one of its images is not in the cache any more."""
-    with _database(rule.folder) as database:
+    with open_database(rule.folder) as database:
         found = database.execute("SELECT names, digests, arrays FROM lists WHERE key = ?", (key,)).fetchone()
         if found is None:
             return None
@@ -145,7 +145,7 @@ def digest(source: Path | bytes) -> bytes:
 
 
 @contextlib.contextmanager
-def _database(folder: Path) -> Iterator[sqlite3.Connection]:
+def open_database(folder: Path) -> Iterator[sqlite3.Connection]:
     """The database of a cache. Raises OSError where the cache cannot be read or written."""
     try:
         with contextlib.closing(_connect(folder)) as database:
@@ -155,8 +155,8 @@ def _database(folder: Path) -> Iterator[sqlite3.Connection]:
 
 
 @contextlib.contextmanager
-def _transaction(database: sqlite3.Connection) -> Iterator[None]:
-    """One writer at a time."""
+def transaction(database: sqlite3.Connection) -> Iterator[None]:
+    """A change of the database as a whole or not at all, by one writer at a time."""
     database.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -193,8 +193,8 @@ def _known(database: sqlite3.Connection, rule: Rule) -> set[bytes]:
         path = _path(rule.folder, shard)
         if not path.is_file() or path.stat().st_size < rows * _row_bytes(rule):
             logger.warning(f"{path} is corrupted: its images are decoded again")
-            with _transaction(database):
-                _delete(database, rule.folder, shard)
+            with transaction(database):
+                delete_shard(database, rule.folder, shard)
     return {d for (d,) in database.execute("SELECT digest FROM images WHERE rule = ?", (rule.key,))}
 
 
@@ -206,7 +206,8 @@ def _path(folder: Path, shard: int) -> Path:
     return folder / f"{shard:06d}.u8"
 
 
-def _delete(database: sqlite3.Connection, folder: Path, shard: int) -> None:
+def delete_shard(database: sqlite3.Connection, folder: Path, shard: int) -> None:
+    """Deletes a shard and what the database knows of its images."""
     database.execute("DELETE FROM images WHERE shard = ?", (shard,))
     database.execute("DELETE FROM shards WHERE id = ?", (shard,))
     _path(folder, shard).unlink(missing_ok=True)  # a process that has mapped it keeps its rows
@@ -309,7 +310,7 @@ def _write(
     """Appends the decoded images of a batch to shards, and stores what was learned."""
     if not batch:
         return
-    with _transaction(database):
+    with transaction(database):
         known = {d for (d,) in database.execute("SELECT digest FROM images WHERE rule = ?", (rule.key,))}
         new = {r.digest: r for r in batch.values() if r.digest not in known}
         decoded = [r for r in new.values() if r.pixels is not None]
@@ -410,13 +411,13 @@ def _evict(database: sqlite3.Connection, rule: Rule, used: set[bytes]) -> None:
         for digest, shard in database.execute("SELECT digest, shard FROM images WHERE rule = ?", (rule.key,))
         if digest in used
     }
-    with _transaction(database):
+    with transaction(database):
         shards = database.execute("SELECT id, bytes FROM shards ORDER BY used").fetchall()
         total = sum(size for _, size in shards)
         for shard, size in shards:
             if total <= rule.gib * 2**30:
                 break
             if shard not in own:
-                _delete(database, rule.folder, shard)
+                delete_shard(database, rule.folder, shard)
                 total -= size
                 logger.info(f"deleted {size / 2**20:,.1f} MiB of decoded images, the longest unused (data.cache_gib)")

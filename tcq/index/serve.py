@@ -74,12 +74,7 @@ def make_server(path: str | Path, *, port: int, k: int = 10) -> Server:
             self._answer(200, "application/json", json.dumps({"hits": hits}).encode())
 
         def _is_local(self) -> bool:
-            """Whether the page was asked for by its own address: another site's name may lead here (DNS rebinding)."""
-            port = self.connection.getsockname()[1]
-            hosts = [f"{name}:{port}" for name in NAMES] + (list(NAMES) if port == 80 else [])
-            origin = self.headers.get("Origin")
-            own = origin is None or origin in [f"http://{host}" for host in hosts]
-            return self.headers.get("Host", "") in hosts and own
+            return is_local(self.headers.get("Host", ""), self.headers.get("Origin"), self.connection.getsockname()[1])
 
         def _error(self, status: int, message: str) -> None:
             self._answer(status, "application/json", json.dumps({"error": message}).encode())
@@ -96,6 +91,12 @@ def make_server(path: str | Path, *, port: int, k: int = 10) -> Server:
             logger.debug(format % arguments)
 
     return Server(("127.0.0.1", port), Handler)
+
+
+def is_local(host: str, origin: str | None, port: int) -> bool:
+    """Whether a request is for the page's own address: the name of another site may lead here (DNS rebinding)."""
+    hosts = [f"{name}:{port}" for name in NAMES] + (list(NAMES) if port == 80 else [])
+    return host in hosts and (origin is None or origin in [f"http://{h}" for h in hosts])
 
 
 def serve(path: str | Path, *, port: int, k: int = 10) -> None:

@@ -195,3 +195,22 @@ def test_a_killed_batch_is_not_seen_and_is_written_over(tmp_path, rule, monkeypa
     entry = cache.decode(items(tmp_path / "a")[::-1], rule)
     for name, pixels in zip(entry.names, np.asarray(entry.images), strict=True):
         np.testing.assert_array_equal(pixels, images.decode(tmp_path / "a" / name, size=8))
+
+
+def test_it_is_shown_and_cleaned(tmp_path, rule, decoded):
+    import small
+
+    write_images(tmp_path / "a", [f"{i}.png" for i in range(6)])
+    cache.decode(items(tmp_path / "a"), rule)
+    old = tmp_path / "home" / "2-0123"
+    old.mkdir()
+    (old / "names.json").write_text("{}")
+    shown = small.main("cache", f"--cache_dir={rule.home}").stdout
+    assert "images of 8 x 8 pixels" in shown and "2-0123, of an older version" in shown
+    small.main("cache", f"--cache_dir={rule.home}", "--delete_unused=1")
+    cache.decode(items(tmp_path / "a"), rule)
+    assert len(decoded) == 6
+    assert "deleted" in small.main("cache", f"--cache_dir={rule.home}", "--delete_unused=0").stdout
+    assert not old.exists() and not list(rule.folder.glob("*.u8"))
+    cache.decode(items(tmp_path / "a"), rule)
+    assert len(decoded) == 12
