@@ -113,7 +113,8 @@ def main() -> None:
     import jax
 
     print(
-        f"{a.images:,} images of 64 x 64, {os.cpu_count()} cores, Python {platform.python_version()}, jax {jax.__version__}"
+        f"{a.images:,} images of 64 x 64, {os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"jax {jax.__version__}"
     )
     print("| command | seconds | of the script | peak MiB |\n|---|---|---|---|")
     for name, (seconds, peak) in rows.items():

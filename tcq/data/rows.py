@@ -1,9 +1,12 @@
 """Rows of several arrays as one array, read only when they are asked for."""
 
+import mmap
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+KEPT = 2**26  # bytes that are read before mapped pages are given back
 
 
 class Rows:
@@ -19,6 +22,7 @@ class Rows:
             lengths = [len(a) for a in arrays]
             numbers = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
             places = numbers, np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])
+        self._read = 0  # bytes since pages were given back
         self._numbers: np.ndarray = places[0]
         self._rows: np.ndarray = places[1]
         self.shape: tuple[int, ...] = (len(self._rows), *self._arrays[0].shape[1:])
@@ -34,7 +38,19 @@ class Rows:
         for number in np.unique(numbers):
             here = numbers == number
             out[here] = self._arrays[number][places[here]]
+        self._forget(out.nbytes)
         return out if np.ndim(self._rows[rows]) else out[0]
+
+    def _forget(self, size: int) -> None:
+        """Gives mapped pages back after every `KEPT` bytes: the operating system keeps the files in its own cache."""
+        self._read += size
+        if self._read < KEPT:
+            return
+        self._read = 0
+        for array in self._arrays:
+            mapped = getattr(array, "_mmap", None)
+            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[:] if dtype is None else self[:].astype(dtype)
