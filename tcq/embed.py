@@ -119,7 +119,11 @@ def _fill(folder: Path, config: ConfigDict, source: Source) -> None:
     with storage.temporary_folder(folder) as temporary:
         _write(temporary, config, _run_of(config), source, viewed)
         storage.write_text(temporary / DONE, json.dumps({"images": len(source.images)}))
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not (folder / DONE).is_file():  # else another process has written the same meanwhile
+                raise
 
 
 def _write(folder: Path, config: ConfigDict, run: Run, source: Source, viewed: np.ndarray) -> None:

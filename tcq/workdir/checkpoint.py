@@ -4,7 +4,8 @@ import glob
 import hashlib
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,11 @@ def save(
     rank = _UNSCORED if score is None or not np.isfinite(score) else float(score)
     items = {name: ocp.args.PyTreeSave(tree) for name, tree in state.items()}
     items[DIGESTS] = ocp.args.JsonSave(digests)
-    manager.save(step, args=ocp.args.Composite(**items), metrics={"score": rank})
+    with _one_message(manager, step):
+        manager.save(step, args=ocp.args.Composite(**items), metrics={"score": rank})
+        if replaces:
+            manager.wait_until_finished()
     if replaces:
-        manager.wait_until_finished()
         processes.on_first(lambda: _sibling(manager.directory, REPLACED).rmtree())
 
 
@@ -120,12 +123,25 @@ def _check_space(manager: ocp.CheckpointManager, state: Mapping[str, Any]) -> No
         )
 
 
+@contextmanager
+def _one_message(manager: ocp.CheckpointManager, step: int | None) -> Iterator[None]:
+    """Turns the many errors of Orbax's threads into a CheckpointError; those of other processes stay as they are."""
+    try:
+        yield
+    except (CheckpointError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        which = "a checkpoint" if step is None else f"checkpoint {step}"
+        raise CheckpointError(f"{which} cannot be written to {manager.directory}: {_describe(error)}") from None
+
+
 def verify_newest(manager: ocp.CheckpointManager, state: Mapping[str, Any]) -> bool:
     """Whether the newest checkpoint, once complete, holds what was saved; a corrupted one is moved, with a warning.
 
     `state` has the structure of what was saved. True if there is no checkpoint.
     """
-    manager.wait_until_finished()
+    with _one_message(manager, None):
+        manager.wait_until_finished()
     newest = manager.latest_step()
     if newest is None:
         return True
