@@ -246,8 +246,8 @@ def _eval() -> ConfigDict:
     evaluation.denominator = "hits"  # of average precision: hits | min | all
     evaluation.empty = "zero"  # queries without relevant items: zero (they score 0) | skip
     evaluation.exclude_query = True  # a query that is in the database is not among its own answers
-    evaluation.max_scores = 16_777_216  # float32 scores in memory at once
-    evaluation.baseline_mib = 256  # MiB of training pixels above which FAISS PQ on pixels is left out
+    evaluation.max_scores = 8_388_608  # float32 scores in memory at once
+    evaluation.baseline_mib = 64  # MiB of pixels on which FAISS PQ is trained; left out where these are too few
     evaluation.batch_size = 64  # images per encoding step and device
     evaluation.max_database = 10_000  # database images for validation during training
     return evaluation

@@ -81,7 +81,7 @@ def test_files_that_pages_name_exist():
     for page in PAGES:
         for name in re.findall(r"`([\w/]+\.(?:py|md|sh|ipynb|cfg|txt|json))\b", page.read_text()):
             own = name.startswith(tuple(f"{folder}/" for folder in FOLDERS))
-            written = {"results.json", "config.json", "data.json", "preprocessor_config.json", "mine.py"}
+            written = {"results.json", "config.json", "data.json", "preprocessor_config.json", "mine.py", "meta.json"}
             known = (small.ROOT / name).exists() if own else name.rpartition("/")[2] in names | written
             assert known, f"{page.name}: {name}"
 

@@ -22,7 +22,8 @@ from tcq.runtime import processes, storage
 
 __all__ = ["NAMES", "EvaluateError", "evaluate", "read_recorded", "table"]
 FAISS_SAMPLE = 256  # vectors for each codeword, as many as FAISS's k-means uses at most
-BLOCK_BYTES = 2**26  # of float32 rows that a baseline encodes at a time
+FAISS_LEAST = 39  # of these, below which FAISS warns
+BLOCK_BYTES = 2**24  # of float32 rows that a baseline encodes at a time
 NUM_CURVE_POINTS = 60
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,9 @@ def _baselines(evaluation: Evaluation) -> dict[str, retrieval.Scorer]:
 
     sample = np.random.RandomState(0).permutation(len(split.database))[: FAISS_SAMPLE * q.num_codewords]
 
-    def pq(query: Callable[[slice], np.ndarray], item: Callable[[np.ndarray], np.ndarray]) -> retrieval.Scorer:
+    def pq(
+        query: Callable[[slice], np.ndarray], item: Callable[[np.ndarray], np.ndarray], sample: np.ndarray = sample
+    ) -> retrieval.Scorer:
         rows = max(BLOCK_BYTES // max(item(sample[:1]).nbytes, 1), 1)
         blocks = np.array_split(np.arange(len(split.database)), -(-len(split.database) // rows))
         codebooks, codes = baselines.faiss_pq(
@@ -170,11 +173,13 @@ def _baselines(evaluation: Evaluation) -> dict[str, retrieval.Scorer]:
         rotate = baselines.faiss_opq(inputs(split.database[sample]) - mean, num_codebooks=q.num_codebooks, width=width)
         rotated = rotate(inputs(split.query) - mean)
         others["opq_embeddings"] = pq(lambda b: rotated[b], lambda i: rotate(inputs(split.database[i]) - mean))
-    size = len(sample) * inputs(split.query[:1]).nbytes / 2**20
-    if size <= config.eval.baseline_mib:
-        others[name] = pq(lambda b: inputs(split.query[b]), lambda i: inputs(split.database[i]))
+    fewer = sample[: int(config.eval.baseline_mib * 2**20 / inputs(split.query[:1]).nbytes)]
+    if len(fewer) >= min(FAISS_LEAST * q.num_codewords, len(sample)):
+        others[name] = pq(lambda b: inputs(split.query[b]), lambda i: inputs(split.database[i]), fewer)
     else:
-        logger.warning(f"no {name}: its {len(sample):,} rows take {size:,.0f} MiB (eval.baseline_mib)")
+        logger.warning(
+            f"no {name}: eval.baseline_mib {config.eval.baseline_mib} leaves {len(fewer):,} rows to train on"
+        )
     return others | {
         "pq_features": pq(lambda b: queries.features[b], lambda i: database.features[i]),
         "pca_pq_features": pq(lambda b: projected[b], lambda i: project(database.features[i])),

@@ -39,7 +39,9 @@ def validate(encoder: encode.Encoder, source: Source, split: protocols.Split) ->
     score = retrieval.scorers(encoder, queries, database)["asymmetric"]
     k = protocols.cut_off(config.data.protocol, config.eval.k, len(chosen))
     conventions = configs.conventions(config)
-    result = retrieval.retrieve(score, labels, source.labels[chosen], k=k, ks=[1], conventions=conventions)
+    result = retrieval.retrieve(
+        score, labels, source.labels[chosen], k=k, ks=[1], conventions=conventions, max_scores=config.eval.max_scores
+    )
     return {"mAP": result.mean_average_precision} | values
 
 

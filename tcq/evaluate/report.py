@@ -22,7 +22,6 @@ from tcq.runtime import storage
 
 RESULTS, CURVES, GALLERY, QUERIES = "results.json", "curves.png", "gallery.png", "queries.jsonl"
 NEAREST = 10  # items of each query in queries.jsonl
-QUERY_BLOCK = 256  # queries ranked at a time for it
 SHOWN = (1, 10, 100, 1000)  # cut-offs of the precision in results.json, beside k
 GALLERY_QUERIES, GALLERY_ITEMS = 8, 10
 MEANINGS = {
@@ -195,8 +194,9 @@ def _query_lines(evaluation: Evaluation, average_precision: np.ndarray) -> Itera
     """For each query its name, average precision, and nearest items with scores and whether they are relevant."""
     source, split = evaluation.source, evaluation.split
     own = evaluation.encoder.config.eval.exclude_query
-    for first in range(0, len(split.query), QUERY_BLOCK):
-        rows = np.arange(first, min(first + QUERY_BLOCK, len(split.query)))
+    block = max(evaluation.encoder.config.eval.max_scores // 4 // max(len(split.database), 1), 1)
+    for first in range(0, len(split.query), block):
+        rows = np.arange(first, min(first + block, len(split.query)))
         scores, nearest, relevant = _nearest(evaluation, rows, NEAREST + own)
         for row, *found in zip(rows, scores, nearest, relevant, strict=True):
             yield {

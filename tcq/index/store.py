@@ -207,14 +207,8 @@ def writing(path: str | Path) -> Iterator[None]:
             )
         yield
         return
-    try:
-        with locks.lock(path, wait=True):
-            yield
-    finally:
-        with contextlib.suppress(OSError):  # of a folder that holds no index
-            if {p.name for p in Path(path).iterdir()} == {locks.NAME}:
-                (Path(path) / locks.NAME).unlink()
-                Path(path).rmdir()
+    with locks.lock(path, wait=True):
+        yield
 
 
 def write(out: str | Path, index: Index, skipped: Sequence[dict[str, str]]) -> None:

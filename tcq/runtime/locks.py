@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from tcq.runtime import signals
 
@@ -26,19 +27,42 @@ class LockedError(ValueError):
 
 @contextlib.contextmanager
 def lock(folder: str | Path, *, wait: bool) -> Iterator[None]:
-    """Holds the lock of a folder, which is created. With `wait` until the other process ends, else LockedError.
+    """Holds the lock of a folder, which is created, and deleted if nothing is written to it.
+
+    If another process holds it, this one waits with `wait`, and raises LockedError without.
 
     The operating system releases the lock when the process ends, also by kill -9. Between hosts it holds where the file
     system shares locks, as NFS 4 does; where it has none, a warning says so, and nothing is locked.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     path = Path(folder) / NAME
-    with open(path, "a+") as file:
-        _take(file.fileno(), path, wait=wait)
+    file = _open_locked(path, wait=wait)
+    with file:
         file.truncate(0)
         file.write(json.dumps({"host": platform.node(), "pid": os.getpid(), "time": time.ctime()}))
         file.flush()
-        yield  # the lock ends with the file; the file stays, because another process may wait for it
+        try:
+            yield
+        finally:
+            if [p.name for p in Path(folder).iterdir()] == [NAME]:  # nothing was written
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                    Path(folder).rmdir()
+
+
+def _open_locked(path: Path, *, wait: bool) -> TextIO:
+    """The lock file, locked. Another process may delete it before it is locked here: then it is opened again."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")
+        try:
+            _take(file.fileno(), path, wait=wait)
+            if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
 
 
 def _take(number: int, path: Path, *, wait: bool) -> None:

@@ -9,6 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from tcq import config as configs
+from tcq import workdir as workdirs
 from tcq.models import retriever
 from tcq.runtime import locks, processes, storage
 from tcq.runtime.devices import AXIS
@@ -72,7 +73,19 @@ def _locked(workdir: str | Path) -> Iterator[None]:
     """Holds the lock of a workdir that is a folder. Raises LockedError if another run writes to it."""
     with ExitStack() as stack:
         if not storage.is_url(workdir):
-            processes.on_first(lambda: stack.enter_context(locks.lock(workdir, wait=False)) or 0)
+            processes.on_first(lambda: stack.enter_context(_lock(workdir)) or 0)
+        yield
+
+
+@contextmanager
+def _lock(workdir: str | Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locks.lock(workdir, wait=False))
+        except OSError as error:
+            raise workdirs.WorkdirError(
+                f"--workdir {str(workdir)!r} cannot be written: {error.strerror or error}"
+            ) from None
         yield
 
 

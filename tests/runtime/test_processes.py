@@ -105,6 +105,7 @@ def test_many_processes_evaluate_and_index_as_one(two, images, tmp_path):
     by_one = json.loads((workdir / "results.json").read_text())
     assert by_two.pop("machine")["device"] == "4 x cpu" and by_one.pop("machine")["device"] == "8 x cpu"
     assert by_one.pop("validation") == pytest.approx(by_two.pop("validation"), rel=1e-5)
+    assert by_one.pop("time") and by_two.pop("time")
     assert by_one == by_two
     arguments = "index", f"--workdir={workdir}", f"--images={images}"
     done = small.several(2, *arguments, f"--out={tmp_path / 'two'}", devices=2)

@@ -86,7 +86,8 @@ def test_a_second_run_in_a_workdir_is_refused_and_named(tmp_path):
     with locks.lock(tmp_path / "run", wait=False):
         done = small.main("train", "--config=configs/digits.py", f"--workdir={tmp_path / 'run'}")
         small.assert_refused(done, f"in use by process {os.getpid()} on ")
-    assert [p.name for p in (tmp_path / "run").iterdir()] == [locks.NAME]
+        assert [p.name for p in (tmp_path / "run").iterdir()] == [locks.NAME]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_full_disk_is_one_message_and_the_last_checkpoint_stands(digits_run, tmp_path, monkeypatch):
