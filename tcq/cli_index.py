@@ -136,7 +136,7 @@ def add_serve(commands: flags.Commands) -> None:
         commands, "serve", "serve a search page for an index, on this machine only", _serve, compiles=True
     )
     parser.add_argument("--index", type=flags.path, required=True, help="a folder that tcq index wrote")
-    parser.add_argument("--port", type=int, default=8000, help="of the page (default: 8000)")
+    parser.add_argument("--port", type=flags.port, default=8000, help="of the page (default: 8000)")
     parser.add_argument("--k", type=flags.positive, default=10, help="number of answers (default: 10)")
 
 

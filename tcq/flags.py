@@ -38,6 +38,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def port(text: str) -> int:
+    """The number of a port; 0 is any free one. Raises ArgumentTypeError."""
+    if not text.isdecimal() or int(text) > 65_535:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 0 to 65535")
+    return int(text)
+
+
 def steps(text: str) -> tuple[int, int]:
     """The first step and one past the last of "10:20". Raises ArgumentTypeError."""
     first, _, stop = text.partition(":")

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from tcq.runtime import storage
+
 # Right and wrong differ in line style, symbol and lightness, not only in hue (colours of Okabe & Ito).
 RIGHT = {"color": "#0072B2", "linestyle": "solid", "symbol": "\N{HEAVY CHECK MARK}"}
 WRONG = {"color": "#E69F00", "linestyle": (0, (2, 2)), "symbol": "\N{MULTIPLICATION X}"}
@@ -138,8 +140,10 @@ def _printable(text: str) -> str:
 
 def _save(figure: Any, path: str | Path) -> None:
     """Writes a figure; a PNG says that tcq has drawn it, so that it is never read as an image of a collection."""
-    metadata = {"Software": "tcq"} if Path(path).suffix.lower() == ".png" else None
-    figure.savefig(path, dpi=120, metadata=metadata)
+    suffix = Path(path).suffix.lower()
+    metadata = {"Software": "tcq"} if suffix == ".png" else None
+    with storage.atomic(path) as temporary:
+        figure.savefig(temporary, dpi=120, metadata=metadata, format=suffix[1:] or "png")
 
 
 def _figure(width: float, height: float) -> Any:

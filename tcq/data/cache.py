@@ -150,8 +150,11 @@ def open_database(folder: Path) -> Iterator[sqlite3.Connection]:
     try:
         with contextlib.closing(_connect(folder)) as database:
             yield database
-    except sqlite3.OperationalError as error:
-        raise OSError(0, f"{error}: make room, or set data.cache_dir to another folder", str(folder)) from None
+    except (sqlite3.OperationalError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(0, f"{reason}: make room, or set data.cache_dir to another folder", str(folder)) from None
 
 
 @contextlib.contextmanager

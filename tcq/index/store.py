@@ -224,6 +224,9 @@ def write(out: str | Path, index: Index, skipped: Sequence[dict[str, str]]) -> N
         _write_files(out, index, skipped)
         _delete_unused(out)
     except OSError as error:
+        for file in out.iterdir() if out.is_dir() and not (out / META).exists() else ():
+            if _is_own(file.name) and file.name != locks.NAME:
+                file.unlink(missing_ok=True)
         raise IndexFileError(f"{str(out)!r} cannot be written: {error.strerror or error}") from None
 
 

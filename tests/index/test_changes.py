@@ -257,3 +257,42 @@ def test_a_build_that_was_killed_is_begun_again(run, images, tmp_path):
     with pytest.raises(indexes.IndexFileError, match="exists"):
         indexes.build(run, images / "class 3", tmp_path / "mine")
     assert json.loads((out / "meta.json").read_text())["count"] == len(np.unique(list(by_name(out))))
+
+
+def test_a_full_disk_leaves_no_part_of_a_new_index(run, images, tmp_path, monkeypatch):
+    from tcq.index import store
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "_write_column", full)
+    done = small.main("index", f"--workdir={run}", f"--images={images / 'class 3'}", f"--out={tmp_path / 'index'}")
+    small.assert_refused(done, "cannot be written: No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_kills_during_adds_while_others_read(run, images, tmp_path):
+    """TCQ_KILLS adds (20) are killed at any moment; readers see whole indexes, and one more add completes."""
+    import random
+
+    out, chance = tmp_path / "index", random.Random(0)
+    indexes.build(run, images / "class 1", out)
+    sizes = {len(indexes.open_index(out).paths)}
+    for kill in range(int(os.environ.get("TCQ_KILLS", "20"))):
+        folder = images / f"class {2 + kill % 8}"
+        command = small.command("index", f"--out={out}", "--add", f"--images={folder}")
+        process = subprocess.Popen(
+            command, env=small.environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        end = time.monotonic() + chance.uniform(0.5, 6)
+        while process.poll() is None and time.monotonic() < end:
+            opened = indexes.open_index(out)
+            assert len(opened.codes) == len(opened.paths) == len(opened.hashes)
+            sizes.add(len(opened.paths))
+        process.kill()
+        process.wait()
+    indexes.add(out, images)
+    assert len(indexes.open_index(out).paths) == 120
+    assert not [p for p in out.iterdir() if p.name.startswith(".tmp-")]
+    print(f"sizes seen: {sorted(sizes)}")

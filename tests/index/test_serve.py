@@ -50,6 +50,7 @@ def test_other_sites_are_refused(address, headers, images):
 def test_a_port_in_use(address, index):
     done = small.main("serve", f"--index={index}", f"--port={address.rsplit(':')[-1]}")
     small.assert_refused(done, "Address already in use")
+    small.assert_refused(small.main("serve", f"--index={index}", "--port=99999"), "from 0 to 65535")
 
 
 def test_other_bodies_and_paths(address):
