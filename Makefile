@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-tensorflow peers test-peers check format docs clean
+.PHONY: demo test test-whole test-slow test-tensorflow peers test-peers check format docs clean
 
 $(VENV)/installed: requirements.txt setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "tcq needs Python 3.11 to 3.13, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
@@ -23,10 +23,14 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test check
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
+# Whole programs: several processes, signals, the notebook, the wheel.
+test-whole: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "whole and not slow"
+
 # All tests again with XLA's optimizations, which `make test` turns off, and then the long ones.
 test-slow: export JAX_DISABLE_MOST_OPTIMIZATIONS = 0
 test-slow: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not tensorflow and not peers"
 	$(BIN)/python -m pytest -m slow
 
 test-tensorflow: $(VENV)/installed-test

@@ -9,6 +9,8 @@ from PIL import Image
 import small
 from tcq.data import sources
 
+pytestmark = pytest.mark.whole
+
 NOTEBOOK = small.ROOT / "colab" / "quickstart.ipynb"
 
 

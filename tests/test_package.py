@@ -12,6 +12,8 @@ import pytest
 
 import small
 
+pytestmark = pytest.mark.whole
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -20,7 +20,7 @@ LAYERS = (
     {"cli_index"},
     {"cli"},
 )
-PEERS = {("workdir", "config")}  # the only imports between two packages of one layer
+PEERS = {("workdir", "config"), ("plots", "runtime")}  # the only imports between two packages of one layer
 PURE = {"quantizer", "augment", "metrics", "ranking", "losses"}
 PURE_IMPORTS = {"jax", "numpy", "jaxtyping", "math", "typing", "collections", "functools", "tcq"}
 ONLY_IN = {

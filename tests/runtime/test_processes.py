@@ -21,6 +21,8 @@ from tcq.runtime import processes
 from tcq.workdir import checkpoint
 from write_images import write_images
 
+pytestmark = pytest.mark.whole
+
 STEPS, FIRST = 16, 4
 FLAGS = small.flags(
     "data.image_size=8",

@@ -77,10 +77,10 @@ def assert_same_run(workdir, whole, steps=40):
 @pytest.mark.parametrize(
     ("phase", "text", "delay"),
     [
-        ("killed", "step 23/40", 0.0),
+        pytest.param("killed", "step 23/40", 0.0, marks=pytest.mark.whole),
         pytest.param("start-up", "300 query", 0.0, marks=pytest.mark.slow),
         pytest.param("compile", "the first one compiles", 0.3, marks=pytest.mark.slow),
-        ("train", "step 23/40", 0.0),
+        pytest.param("train", "step 23/40", 0.0, marks=pytest.mark.whole),
         pytest.param("validation", "step 20/40  loss", 0.0, marks=pytest.mark.slow),
         pytest.param("validation", "step 40/40  loss", 0.01, marks=pytest.mark.slow),
         pytest.param("saving", "step 15/40", 0.0, marks=pytest.mark.slow),
