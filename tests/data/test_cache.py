@@ -134,7 +134,7 @@ def test_a_corrupted_cache_is_made_again(tmp_path, rule, damage):
     np.testing.assert_array_equal(cache.decode(items(tmp_path / "a"), rule).images[:], first)
 
 
-def test_the_longest_unused_images_are_deleted(tmp_path, rule):
+def test_the_longest_unused_images_are_deleted(tmp_path, rule, decoded):
     limited = rule._replace(gib=2.5 * 192 * 4 / 2**30)  # two shards of four images and a half
     for name in "abc":
         write_images(tmp_path / name, [f"{i}.png" for i in range(4)], seed=ord(name))
@@ -147,7 +147,9 @@ def test_the_longest_unused_images_are_deleted(tmp_path, rule):
     database = sqlite3.connect(rule.folder / cache.DATABASE)
     assert database.execute("SELECT count(*) FROM images").fetchone() == (8,)
     assert np.asarray(first.images).shape == (4, 8, 8, 3)  # a process that uses them keeps them
-    assert len(cache.decode(items(tmp_path / "a"), limited).names) == 4
+    decoded.clear()
+    assert len(cache.decode(items(tmp_path / "b"), limited).names) == 4 and not decoded
+    assert len(cache.decode(items(tmp_path / "a"), limited).names) == 4 and len(decoded) == 4
 
 
 def test_a_list_is_remembered_while_its_images_are_there(tmp_path, rule):

@@ -215,6 +215,43 @@ def test_readers_see_the_old_or_the_new_index(built, photos, images):
     assert not [n for n in names if n.startswith(".tmp-")] and len([n for n in names if n.startswith("codes-")]) == 2
 
 
+def test_an_index_that_is_replaced_while_it_is_opened_is_read_again(built, images, monkeypatch):
+    from tcq.index import store
+
+    small_index, real = indexes.open_index(built), store._open
+    indexes.add(built, images / "class 4")
+    large, writers = indexes.open_index(built), [0]
+
+    def replaced(path, meta):
+        for _ in range(3 if not writers[0] else 0):  # the columns of this version are deleted by the second change
+            writers[0] += 1
+            store.write(built, small_index._replace(codes=(small_index.codes + writers[0]) % 8), [])
+        return real(path, meta)
+
+    monkeypatch.setattr(store, "_open", replaced)
+    np.testing.assert_array_equal(indexes.open_index(built).codes, (small_index.codes + 3) % 8)
+    assert len(large.paths) > len(small_index.paths)
+
+
+def test_a_lock_file_that_is_deleted_meanwhile_is_opened_again(tmp_path):
+    held, release = threading.Event(), threading.Event()
+
+    def second():
+        with locks.lock(tmp_path / "x", wait=True):
+            held.set()
+            release.wait(20)
+
+    thread = threading.Thread(target=second)
+    with locks.lock(tmp_path / "x", wait=False):  # deletes its file and folder at the end: nothing was written
+        thread.start()
+        time.sleep(0.3)
+    assert held.wait(20)
+    with pytest.raises(locks.LockedError), locks.lock(tmp_path / "x", wait=False):
+        pass
+    release.set()
+    thread.join()
+
+
 @pytest.mark.parametrize("moment", ["column", "previous", "meta"])
 def test_a_writer_that_is_killed_leaves_the_old_index(built, photos, images, moment, monkeypatch):
     from tcq.index import store
