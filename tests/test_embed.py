@@ -151,6 +151,7 @@ def test_what_a_model_on_embeddings_cannot_take_is_refused(tmp_path, run, images
     config = configs.load("configs/embeddings.py", [*small.SMALL, f"data.source=embeddings:{folder}"])
     train.train(config, tmp_path / "run")
     index.build(tmp_path / "run", f"embeddings:{folder}", tmp_path / "index")
+    assert index.add(tmp_path / "index", f"embeddings:{folder}")[:4] == (0, 0, 0, 0)  # known by name
     query = next(p for p in images.rglob("*") if p.is_file())
     np.save(tmp_path / "wide.npy", np.zeros((1, 13), "f4"))
     for arguments, message in (

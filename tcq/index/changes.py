@@ -31,8 +31,8 @@ def plan(index: Index, root: str, source: Source) -> Plan:
     hashes = source.digests or [b""] * len(source.names)
     items = _items_below(index, root)
     rows = {name: row for row, name in enumerate(source.names)}
-    same = {name for name in items.keys() & rows.keys() if _hash(index, items[name]) == hashes[rows[name]]}
-    edited = {items[name]: rows[name] for name in items.keys() & rows.keys() if name not in same}
+    both = items.keys() & rows.keys() if source.digests else set()  # embeddings are known by their names alone
+    edited = {items[name]: rows[name] for name in both if _hash(index, items[name]) != hashes[rows[name]]}
     added = [row for name, row in rows.items() if name not in items]
     gone = [i for name, i in items.items() if name not in rows and not _unreadable(name, source)]
     own = set(items.values())
