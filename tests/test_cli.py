@@ -48,6 +48,7 @@ def test_help_is_fast():
     assert done.stdout.strip() == "False False", done.stderr
 
 
+@pytest.mark.whole
 def test_quiet_and_levels(tmp_path):
     flags = ("--config=configs/digits.py", "--config.data.validation=0")
     assert small.main("doctor", *flags).returncode == 0

@@ -92,6 +92,7 @@ def test_the_plot_has_the_axes_that_were_asked_for(tmp_path, monkeypatch, axes, 
     np.testing.assert_allclose(heights, np.arange(12) / 12)
 
 
+@pytest.mark.whole
 def test_cells_that_are_done_stay_and_those_that_fail_are_named(tmp_path):
     workdir = tmp_path / "sweep"
 

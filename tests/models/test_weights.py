@@ -418,6 +418,7 @@ class TestRefused:
             published.read(folder)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", [VIT, pytest.param("ResNet-18, CIFAR stem", marks=pytest.mark.slow)])
 def test_a_run_is_initialized_from_weights_and_another_from_that_run(tmp_path, name, images):
     folder = recorded.write(FAMILIES[name], tmp_path / "weights")

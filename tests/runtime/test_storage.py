@@ -54,6 +54,7 @@ def run(bucket, images):
     return "gs://bucket/run"
 
 
+@pytest.mark.whole
 def test_a_run_in_a_bucket_equals_a_local_one(run, bucket, images, tmp_path):
     done = small.main("train", f"--config=configs/folder.py:{images}", f"--workdir={tmp_path}", *FLAGS)
     assert done.returncode == 0, done.stderr
@@ -97,6 +98,7 @@ def test_a_flipped_bit_in_a_bucket(run, bucket, logs):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.whole
 def test_an_index_in_a_bucket(run, bucket, images, tmp_path):
     done = small.main("index", f"--workdir={run}", "--images=gs://bucket/images", "--out=gs://bucket/index")
     assert done.returncode == 0 and "indexed 120 images: gs://bucket/index" in done.stdout, done.stderr

@@ -136,6 +136,7 @@ def test_a_checkpoint_holds_the_whole_state():
     jax.tree.map(np.testing.assert_array_equal, again, start)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("first", "stop"), [(2, 20), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_a_trace_starts_and_ends_with_its_steps(digits_run, tmp_path, logs, first, stop):
     shutil.copytree(digits_run, tmp_path / "run")

@@ -52,6 +52,7 @@ def test_training_on_stored_features_equals_training_on_images():
     assert flops(rows) < 0.5 * flops(images)
 
 
+@pytest.mark.whole
 def test_a_run_with_stored_features_equals_one_without(tmp_path, monkeypatch, logs):
     c = small.config(*EMBEDDED)
     train.train(c, tmp_path / "once")
