@@ -64,7 +64,7 @@ class ImageError(ValueError):
 
 
 class UnreadableError(ImageError):
-    """The file could not be read, or memory was short: the next attempt may succeed."""
+    """The file or the library for it could not be had, or memory was short: the next attempt may succeed."""
 
 
 class Decoded(NamedTuple):
@@ -96,7 +96,7 @@ def read(source: str | Path | bytes, *, size: int, resize: Resize = WHOLE, max_p
 
     Raises:
       ImageError: empty, too many pixels, of an unknown format, or corrupted.
-      UnreadableError: not a regular file, cannot be read, or memory is short.
+      UnreadableError: not a regular file, cannot be read, needs a library that is missing, or memory is short.
     """
     try:
         with warnings.catch_warnings():
@@ -137,6 +137,8 @@ def _read(file: BufferedIOBase, size: int, resize: Resize, max_pixels: int) -> D
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # decoders raise errors of any kind for corrupted input
+        if isinstance(error, OSError) and error.errno is not None:  # of the file system, and not of the contents
+            raise
         failure = f"cannot be decoded: {type(error).__name__}: {error}"
     with contextlib.suppress(Exception):  # a file that is damaged in another way
         for data, note in repair.attempts(file, lambda data: _decode(io.BytesIO(data), COUNTED, ALL, max_pixels)):
@@ -156,9 +158,8 @@ def _decode(file: BufferedIOBase, size: int, resize: Resize, max_pixels: int) ->
     if width * height > max_pixels:
         raise ImageError(f"{width} x {height} pixels is above data.max_pixels {max_pixels:,}")
     with _room(width * height):
-        deep = any(
-            ";16" in str(tile[3]) for tile in getattr(image, "tile", ())
-        )  # 16 bits of RGB, of which Pillow keeps the upper 8
+        tiles = getattr(image, "tile", ())
+        deep = any(";16" in str(tile[3]) for tile in tiles)  # 16 bits of RGB, of which Pillow keeps the upper 8
         image.load()
         image = _turned(image)
         image = _to_rgb(image, _steps(image.size, size, resize), deep=deep and image.mode in ("RGB", "RGBA"))
@@ -185,7 +186,7 @@ def _open(file: BufferedIOBase) -> Image.Image:
     if reasons:
         raise SyntaxError("; ".join(reasons))
     if start[4:8] == b"ftyp" and start[8:12] in repair.HEIC_BRANDS:
-        raise ImageError("HEIC, which needs pillow-heif: pip install 'tcq[heic]'")
+        raise UnreadableError("HEIC, which needs pillow-heif: pip install 'tcq[heic]'")
     raise ImageError(f"not an image of a known format ({', '.join((*FORMATS, HEIC))})")
 
 

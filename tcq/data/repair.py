@@ -23,7 +23,7 @@ Decode = Callable[[bytes], np.ndarray]
 def attempts(file: BufferedIOBase, decode: Decode) -> Iterator[tuple[bytes, str]]:
     """Contents to try in place of a file that cannot be decoded, and what was wrong with it.
 
-    `decode` gives all pixels of a file, (H, W, 3) at any scale; it is asked how many of a JPEG are missing.
+    `decode` gives all pixels of a file, (H, W, 3) at any scale. The missing ones of a JPEG are counted with it.
     """
     file.seek(0)
     data = file.read(MAX_BYTES + 1)
