@@ -7,14 +7,14 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from tcq.data import cache
+from tcq.data import shards
 
 DAY = 86_400.0  # seconds
 OTHERS = ("embedded", "compiled", "buckets")  # folders beside the decoded images
 
 
 class Usage(NamedTuple):
-    """A part of the cache."""
+    """A part of the shards."""
 
     what: str
     items: int
@@ -26,8 +26,8 @@ def usage(home: Path) -> list[Usage]:
     """The parts of the cache below a folder: decoded images by size, embeddings, compiled programs, bucket mirrors."""
     parts = []
     folder = home / "images"
-    if (folder / cache.DATABASE).is_file():
-        with contextlib.closing(sqlite3.connect(folder / cache.DATABASE, timeout=60)) as database:
+    if (folder / shards.DATABASE).is_file():
+        with contextlib.closing(sqlite3.connect(folder / shards.DATABASE, timeout=60)) as database:
             rows = database.execute(
                 "SELECT rule, sum(rows), sum(bytes), max(used) FROM shards GROUP BY rule"
             ).fetchall()
@@ -56,11 +56,11 @@ def delete_unused(home: Path, *, days: float) -> int:
     """
     limit, before = time.time() - days * DAY, sum(part.bytes for part in usage(home))
     folder = home / "images"
-    if (folder / cache.DATABASE).is_file():
-        with cache.open_database(folder) as database, cache.transaction(database):
+    if (folder / shards.DATABASE).is_file():
+        with shards.open_database(folder) as database, shards.transaction(database):
             unused = database.execute("SELECT id FROM shards WHERE used <= ?", (limit,)).fetchall()
             for (shard,) in unused:
-                cache.delete_shard(database, folder, shard)
+                shards.delete_shard(database, folder, shard)
             if not database.execute("SELECT 1 FROM shards LIMIT 1").fetchone():
                 for table in ("images", "files", "lists"):
                     database.execute(f"DELETE FROM {table}")

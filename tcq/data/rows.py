@@ -1,4 +1,4 @@
-"""Rows of several arrays as one array, read only when they are asked for."""
+"""Rows of several arrays as one array; an index reads the rows that it names, and no others."""
 
 import mmap
 from collections.abc import Sequence
@@ -33,13 +33,14 @@ class Rows:
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         """The rows of a slice, an array of numbers, a mask, or one number. Raises IndexError."""
+        one = np.ndim(self._rows[rows]) == 0
         numbers, places = np.atleast_1d(self._numbers[rows]), np.atleast_1d(self._rows[rows])
         out = np.empty((len(places), *self.shape[1:]), self.dtype)
         for number in np.unique(numbers):
             here = numbers == number
             out[here] = self._arrays[number][places[here]]
         self._forget(out.nbytes)
-        return out if np.ndim(self._rows[rows]) else out[0]
+        return out[0] if one else out
 
     def _forget(self, size: int) -> None:
         """Gives mapped pages back after every `KEPT` bytes: the operating system keeps the files in its own cache."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from tcq.data import cache
+from tcq.data import cache, shards
 from tcq.data.datasets import prepare
 from tcq.data.source import Source, SourceError
 from tcq.runtime import signals, storage
@@ -61,7 +61,7 @@ def _read(name: str, folder: str, home: str, data: ConfigDict) -> Source:
     files = sorted(p for p in Path(folder).iterdir() if p.is_file())
     stats = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
     rule = cache.rule_of(data)
-    key = hashlib.sha256(json.dumps([cache.VERSION, folder, stats]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([shards.VERSION, folder, stats]).encode()).hexdigest()
     decoded, arrays = cache.recall(key, rule) or _decode(key, builder, rule)
     if decoded.skipped:
         total = len(decoded.names) + len(decoded.skipped)
