@@ -2,6 +2,7 @@
 
 import csv
 import fnmatch
+import io
 import json
 import os
 import re
@@ -119,7 +120,7 @@ def _of_folders(names: Sequence[str], *, years: bool) -> Labels:
         below = [name.partition(os.sep)[2] for name in below]
         classes = {name.split(os.sep)[0] for name in below if os.sep in name}
     if len(classes) < 2 or not all(os.sep in name for name in below):
-        return Labels([], None, "no labels: not every image is in the folder of a class (data.labels)")
+        return Labels([], None, "no labels: the images are not in the folders of two or more classes (data.labels)")
     if not years and all(TIMES.fullmatch(c) for c in classes):
         return Labels(
             [], None, "no labels: the sub-folders are times or cameras (data.labels=folders makes them classes)"
@@ -144,7 +145,7 @@ def _of_file(names: Sequence[str], path: Path, root: Path) -> Labels:
             f"data.labels {str(path)!r} cannot be read: {error.strerror}: use auto, folders, none, or a .csv or "
             f".jsonl file"
         ) from None
-    rows = _json_rows(text, path) if path.suffix in (".jsonl", ".json") else _csv_rows(text)
+    rows = _csv_rows(text, path) if path.suffix == ".csv" else _json_rows(text, path)
     known = {os.path.relpath(os.path.join(root, p), root): [x for x in found if x] for p, found in rows}
     missing = [n for n in names if not known.get(n)]
     if missing:
@@ -163,20 +164,26 @@ def _of_file(names: Sequence[str], path: Path, root: Path) -> Labels:
     return Labels(classes, hot, note)
 
 
-def _csv_rows(text: str) -> Iterable[tuple[str, list[str]]]:
+def _csv_rows(text: str, path: Path) -> Iterable[tuple[str, list[str]]]:
     """Rows of path,label[,label...]; a first row "path,label" is a heading."""
-    for i, row in enumerate(csv.reader(text.splitlines())):
-        if row and not (i == 0 and row[0].strip().lower() in ("path", "image", "file", "filename")):
-            yield row[0].strip(), [label.strip() for label in row[1:]]
+    reader = csv.reader(io.StringIO(text, newline=""))
+    try:
+        for i, row in enumerate(reader):
+            if row and not (i == 0 and row[0].strip().lower() in ("path", "image", "file", "filename")):
+                yield row[0].strip(), [label.strip() for label in row[1:]]
+    except csv.Error as error:
+        raise SourceError(f"{path}, line {reader.line_num}: {error}: rows must be path,label[,label ...]") from None
 
 
 def _json_rows(text: str, path: Path) -> Iterable[tuple[str, list[str]]]:
     """Rows of {"path": ..., "label": ...} or {"path": ..., "labels": [...]}."""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # a string of JSON may hold other ends of lines
         if line.strip():
             try:
                 row = json.loads(line)
                 found = row["labels"] if "labels" in row else [row["label"]]
+                if not isinstance(row["path"], str) or not isinstance(found, list):
+                    raise TypeError(f"path {row['path']!r}, labels {found!r}")
                 yield row["path"], [str(label) for label in found]
             except (ValueError, KeyError, TypeError) as error:
                 raise SourceError(

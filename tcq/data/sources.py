@@ -64,6 +64,10 @@ def folder(path: str | Path, rule: cache.Rule, *, labels: str = "auto", exclude:
     root = storage.download(str(path)) if storage.is_url(path) else Path(os.path.abspath(Path(path).expanduser()))
     if not root.is_dir():
         raise SourceError(f"image folder {str(root)!r} {'is not a folder' if root.exists() else 'not found'}")
+    if labels not in folders.LABELS and not Path(labels).is_file():
+        raise SourceError(
+            f"data.labels {labels!r} not found: use {', '.join(folders.LABELS)}, or a .csv or .jsonl file"
+        )
     listing = folders.walk(root, exclude)
     if not listing.files:
         left_out = f" but {_first(listing.excluded)}, which are left out (data.exclude)" if listing.excluded else ""

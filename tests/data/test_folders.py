@@ -1,3 +1,5 @@
+import csv
+import json
 import os
 from pathlib import Path
 
@@ -56,6 +58,18 @@ def test_what_tcq_writes_is_never_input(tmp_path, run, index):
     assert [s["reason"] for s in source.skipped] == ["a picture that tcq has drawn"]
 
 
+def test_any_name_has_labels(tmp_path):
+    names = ["line\nbreak.png", "separator\u2028.png", 'quote".png', "comma, space.png"]
+    write_images(tmp_path / "images", names)
+    rows = [{"path": name, "label": str(i % 2)} for i, name in enumerate(names)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        csv.writer(file).writerows([row["path"], row["label"]] for row in rows)
+    for table in ("a.csv", "a.jsonl"):
+        source = sources.folder(tmp_path / "images", RULE, labels=str(tmp_path / table))
+        assert [source.classes[i] for i in source.labels] == [str(names.index(n) % 2) for n in source.names], table
+
+
 def test_labels_of_a_file(tmp_path):
     write_images(tmp_path / "images", ["a.png", "b/c.png", "d.png"])
     table = tmp_path / "labels.csv"
@@ -75,5 +89,12 @@ def test_labels_of_a_file(tmp_path):
     lines.write_text('{"path": "a.png"}\n')
     with pytest.raises(SourceError, match="line 1: KeyError"):
         sources.folder(tmp_path / "images", RULE, labels=str(lines))
-    with pytest.raises(SourceError, match=r"none.csv' cannot be read"):
+    for wrong in ('{"path": 7, "label": "cat"}', '{"path": "a.png", "labels": "cat"}', "[]"):
+        lines.write_text(wrong + "\n")
+        with pytest.raises(SourceError, match="line 1: TypeError"):
+            sources.folder(tmp_path / "images", RULE, labels=str(lines))
+    table.write_bytes(b'a.png,"' + b"x" * 200_000 + b'"\n')
+    with pytest.raises(SourceError, match="line 1: field larger than field limit"):
+        sources.folder(tmp_path / "images", RULE, labels=str(table))
+    with pytest.raises(SourceError, match=r"none.csv' not found"):
         sources.folder(tmp_path / "images", RULE, labels=str(tmp_path / "none.csv"))
