@@ -116,6 +116,8 @@ def _fill(folder: Path, config: ConfigDict, source: Source) -> None:
     split = splits.of_source(source, config.data)
     viewed = np.union1d(split.train, split.validation)
     shutil.rmtree(folder, ignore_errors=True)
+    if folder.parent.is_dir():
+        storage.delete_abandoned(folder.parent)
     with storage.temporary_folder(folder) as temporary:
         _write(temporary, config, _run_of(config), source, viewed)
         storage.write_text(temporary / DONE, json.dumps({"images": len(source.images)}))

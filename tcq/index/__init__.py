@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from tcq.data.source import Source
 from tcq.index import changes, scan, store
 from tcq.index.search import Hit, draw, image_of, read_queries, search, search_features
 from tcq.index.store import CorruptedError, Index, IndexFileError, Paths, open_index
-from tcq.runtime import processes
+from tcq.runtime import processes, storage
 
 __all__ = [
     "Changes",
@@ -63,8 +62,7 @@ def build(workdir: str | Path, images: str | Path, out: str | Path, *, which: st
     index = Index(encoder, codes, paths, changes.hash_rows(source, rows), None)
 
     def write() -> None:
-        with store.writing(out):
-            store.refuse_existing(out)
+        with store.building(out):
             store.write(out, index, source.skipped)
 
     processes.on_first(write)
@@ -83,8 +81,7 @@ def update(path: str | Path, images: str | Path | None = None) -> Changes:
 
 def _change(path: str | Path, folders: Sequence[str | Path] | None, *, remove: bool) -> Changes:
     """Brings an index up to date with folders, all of its own by default, under its lock."""
-    with ExitStack() as stack:
-        processes.on_first(lambda: stack.enter_context(store.writing(path)) or 0)
+    with processes.entered_by_first(lambda: store.changing(path)):
         index = open_index(path)
         if folders is None:
             folders = [root for root in index.paths.roots if root]
@@ -92,21 +89,18 @@ def _change(path: str | Path, folders: Sequence[str | Path] | None, *, remove: b
                 raise IndexFileError(
                     f"index {str(path)!r} holds embeddings, whose folder it does not know: use --images"
                 )
-        total, skipped = Changes(0), []
-        for images in folders:
-            source = scan.read_folder(index.encoder, images)
-            index, one = _with_folder(index, scan.root_of(images), source, remove=remove)
-            total = Changes(
-                total.added + one.added,
-                total.edited + one.edited,
-                total.moved + one.moved,
-                total.removed + one.removed,
-            )
-            skipped += source.skipped
+        sources = [(scan.root_of(images), scan.read_folder(index.encoder, images)) for images in folders]
+        done = []
+        for removing in (False, True) if remove else (False,):  # removed last: a file may have moved to a later folder
+            for root, source in sources:
+                index, one = _with_folder(index, root, source, remove=removing)
+                done.append(one)
         processes.require_same("images", list(index.paths))
         final = index
+        skipped = [row for _, source in sources for row in source.skipped]
         processes.on_first(lambda: store.write(path, final, skipped))
-    return total._replace(skipped=skipped)
+    added, edited, moved = (sum(column) for column in zip(*(one[:3] for one in done), strict=True))
+    return Changes(added, edited, moved, sum(one.removed for one in done), skipped)
 
 
 def _with_folder(index: Index, root: str, source: Source, *, remove: bool) -> tuple[Index, Changes]:
@@ -120,8 +114,7 @@ def _with_folder(index: Index, root: str, source: Source, *, remove: bool) -> tu
 
 def remove(path: str | Path, names: list[str]) -> int:
     """Removes images by path, or all below a folder; returns their number. Raises IndexFileError if there is none."""
-    with ExitStack() as stack:
-        processes.on_first(lambda: stack.enter_context(store.writing(path)) or 0)
+    with processes.entered_by_first(lambda: store.changing(path)):
         index = open_index(path)
         found = {name: changes.matches(index, name) for name in names}
         missing = [name for name, items in found.items() if not items]
@@ -152,8 +145,7 @@ def move_root(path: str | Path, new: str, *, old: str | None = None) -> int:
     Raises IndexFileError if the index does not know the old folder, or the new one holds none of its images.
     """
     new = scan.root_of(new)
-    with ExitStack() as stack:
-        processes.on_first(lambda: stack.enter_context(store.writing(path)) or 0)
+    with processes.entered_by_first(lambda: store.changing(path)):
         index = open_index(path)
         roots = index.paths.roots
         if old is None and len(roots) == 1:
@@ -163,13 +155,8 @@ def move_root(path: str | Path, new: str, *, old: str | None = None) -> int:
                 f"--root: index {str(path)!r} has the folders {', '.join(roots)}: write --root=OLD=NEW"
             )
         own = np.flatnonzero(index.paths.numbers == roots.index(old)).tolist()
-        if not any(os.path.exists(os.path.join(new, index.paths.name(i))) for i in own):
+        if not storage.is_url(new) and not any(os.path.exists(os.path.join(new, index.paths.name(i))) for i in own):
             raise IndexFileError(f"--root={new}: none of the {len(own):,} images of {old} is there")
-        moved = Paths([new if root == old else root for root in roots], **_columns(index.paths))
+        moved = index.paths.with_roots([new if root == old else root for root in roots])
         processes.on_first(lambda: store.write(path, index._replace(paths=moved), []))
     return len(own)
-
-
-def _columns(paths: Paths) -> dict[str, np.ndarray]:
-    columns = paths.columns()
-    return {"numbers": columns["roots"], "names": columns["names"], "offsets": columns["offsets"]}

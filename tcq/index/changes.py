@@ -117,28 +117,35 @@ def hash_rows(source: Source, rows: Sequence[int]) -> np.ndarray:
 
 
 def matches(index: Index, path: str) -> list[int]:
-    """The items that a path names, or that are below it. Links are not followed below the root of an item."""
-    absolute = path.rstrip("/") if storage.is_url(path) else os.path.abspath(os.path.expanduser(path))
-    wanted = {
-        number: name for number, root in enumerate(index.paths.roots) if (name := _below(absolute, root)) is not None
-    }
+    """The items that a path, a URL or the name of an embedding names, or that are below it.
+
+    Links are not followed below the root of an item.
+    """
+    wanted = {number: _below(path, root) for number, root in enumerate(index.paths.roots)}
     found = []
     for i, number in enumerate(index.paths.numbers.tolist()):
-        name = wanted.get(number)
+        name = wanted[number]
         if name is None:
             continue
         own = index.paths.name(i)
-        if name == "." or own == name or own.startswith(name + "/"):
+        if name == "." or own == name or (index.paths.roots[number] and own.startswith(name + "/")):
             found.append(i)
     return found
 
 
 def _below(path: str, root: str) -> str | None:
     """The name of a path below a root, "." for the root itself or a folder above it; None if it is elsewhere."""
-    if not root or storage.is_url(root):
-        return path.removeprefix(root.rstrip("/")).strip("/") or "." if root and path.startswith(root) else None
-    real = os.path.realpath(root)
-    for place in (Path(path), *Path(path).parents):
-        if os.path.realpath(place) == real:
-            return os.path.relpath(path, place)
-    return "." if real.startswith(os.path.realpath(path).rstrip("/") + "/") else None
+    if not root:
+        return path  # the name of an embedding
+    if storage.is_url(root) or storage.is_url(path):
+        start, path = root.rstrip("/") + "/", path.rstrip("/") + "/"
+        return path.removeprefix(start).rstrip("/") or "." if path.startswith(start) else _above(path, start)
+    place, real = Path(os.path.abspath(os.path.expanduser(path))), os.path.realpath(root)
+    for parent in (place, *place.parents):
+        if os.path.realpath(parent) == real:
+            return os.path.relpath(place, parent)
+    return _above(os.path.realpath(place).rstrip("/") + "/", real)
+
+
+def _above(folder: str, root: str) -> str | None:
+    return "." if root.startswith(folder) else None

@@ -81,6 +81,10 @@ class Paths(Sequence[str]):
         i = range(len(self))[i]
         return os.fsdecode(self._names[self._offsets[i] : self._offsets[i + 1]].tobytes())
 
+    def with_roots(self, roots: Sequence[str]) -> "Paths":
+        """The same images below other roots, in the order of these."""
+        return Paths(roots, self.numbers, self._names, self._offsets)
+
     def columns(self) -> dict[str, np.ndarray]:
         """The arrays that are stored."""
         return {"roots": self.numbers, "names": self._names, "offsets": self._offsets}
@@ -197,16 +201,24 @@ def refuse_existing(out: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Holds the lock of an index; a second writer waits. Raises IndexFileError for one in a bucket that exists."""
-    if storage.is_url(path):
-        if storage.read(storage.join(path, META)) is not None:
-            raise IndexFileError(
-                f"an index in a bucket cannot be changed, because its files cannot be replaced together: build it "
-                f"again, or download {path}, change it, and upload it under another name"
-            )
+def building(path: str | Path) -> Iterator[None]:
+    """Holds the lock of a new index; a bucket has none. Raises IndexFileError as `refuse_existing`."""
+    lock = contextlib.nullcontext() if storage.is_url(path) else locks.lock(path, wait=True)
+    with lock:
+        refuse_existing(path)
         yield
-        return
+
+
+@contextlib.contextmanager
+def changing(path: str | Path) -> Iterator[None]:
+    """Holds the lock of an index; a second writer waits. Raises IndexFileError if there is none, or in a bucket."""
+    if storage.is_url(path):
+        raise IndexFileError(
+            f"an index in a bucket cannot be changed, because its files cannot be replaced together: build it again, "
+            f"or download {path}, change it, and upload it under another name"
+        )
+    if not (Path(path) / PREVIOUS).is_file():  # by which a corrupted one is opened
+        _read_meta(Path(path), META)
     with locks.lock(path, wait=True):
         yield
 

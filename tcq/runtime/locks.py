@@ -27,16 +27,16 @@ class LockedError(ValueError):
 
 @contextlib.contextmanager
 def lock(folder: str | Path, *, wait: bool) -> Iterator[None]:
-    """Holds the lock of a folder, which is created, and deleted if nothing is written to it.
+    """Holds the lock of a folder. The folders that this creates are deleted if nothing is written to them.
 
     If another process holds it, this one waits with `wait`, and raises LockedError without.
 
     The operating system releases the lock when the process ends, also by kill -9. Between hosts it holds where the file
     system shares locks, as NFS 4 does; where it has none, a warning says so, and nothing is locked.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    path = Path(folder) / NAME
-    file = _open_locked(path, wait=wait)
+    folder = Path(folder)
+    created = [p for p in (folder, *folder.parents) if not p.exists()]
+    file = _open_locked(folder / NAME, wait=wait)
     with file:
         file.truncate(0)
         file.write(json.dumps({"host": platform.node(), "pid": os.getpid(), "time": time.ctime()}))
@@ -44,10 +44,11 @@ def lock(folder: str | Path, *, wait: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            if [p.name for p in Path(folder).iterdir()] == [NAME]:  # nothing was written
-                with contextlib.suppress(OSError):
-                    path.unlink()
-                    Path(folder).rmdir()
+            with contextlib.suppress(OSError):  # a folder is not empty, or was deleted
+                if [p.name for p in folder.iterdir()] == [NAME]:
+                    (folder / NAME).unlink()
+                for path in created:
+                    path.rmdir()
 
 
 def _open_locked(path: Path, *, wait: bool) -> TextIO:

@@ -11,7 +11,8 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -132,6 +133,14 @@ def on_first(function: Callable[[], T]) -> T:
         raise
     exchange({"value": value})
     return value
+
+
+@contextmanager
+def entered_by_first(make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Enters a context, such as a lock, in process 0 only. If that raises, all processes raise as in `on_first`."""
+    with ExitStack() as stack:
+        on_first(lambda: bool(stack.enter_context(make())))
+        yield
 
 
 def is_refusal(error: Exception) -> bool:

@@ -11,8 +11,9 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from tcq.runtime import log, signals
 UPLOAD_EVERY = 60.0  # seconds
 DOWNLOAD_BATCH = 256  # files requested together
 TEMPORARY = ".tmp-"  # in the names of files and folders that are being written
+ABANDONED_FILE, ABANDONED_FOLDER = 600.0, 86_400.0  # seconds without a change, after which its writer was killed
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +89,18 @@ def temporary_folder(path: str | Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def delete_abandoned(folder: Path) -> None:
+    """Deletes temporary files and folders that killed processes have left in a folder.
+
+    One that was written to in the last ten minutes (a folder: in the last day) may belong to a process that lives.
+    """
+    for path in folder.glob(f"{TEMPORARY}*"):
+        with suppress(FileNotFoundError):  # another process has deleted or renamed it
+            newest = max(p.stat().st_mtime for p in (path, *path.rglob("*")))
+            if time.time() - newest > (ABANDONED_FOLDER if path.is_dir() else ABANDONED_FILE):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def is_url(place: str | Path) -> bool:

@@ -46,7 +46,8 @@ def train(
     """
     checkpoint.check_place(workdir)
     promotion = jax.numpy_dtype_promotion("standard")  # which optax and flax take for granted
-    with promotion, _locked(workdir), storage.mirror(workdir, writes=processes.is_first()) as mirror:
+    locked = processes.entered_by_first(lambda: _lock(workdir))
+    with promotion, locked, storage.mirror(workdir, writes=processes.is_first()) as mirror:
         source, split = run.read_data(config, mirror.folder)
         changes = run.claim(mirror, workdir, config, source, split, allow_changes=allow_changes)
         model = retriever.from_config(config, axis_name=AXIS)
@@ -69,19 +70,13 @@ def train(
 
 
 @contextmanager
-def _locked(workdir: str | Path) -> Iterator[None]:
-    """Holds the lock of a workdir that is a folder. Raises LockedError if another run writes to it."""
-    with ExitStack() as stack:
-        if not storage.is_url(workdir):
-            processes.on_first(lambda: stack.enter_context(_lock(workdir)) or 0)
-        yield
-
-
-@contextmanager
 def _lock(workdir: str | Path) -> Iterator[None]:
+    """Holds the lock of a workdir; a bucket has none. Raises LockedError if another run writes to it, WorkdirError."""
     with ExitStack() as stack:
         try:
-            stack.enter_context(locks.lock(workdir, wait=False))
+            if not storage.is_url(workdir):
+                stack.enter_context(locks.lock(workdir, wait=False))
+                storage.delete_abandoned(Path(workdir))
         except OSError as error:
             raise workdirs.WorkdirError(
                 f"--workdir {str(workdir)!r} cannot be written: {error.strerror or error}"

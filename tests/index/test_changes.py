@@ -47,7 +47,7 @@ def test_edited_deleted_renamed_and_new_files(built, photos, images, monkeypatch
     done = small.main("index", f"--out={built}", "--update")
     assert done.returncode == 0, done.stderr
     assert "1 images added, 1 edited, 2 moved, 1 removed" in done.stdout
-    assert encoded == [2]  # a file that was moved costs nothing
+    assert sum(encoded) == 2  # a file that was moved costs nothing
     after = by_name(built)
     assert after.keys() == (before.keys() - {names[1], names[2]}) | {"renamed.png", "new.png"}
     assert after["renamed.png"] == before[names[2]] and after[names[3]] == before[names[3]]
@@ -136,6 +136,42 @@ def test_the_entry_with_the_given_name_goes(run, images, tmp_path, monkeypatch):
         assert left == names, name
 
 
+def test_a_file_that_moves_to_another_folder_of_the_index_is_not_encoded_again(run, images, tmp_path, monkeypatch):
+    first, second = (shutil.copytree(images / f"class {i}", tmp_path / str(i)) for i in (3, 4))
+    indexes.build(run, first, tmp_path / "index")
+    indexes.add(tmp_path / "index", second)
+    names = sorted(p.name for p in first.iterdir() if p.stem.isdecimal())
+    (first / names[0]).rename(second / "from the other folder.png")
+    encoded, codes = [], encode.codes
+    monkeypatch.setattr(encode, "codes", lambda encoder, rows: encoded.append(len(rows)) or codes(encoder, rows))
+    assert indexes.update(tmp_path / "index")[:4] == (0, 0, 1, 0) and sum(encoded) == 0
+
+
+def test_urls_and_names_of_embeddings_are_matched_as_they_are(built, monkeypatch, tmp_path):
+    from tcq.index import changes
+
+    opened = indexes.open_index(built)
+    names = ["class 1/a.png", "class 1/b.png", "class 2/a.png"]
+    paths = indexes.Paths.of(["gs://bucket/photos", ""], [0, 0, 1], names)
+    index = opened._replace(paths=paths)
+    assert changes.matches(index, "gs://bucket/photos/class 1/a.png") == [0]
+    assert (
+        changes.matches(index, "gs://bucket/photos/class 1/") == changes.matches(index, "gs://bucket/photos") == [0, 1]
+    )
+    assert changes.matches(index, "gs://bucket/photos2") == changes.matches(index, "gs://bucket/photos/class") == []
+    assert changes.matches(index, "class 2/a.png") == [2] and changes.matches(index, "class 2") == []
+    monkeypatch.chdir(tmp_path)
+    for path in ("/class 1", "class 1", "/class 1/a.png", "/class 2/a.png", str(tmp_path / "class 1")):
+        assert changes.matches(index, path) == [], path
+
+
+def test_a_change_of_no_index_leaves_nothing_behind(images, tmp_path):
+    for flags in (["--update"], ["--remove", "x"], [f"--root={images}"], ["--add", f"--images={images}"]):
+        done = small.main("index", f"--out={tmp_path / 'no' / 'index'}", *flags)
+        small.assert_refused(done, "not found")
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_flags_that_do_not_go_together_are_refused(built, run, images):
     for flags, words in (
         (["--add", "--remove", "x"], "not allowed with"),
@@ -187,7 +223,9 @@ def test_the_lock_of_a_killed_process_is_free_and_that_of_a_living_one_names_it(
     process.stdout.close()
 
 
-def test_readers_see_the_old_or_the_new_index(built, photos, images):
+def test_readers_see_the_old_or_the_new_index(built, images):
+    from tcq.index import store
+
     small_index = indexes.open_index(built)
     indexes.add(built, images / "class 4")
     large = indexes.open_index(built)
@@ -195,12 +233,12 @@ def test_readers_see_the_old_or_the_new_index(built, photos, images):
     ended = threading.Event()
 
     def write():
-        from tcq.index import store
-
-        for i in range(150):
-            with store.writing(built):
-                store.write(built, (small_index, large)[i % 2], [])
-        ended.set()
+        try:
+            for i in range(150):
+                with store.changing(built):
+                    store.write(built, (small_index, large)[i % 2], [])
+        finally:
+            ended.set()
 
     writer = threading.Thread(target=write)
     writer.start()

@@ -82,6 +82,22 @@ def test_image_folders_and_indexes_may_look_like_patterns(run, images, tmp_path)
     assert small.main("index", f"--out={out}", "--update").returncode == 0
 
 
+def test_a_refusal_leaves_no_folder_behind(tmp_path):
+    done = small.main("train", "--config=configs/folder.py:/no/such", f"--workdir={tmp_path / 'a' / 'b' / 'run'}")
+    small.assert_refused(done, "not found")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_was_writing_goes_at_the_next_one(tmp_path):
+    (tmp_path / "run").mkdir()
+    old, new = (tmp_path / "run" / f".tmp-config.json-{i}" for i in (1, 2))
+    for path in (old, new):
+        path.write_text("{")
+    os.utime(old, (0, 0))
+    train.train(small.shared("train.total_steps=1"), tmp_path / "run")
+    assert not old.exists() and new.exists()  # which may belong to a process that lives
+
+
 def test_a_second_run_in_a_workdir_is_refused_and_named(tmp_path):
     with locks.lock(tmp_path / "run", wait=False):
         done = small.main("train", "--config=configs/digits.py", f"--workdir={tmp_path / 'run'}")
