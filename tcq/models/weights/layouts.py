@@ -232,6 +232,10 @@ def _timm(t: Tensors, model: dict[str, Any]) -> dict[str, np.ndarray]:
     return _nest("params", out)
 
 
+def _is_original_dinov2(t: Tensors) -> bool:
+    return "blocks.0.ls1.gamma" in t and "mask_token" in t and "blocks.0.attn.qkv.weight" in t
+
+
 def _embed(t: Tensors, name: str) -> dict[str, np.ndarray]:
     return {"embed/kernel": t[f"{name}.weight"].transpose(2, 3, 1, 0), "embed/bias": t[f"{name}.bias"]}
 
@@ -365,8 +369,22 @@ LAYOUTS = (
         _hf,
     ),
     Layout(
-        Family("original DINOv2", *IMAGENET, "crop", "bicubic", 224 / 256, "bicubic_antialias", r"head\..*|mask_token"),
-        lambda t: "blocks.0.ls1.gamma" in t and "mask_token" in t and "blocks.0.attn.qkv.weight" in t,
+        Family(
+            "original DINOv2 with registers",
+            *IMAGENET,
+            "crop",
+            "bicubic",
+            224 / 256,
+            "bicubic_antialias",
+            r"head\..*|mask_token",
+        ),
+        lambda t: _is_original_dinov2(t) and "reg_token" in t,
+        _timm_model,
+        _timm,
+    ),
+    Layout(
+        Family("original DINOv2", *IMAGENET, "crop", "bicubic", 224 / 256, "bicubic", r"head\..*|mask_token"),
+        lambda t: _is_original_dinov2(t),
         _timm_model,
         _timm,
     ),
