@@ -1,6 +1,6 @@
 """What a collection that changes costs: time and peak memory of each command, beside a script that encodes all again.
 
-    python benchmarks/collections.py --images=100000 --folder=/tmp/collection
+    python benchmarks/collections.py --images=100000 --folder=collection
 
 It makes small JPEG files, trains a small model for two steps, and runs each command in a process of its own, whose peak
 memory the kernel tells. The script decodes and encodes all images with the same model, and writes the codes.

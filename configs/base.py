@@ -95,7 +95,7 @@ def get_config() -> ConfigDict:
     c.train = _train()
     c.eval = _eval()
     c.checkpoint = checkpoint = ConfigDict()
-    checkpoint.every_steps = 500  # and after the last step
+    checkpoint.every_steps = 500  # and after each validation
     checkpoint.keep = 1  # newest checkpoints kept, beside the best
     return c
 
@@ -247,7 +247,7 @@ def _eval() -> ConfigDict:
     evaluation.empty = "zero"  # queries without relevant items: zero (they score 0) | skip
     evaluation.exclude_query = True  # a query that is in the database is not among its own answers
     evaluation.max_scores = 8_388_608  # float32 scores in memory at once
-    evaluation.baseline_mib = 64  # MiB of pixels on which FAISS PQ is trained; left out where these are too few
+    evaluation.baseline_mib = 128  # MiB of pixels on which FAISS PQ is trained; left out where these are too few
     evaluation.batch_size = 64  # images per encoding step and device
     evaluation.max_database = 10_000  # database images for validation during training
     return evaluation

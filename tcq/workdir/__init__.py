@@ -1,8 +1,8 @@
 """The workdir of a training run: which config and which images it is for.
 
 A workdir holds config.json, data.json (digests of images and split), images.npz (names and contents of the images),
-changes.jsonl, skipped.jsonl, repaired.jsonl, checkpoints/,
-metrics.jsonl and tensorboard/; evaluation adds results.json and pictures.
+changes.jsonl, skipped.jsonl, repaired.jsonl, checkpoints/, metrics.jsonl and tensorboard/; evaluation adds
+results.json, queries.jsonl and pictures.
 """
 
 import hashlib
@@ -143,11 +143,10 @@ def claim_data(folder: Path, source: Source, split: protocols.Split) -> None:
 def _write_images(folder: Path, source: Source) -> None:
     """Stores names and contents of the images, for messages, and for images that are renamed."""
     assert source.digests is not None
-    names = zlib.compress(json.dumps(source.names).encode())
+    names = np.frombuffer(zlib.compress(json.dumps(source.names).encode()), np.uint8)
+    digests = np.frombuffer(b"".join(source.digests), np.uint8).reshape(len(source.digests), -1)
     with storage.atomic(folder / IMAGES) as temporary, open(temporary, "wb") as file:
-        np.savez(
-            file, names=np.frombuffer(names, np.uint8), digests=np.array([list(d) for d in source.digests], np.uint8)
-        )
+        np.savez(file, names=names, digests=digests)
 
 
 def _read_images(folder: Path) -> tuple[list[str], list[bytes]] | None:

@@ -88,7 +88,7 @@ def save(
     Raises:
       CheckpointError: a number is not finite, or the disk is full; then nothing is saved.
     """
-    _check_space(manager, state)
+    processes.on_first(lambda: _check_space(manager, state))
     digests = {name: _digests(tree) for name, tree in state.items()}
     for name, tree in state.items():
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
@@ -112,7 +112,7 @@ def save(
 def _check_space(manager: ocp.CheckpointManager, state: Mapping[str, Any]) -> None:
     """Raises CheckpointError on a full disk, where Orbax would fail in its threads."""
     folder = str(manager.directory)
-    if storage.is_url(folder) or not processes.is_first():
+    if storage.is_url(folder):
         return
     needed = int(SPARE * sum(np.asarray(x).nbytes for x in jax.tree.leaves(dict(state))))
     free = shutil.disk_usage(folder).free

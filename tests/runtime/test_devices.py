@@ -39,3 +39,20 @@ def test_fetched_arrays_are_copies():
     fetched = devices.fetch(x)
     jax.tree.map(lambda a: a.delete(), x)
     np.testing.assert_array_equal(fetched["a"], np.arange(3.0))
+
+
+def test_arrays_that_are_placed_stay_where_they_are(run, monkeypatch):
+    from tcq import encode
+
+    encoder = encode.load(run)
+    transferred, put = [], jax.device_put
+
+    def counted(x, *arguments, **options):
+        transferred.append(np.size(x))
+        return put(x, *arguments, **options)
+
+    monkeypatch.setattr(jax, "device_put", counted)
+    again = devices.place(encoder.variables)
+    assert all(a is b for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(encoder.variables), strict=True))
+    encode.encode(encoder, np.zeros((3, 8, 8, 3), np.uint8))
+    assert not transferred  # a search does not send the weights again
