@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-KEPT = 2**26  # bytes that are read before mapped pages are given back
+KEPT = 2**26  # bytes that are mapped before pages are given back
+AROUND = 2**21  # bytes that the operating system maps where a read begins, at most
 
 
 class Rows:
@@ -22,7 +23,7 @@ class Rows:
             lengths = [len(a) for a in arrays]
             numbers = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
             places = numbers, np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])
-        self._read = 0  # bytes since pages were given back
+        self._mapped = 0  # bytes since pages were given back, at most
         self._numbers: np.ndarray = places[0]
         self._rows: np.ndarray = places[1]
         self.shape: tuple[int, ...] = (len(self._rows), *self._arrays[0].shape[1:])
@@ -39,15 +40,15 @@ class Rows:
         for number in np.unique(numbers):
             here = numbers == number
             out[here] = self._arrays[number][places[here]]
-        self._forget(out.nbytes)
+        self._forget(out.nbytes + AROUND * (1 + int(np.count_nonzero(np.diff(places) != 1))))
         return out[0] if one else out
 
     def _forget(self, size: int) -> None:
         """Gives mapped pages back after every `KEPT` bytes: the operating system keeps the files in its own cache."""
-        self._read += size
-        if self._read < KEPT:
+        self._mapped += size
+        if self._mapped < KEPT:
             return
-        self._read = 0
+        self._mapped = 0
         for array in self._arrays:
             mapped = getattr(array, "_mmap", None)
             if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):

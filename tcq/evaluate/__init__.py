@@ -131,6 +131,11 @@ def _cosine(queries: np.ndarray, database: np.ndarray) -> retrieval.Scorer:
     return lambda block: unit[0][block] @ unit[1].T
 
 
+def _split(rows: np.ndarray, most: int) -> list[np.ndarray]:
+    """The rows in parts of about one size, at most `most`."""
+    return np.array_split(rows, max(-(-len(rows) // most), 1))
+
+
 def _baselines(evaluation: Evaluation) -> dict[str, retrieval.Scorer]:
     """Scores by FAISS PQ on pixels, and by PQ, PCA + PQ and PCA + signs on our features, with as many bits as ours."""
     encoder, source, split, queries, database = evaluation
@@ -145,17 +150,20 @@ def _baselines(evaluation: Evaluation) -> dict[str, retrieval.Scorer]:
     sample = np.random.RandomState(0).permutation(len(split.database))[: FAISS_SAMPLE * q.num_codewords]
 
     def pq(
-        query: Callable[[slice], np.ndarray], item: Callable[[np.ndarray], np.ndarray], sample: np.ndarray = sample
+        query: Callable[[np.ndarray], np.ndarray], item: Callable[[np.ndarray], np.ndarray], sample: np.ndarray = sample
     ) -> retrieval.Scorer:
-        rows = max(BLOCK_BYTES // max(item(sample[:1]).nbytes, 1), 1)
-        blocks = np.array_split(np.arange(len(split.database)), -(-len(split.database) // rows))
+        most = max(BLOCK_BYTES // max(item(sample[:1]).nbytes, 1), 1)
+        blocks = _split(np.arange(len(split.database)), most)
         codebooks, codes = baselines.faiss_pq(
             item(sample), map(item, blocks), num_codebooks=q.num_codebooks, num_codewords=q.num_codewords
         )
 
+        def table(rows: np.ndarray) -> np.ndarray:
+            return np.asarray(ranking.lookup_table(baselines.pad(query(rows), q.num_codebooks), codebooks, metric="l2"))
+
         def score(block: slice) -> np.ndarray:
-            rows = baselines.pad(query(block), q.num_codebooks)
-            return np.asarray(ranking.scores(ranking.lookup_table(rows, codebooks, metric="l2"), codes))
+            parts = _split(np.arange(len(split.query))[block], most)
+            return np.asarray(ranking.scores(np.concatenate([table(rows) for rows in parts]), codes))
 
         return score
 

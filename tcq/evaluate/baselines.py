@@ -44,9 +44,9 @@ def faiss_pq(
 
 
 def pad(vectors: Float[np.ndarray, "N D"], num_codebooks: int) -> Float[np.ndarray, "N E"]:
-    """float32 vectors with zeros appended until M divides their width."""
+    """float32 vectors with zeros appended until M divides their width; they are copied only if there are any."""
     extra = -vectors.shape[1] % num_codebooks
-    return np.ascontiguousarray(np.pad(vectors, [(0, 0), (0, extra)]), np.float32)
+    return np.ascontiguousarray(np.pad(vectors, [(0, 0), (0, extra)]) if extra else vectors, np.float32)
 
 
 def faiss_opq(

@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -56,6 +59,21 @@ def test_rows_of_shards_are_those_of_the_whole(sizes, data):
     np.testing.assert_array_equal(shards[part], whole[part])
     np.testing.assert_array_equal(shards[len(whole) - 1], whole[-1])
     np.testing.assert_array_equal(shards.with_axis()[part], whole[part][:, None])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="the mapped pages are counted by Linux")
+def test_rows_read_here_and_there_leave_few_pages_mapped(tmp_path):
+    """The operating system maps many pages around each row that is read."""
+    path, width, count = tmp_path / "rows.u8", 4096, 2**15
+    with open(path, "wb") as file:
+        file.truncate(width * count)
+    rows = Rows([np.memmap(path, np.uint8, "r", shape=(count, width))])
+    for first in range(0, count, 32):
+        assert not rows[first : first + 1].any()
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if str(path) in line)
+    resident = next(line for line in lines[start:] if line.startswith("Rss:"))
+    assert int(resident.split()[1]) * 1024 <= width * count / 4
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

@@ -58,8 +58,9 @@ def test_map_is_that_of_the_stored_codes(run, scored):
     np.testing.assert_allclose(results["mAP"]["random"], exact, rtol=1e-9)
 
 
-def test_the_number_of_devices_does_not_matter(run, scored, tmp_path):
+def test_devices_and_blocks_do_not_matter(run, scored, tmp_path, monkeypatch):
     workdir = shutil.copytree(run, tmp_path / "run")
+    monkeypatch.setattr(evaluate, "BLOCK_BYTES", 3 * 8 * 8 * 3 * 4)  # three images at a time for FAISS
     again = evaluate.evaluate(workdir)  # on 8 devices
     results = scored[1]
     assert again["mAP"] == results["mAP"] and again["curves"] == results["curves"]
