@@ -177,4 +177,5 @@ def _check_metric(metric: str) -> None:
 @jax.jit
 def _scores(tables: Array, codes: Array, norms: Array | None) -> Array:
     total = _sum_entries(tables, codes)
-    return total if norms is None else total / jnp.maximum(norms, 1e-12)[None]
+    # Not a quotient: XLA would choose between one and this product, which rounds differently.
+    return total if norms is None else total * (1 / jnp.maximum(norms, 1e-12))[None]

@@ -1,0 +1,89 @@
+"""Exact search: the k nearest items of queries, with the scores, ids and ties of `ranking.top_k`, but faster.
+
+`build` chooses how, by the number of items and bits; the answers are the same.
+
+* buckets: up to 16 bits; and up to 32 bits if there are many items, or scores are divided by norms.
+* candidates: FAISS, FastScan if K <= 16, and a proof; where scores are sums.
+* scan: the scores of all items; also where few items are allowed, or k is a large part of them.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt
+
+from tcq.nearest import buckets, candidates, columns, scan
+from tcq.nearest.buckets import Buckets
+from tcq.nearest.candidates import Candidates
+from tcq.nearest.scan import Scan
+
+__all__ = ["Engine", "build", "name", "top_k"]
+
+Engine = Scan | Buckets | Candidates
+FEW = 2**15  # items that are scanned
+MANY = 2**19  # items from which on buckets of half a code are faster than FAISS
+SCANNED = 16  # a scan is as fast where at most one of so many items is allowed
+
+
+def build(
+    codes: UInt[np.ndarray, "N M"], num_codewords: int, *, norms: Float[np.ndarray, " N"] | None = None
+) -> Engine:
+    """Items ready to be searched, held in memory. Scores are divided by `norms` if given."""
+    count, num_codebooks = codes.shape
+    bits = num_codebooks * max((num_codewords - 1).bit_length(), 1)
+    if count <= FEW:
+        return scan.build(codes, num_codewords, norms)
+    if bits <= buckets.BITS or (bits <= 2 * buckets.BITS and (count >= MANY or norms is not None)):
+        return buckets.build(codes, num_codewords, norms)
+    if candidates.fits(num_codebooks, num_codewords, norms):
+        return candidates.build(codes, num_codewords)
+    return scan.build(codes, num_codewords, norms)
+
+
+def name(engine: Engine) -> str:
+    """What `tcq index info` says of it."""
+    if isinstance(engine, Buckets):
+        return f"buckets by {'half of the code' if len(engine.rest) else 'code'}, {len(engine.keys):,} not empty"
+    if isinstance(engine, Candidates):
+        return f"candidates of FAISS {'FastScan' if engine.fast else 'IndexPQ'}, and a proof"
+    return "scan of all items"
+
+
+def top_k(
+    engine: Engine, tables: Float[np.ndarray, "Q M K"], k: int, *, allowed: Bool[np.ndarray, " N"] | None = None
+) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
+    """Scores and ids of the k best items of each query, best first; the lowest id first among ties.
+
+    Only items that are `allowed` are ranked; if there are fewer than k, so many are returned. The queries share the
+    processors of this machine. Raises ValueError if k is below 1.
+    """
+    if k < 1:
+        raise ValueError(f"k {k} must be at least 1")
+    tables = np.asarray(tables, np.float32)
+    count = _count(engine) if allowed is None else int(np.count_nonzero(allowed))
+    k = min(k, count)
+    if k == 0 or not len(tables):
+        return np.zeros((len(tables), k), np.float32), np.zeros((len(tables), k), np.int64)
+    answers: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(tables)
+    if isinstance(engine, Candidates) and count * SCANNED > _count(engine):
+        answers = candidates.search(engine, tables, k, allowed)
+    one_by_one = Scan(engine.columns, None) if isinstance(engine, Candidates) else engine
+    search = buckets.search if isinstance(one_by_one, Buckets) else scan.search
+    by_column = columns.of_tables(tables)
+
+    def answer(query: int) -> tuple[np.ndarray, np.ndarray]:
+        known = answers[query]
+        return search(one_by_one, by_column[query], k, allowed) if known is None else known  # type: ignore[arg-type]
+
+    if len(tables) == 1:
+        found = [answer(0)]
+    else:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = list(pool.map(answer, range(len(tables))))
+    scores, ids = zip(*found, strict=True)
+    return np.stack(scores), np.stack(ids)
+
+
+def _count(engine: Engine) -> int:
+    return len(engine.ids) if isinstance(engine, Buckets) else engine.columns.shape[1]

@@ -1,0 +1,106 @@
+"""The k nearest items of queries among candidates of FAISS, with a proof that no other item is among them.
+
+FAISS sums the tables as they are: codewords are unit vectors of K numbers, and a query is its flat table. Its scores
+differ from ours by rounding, in FastScan of the entries to 8 bits. All items but the candidates score at most the last
+candidate's score plus this error. If that is below the k-th exact score, no other item can be among the k best;
+else there are twice as many candidates.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt
+
+from tcq.nearest import columns
+
+FIRST, LEAST = 2, 32  # candidates at first: so many times k, and so many more
+MOST = 8  # candidates are at most one of so many items; a scan costs no more then
+FLOAT_ERROR = 2.0**-23  # relative, of an addition and of an entry
+MAX_CODEBOOKS, MAX_CODEWORDS = 128, 256  # FastScan sums bytes in 16 bits; unit vectors take K * K numbers
+
+
+class Candidates(NamedTuple):
+    """Items in the order of their ids, and in an index of FAISS."""
+
+    columns: UInt[np.ndarray, "C N"]
+    faiss_index: Any
+    fast: bool  # FastScan: entries are rounded to 8 bits
+
+
+def fits(num_codebooks: int, num_codewords: int, norms: Float[np.ndarray, " N"] | None) -> bool:
+    """Whether FAISS ranks these codes: scores are sums, and the codes are of usual size."""
+    return norms is None and num_codewords <= MAX_CODEWORDS and num_codebooks <= MAX_CODEBOOKS
+
+
+def build(codes: UInt[np.ndarray, "N M"], num_codewords: int) -> Candidates:
+    """Packs the codes for FAISS: FastScan if a codeword has at most 4 bits."""
+    import faiss
+
+    from tcq import quantizer
+
+    bits = quantizer.code_bits(num_codewords)
+    fast = bits <= 4
+    bits = 4 if fast else bits
+    num_codebooks, width = codes.shape[1], 2**bits
+    index = faiss.IndexPQ(num_codebooks * width, num_codebooks, bits, faiss.METRIC_INNER_PRODUCT)
+    one_hot = np.broadcast_to(np.eye(width, dtype=np.float32), (num_codebooks, width, width))
+    faiss.copy_array_to_vector(np.ascontiguousarray(one_hot).ravel(), index.pq.centroids)
+    index.is_trained = True
+    index.add_sa_codes(faiss.pack_bitstrings(codes.astype(np.int32), bits))
+    index = faiss.IndexPQFastScan(index) if fast else index  # type: ignore[arg-type,assignment]
+    return Candidates(columns.of_codes(codes, num_codewords), index, fast)
+
+
+def search(
+    items: Candidates, tables: Float[np.ndarray, "Q M K"], k: int, allowed: Bool[np.ndarray, " N"] | None
+) -> list[tuple[np.ndarray, np.ndarray] | None]:
+    """Scores and ids of the k best items that are allowed, best first, of each query; None where there is no proof."""
+    share = 1.0 if allowed is None else max(float(np.mean(allowed)), 1e-9)
+    size, most = int(FIRST * k / share) + LEAST, items.columns.shape[1] // MOST
+    answers: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(tables)
+    by_column, error = columns.of_tables(tables), _error(items, tables)
+    left = np.flatnonzero(np.isfinite(error))
+    while len(left) and size <= most:
+        last, ids = _ask(items, tables[left], size)
+        for query, bound, numbers in zip(left, last + error[left], ids, strict=True):
+            answers[query] = _proven(items, by_column[query], k, allowed, bound, numbers)
+        left = np.array([q for q in left if answers[q] is None], np.int64)
+        size *= 2
+    return answers
+
+
+def _ask(items: Candidates, tables: Float[np.ndarray, "q M K"], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest score of the candidates of each query, as FAISS computes it, and their ids."""
+    flat = np.zeros((len(tables), tables.shape[1], items.faiss_index.pq.ksub), np.float32)
+    flat[:, :, : tables.shape[2]] = tables
+    flat[:, :, tables.shape[2] :] = tables[:, :, :1]  # codewords that no code has
+    scores, ids = items.faiss_index.search(flat.reshape(len(tables), -1), size)
+    return scores[:, -1], ids
+
+
+def _proven(
+    items: Candidates,
+    table: Float[np.ndarray, "C W"],
+    k: int,
+    allowed: Bool[np.ndarray, " N"] | None,
+    bound: float,
+    ids: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The k best of the candidates if all of them score above the bound of the others."""
+    if allowed is not None:
+        ids = ids[allowed[ids]]
+    if len(ids) < k:
+        return None
+    found, numbers = columns.best(columns.scores(table, items.columns[:, ids], None), ids, k)
+    return (found, numbers) if found[-1] > bound else None
+
+
+def _error(items: Candidates, tables: Float[np.ndarray, "Q M K"]) -> Float[np.ndarray, " Q"]:
+    """The largest difference between a score of FAISS and ours."""
+    size = np.abs(tables).max(axis=2).sum(axis=1, dtype=np.float64)
+    error = FLOAT_ERROR * (2 * tables.shape[1] + 2) * size
+    if items.fast:
+        spans = (tables.max(axis=2) - tables.min(axis=2)).astype(np.float64)
+        step = np.maximum(spans.max(axis=1) / 255, spans.sum(axis=1) / 65535)
+        error = error + tables.shape[1] * step * 0.51  # an entry is rounded to the nearest step
+    return error
