@@ -15,6 +15,7 @@ PUBLIC = (
     "index",
     "losses",
     "metrics",
+    "nearest",
     "quantizer",
     "ranking",
     "train",

@@ -11,7 +11,7 @@ import pytest
 
 LAYERS = (
     {"runtime", "quantizer", "augment", "metrics", "plots", "flags"},
-    {"models", "losses", "data", "ranking"},
+    {"models", "losses", "data", "ranking", "nearest"},
     {"config", "workdir"},
     {"encode", "sweep", "doctor"},
     {"embed"},
@@ -27,7 +27,7 @@ ONLY_IN = {
     "fsspec": {"tcq.runtime.storage"},
     "orbax": {"tcq.workdir.checkpoint"},
     "grain": {"tcq.data.loader"},
-    "faiss": {"tcq.evaluate.baselines", "tcq.models.kmeans", "tcq.index.export"},
+    "faiss": {"tcq.evaluate.baselines", "tcq.models.kmeans", "tcq.index.export", "tcq.nearest.candidates"},
 }
 LAYER = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
 

@@ -11,7 +11,7 @@ from tcq import encode
 from tcq.data.rows import take
 from tcq.data.source import Source
 from tcq.index import changes, scan, store
-from tcq.index.search import Hit, draw, image_of, read_queries, search, search_features
+from tcq.index.search import Hit, build_engine, draw, image_of, read_queries, search, search_features
 from tcq.index.store import CorruptedError, Index, IndexFileError, Paths, open_index
 from tcq.runtime import processes, storage
 
@@ -23,6 +23,7 @@ __all__ = [
     "IndexFileError",
     "add",
     "build",
+    "build_engine",
     "draw",
     "image_of",
     "move_root",

@@ -8,12 +8,13 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from tcq import config as configs
-from tcq import encode, plots, ranking
+from tcq import encode, nearest, plots, ranking
 from tcq.data.images import ImageError, decode, resize_of
 from tcq.index.store import Index, IndexFileError
 from tcq.models import retriever
 from tcq.runtime import storage
 
+MANY_QUERIES = 16  # in one call, for which an engine is built: building costs as much as some scans
 THUMBNAIL = 96  # pixels; smaller images are enlarged to it
 
 
@@ -56,29 +57,39 @@ def _read_embeddings(path: str | Path, width: int) -> Float[np.ndarray, "_ F"]:
     return rows
 
 
-def search(index: Index, images: np.ndarray, *, k: int = 10) -> list[list[Hit]]:
+def build_engine(index: Index) -> nearest.Engine:
+    """The items of an index, ready for many searches: see `nearest.build`."""
+    return nearest.build(index.codes, index.encoder.codebooks.shape[1], norms=index.norms)
+
+
+def search(index: Index, images: np.ndarray, *, k: int = 10, engine: nearest.Engine | None = None) -> list[list[Hit]]:
     """The k nearest indexed images of each query, best first: images uint8 (Q, H, W, 3), or embeddings (Q, F).
 
-    Raises ValueError as `encode.encode` and `ranking.top_k`.
+    Raises ValueError as `encode.encode` and `nearest.top_k`.
     """
     features = encode.encode(index.encoder, images).features
-    scores, ids = search_features(index, features, k=k)
+    scores, ids = search_features(index, features, k=k, engine=engine)
     return [[Hit(index.paths[i], float(s)) for i, s in zip(*row, strict=True)] for row in zip(ids, scores, strict=True)]
 
 
 def search_features(
-    index: Index, features: Float[np.ndarray, "Q D"], *, k: int
+    index: Index, features: Float[np.ndarray, "Q D"], *, k: int, engine: nearest.Engine | None = None
 ) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
-    """Scores and positions of the k nearest items of float features, best first."""
-    config = index.encoder.config
+    """Scores and positions of the k nearest items of float features, best first; the first position among ties.
+
+    `engine` is what `build_engine` returns, for more than one call. Without it few queries scan the items.
+    """
+    config, codebooks = index.encoder.config, index.encoder.codebooks
     tables = ranking.lookup_table(
         features,
-        index.encoder.codebooks,
+        codebooks,
         metric=config.eval.score,
         squared=config.eval.squared,
         normalize=configs.query_norm(config),
     )
-    return ranking.top_k(tables, index.codes, k, norms=index.norms)
+    build = nearest.build if len(features) >= MANY_QUERIES else nearest.scan.build
+    engine = build(index.codes, codebooks.shape[1], norms=index.norms) if engine is None else engine
+    return nearest.top_k(engine, np.asarray(tables), k)
 
 
 def image_of(hit: Hit) -> str | bytes:

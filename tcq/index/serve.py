@@ -14,7 +14,7 @@ from PIL import Image
 
 from tcq import config as configs
 from tcq.data.images import MAX_UPLOAD, ImageError, decode, resize_of
-from tcq.index.search import Hit, image_of, search
+from tcq.index.search import Hit, build_engine, image_of, search
 from tcq.index.store import open_index
 from tcq.runtime import signals, storage
 
@@ -39,6 +39,7 @@ def make_server(path: str | Path, *, port: int, k: int = 10) -> Server:
     index = open_index(path)
     data = index.encoder.config.data
     values = {"count": f"{len(index.paths):,}", "bits": configs.bits(index.encoder.config)}
+    engine = build_engine(index)
     uploads = threading.BoundedSemaphore(UPLOADS)
     page = Template(PAGE.read_text()).substitute(values).encode()
 
@@ -69,7 +70,8 @@ def make_server(path: str | Path, *, port: int, k: int = 10) -> Server:
                 self._error(400, f"query: {error}")
                 return
             hits = [
-                {"path": h.path, "score": h.score, "image": _thumbnail(h)} for h in search(index, query[None], k=k)[0]
+                {"path": h.path, "score": h.score, "image": _thumbnail(h)}
+                for h in search(index, query[None], k=k, engine=engine)[0]
             ]
             self._answer(200, "application/json", json.dumps({"hits": hits}).encode())
 

@@ -2,9 +2,9 @@
 
 `build` chooses how, by the number of items and bits; the answers are the same.
 
-* buckets: up to 16 bits; and up to 32 bits if there are many items, or scores are divided by norms.
-* candidates: FAISS, FastScan if K <= 16, and a proof; where scores are sums.
-* scan: the scores of all items; also where few items are allowed, or k is a large part of them.
+* buckets: of many items of up to 32 bits, and of all such where FAISS does not rank as we do (norms, or K above 256).
+* candidates: FAISS, with FastScan if K is at most 16, and a proof.
+* scan: the scores of all items; also where few of them are allowed, or k is a large part of them.
 """
 
 import os
@@ -22,7 +22,8 @@ __all__ = ["Engine", "build", "name", "top_k"]
 
 Engine = Scan | Buckets | Candidates
 FEW = 2**15  # items that are scanned
-MANY = 2**19  # items from which on buckets of half a code are faster than FAISS
+MANY_BY_CODE, MANY_BY_HALF = 2**17, 2**19  # items from which on buckets are faster than FAISS's IndexPQ
+FASTER = 8  # from so many times as many on they are faster than FastScan
 SCANNED = 16  # a scan is as fast where at most one of so many items is allowed
 
 
@@ -33,12 +34,14 @@ def build(
     count, num_codebooks = codes.shape
     bits = num_codebooks * max((num_codewords - 1).bit_length(), 1)
     if count <= FEW:
-        return scan.build(codes, num_codewords, norms)
-    if bits <= buckets.BITS or (bits <= 2 * buckets.BITS and (count >= MANY or norms is not None)):
-        return buckets.build(codes, num_codewords, norms)
-    if candidates.fits(num_codebooks, num_codewords, norms):
+        return scan.build(codes, num_codewords, norms=norms)
+    by_faiss = candidates.fits(num_codebooks, num_codewords, norms)
+    many = MANY_BY_CODE if bits <= buckets.BITS else MANY_BY_HALF
+    if bits <= 2 * buckets.BITS and (not by_faiss or count >= many * (FASTER if num_codewords <= 16 else 1)):
+        return buckets.build(codes, num_codewords, norms=norms)
+    if by_faiss:
         return candidates.build(codes, num_codewords)
-    return scan.build(codes, num_codewords, norms)
+    return scan.build(codes, num_codewords, norms=norms)
 
 
 def name(engine: Engine) -> str:

@@ -38,7 +38,9 @@ def num_first(num_columns: int, width: int) -> int:
     return min(num_columns, BITS // max((width - 1).bit_length(), 1))
 
 
-def build(codes: UInt[np.ndarray, "N M"], num_codewords: int, norms: Float[np.ndarray, " N"] | None) -> Buckets:
+def build(
+    codes: UInt[np.ndarray, "N M"], num_codewords: int, *, norms: Float[np.ndarray, " N"] | None = None
+) -> Buckets:
     """Sorts the items. Raises ValueError if K is above 65,536, or there are 2^32 items or more."""
     if not len(codes) < 2**32 or num_codewords > 2**BITS:
         raise ValueError(f"{len(codes):,} items of {num_codewords:,} codewords: at most 2^32 - 1 and 2^{BITS}")

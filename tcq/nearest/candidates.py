@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, UInt
 
+from tcq import quantizer
 from tcq.nearest import columns
 
 FIRST, LEAST = 2, 32  # candidates at first: so many times k, and so many more
@@ -35,8 +36,6 @@ def fits(num_codebooks: int, num_codewords: int, norms: Float[np.ndarray, " N"] 
 def build(codes: UInt[np.ndarray, "N M"], num_codewords: int) -> Candidates:
     """Packs the codes for FAISS: FastScan if a codeword has at most 4 bits."""
     import faiss
-
-    from tcq import quantizer
 
     bits = quantizer.code_bits(num_codewords)
     fast = bits <= 4

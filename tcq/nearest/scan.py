@@ -17,7 +17,7 @@ class Scan(NamedTuple):
     norms: Float[np.ndarray, " N"] | None
 
 
-def build(codes: UInt[np.ndarray, "N M"], num_codewords: int, norms: Float[np.ndarray, " N"] | None) -> Scan:
+def build(codes: UInt[np.ndarray, "N M"], num_codewords: int, *, norms: Float[np.ndarray, " N"] | None = None) -> Scan:
     """Stores the codes by column."""
     return Scan(columns.of_codes(codes, num_codewords), norms)
 

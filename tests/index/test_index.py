@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import small
-from tcq import encode
+from tcq import encode, nearest
 from tcq import index as indexes
 
 
@@ -53,6 +53,22 @@ def test_search_ranks_all_codes(index, images):
     np.testing.assert_allclose([h.score for h in hits], np.sort(truth)[::-1], atol=1e-4)
     by_path = dict(zip(opened.paths, truth, strict=True))
     np.testing.assert_allclose([h.score for h in hits], [by_path[h.path] for h in hits], atol=1e-4)
+
+
+def test_one_query_and_many_have_the_same_answers(index, monkeypatch):
+    """Whether the items are scanned, or an engine is built for them."""
+    opened = indexes.open_index(index)
+    features = np.random.RandomState(0).randn(20, opened.encoder.codebooks[:, 0].size).astype("f4")
+    monkeypatch.setattr(nearest, "FEW", 1)
+    monkeypatch.setattr(nearest, "MANY_BY_CODE", 1)
+    scores, ids = indexes.search_features(opened, features, k=30)
+    engine = indexes.build_engine(opened)
+    assert nearest.name(engine).startswith("buckets by code")
+    for row in range(20):
+        for options in ({}, {"engine": engine}):
+            found = indexes.search_features(opened, features[row : row + 1], k=30, **options)
+            np.testing.assert_array_equal(found[0], scores[row : row + 1])
+            np.testing.assert_array_equal(found[1], ids[row : row + 1])
 
 
 def test_skipped_files_have_reasons(index):

@@ -52,8 +52,8 @@ def truth(tables, codes, norms, k, allowed=None):
 
 
 def engines(codes, num_codewords, norms):
-    yield scan.build(codes, num_codewords, norms)
-    yield buckets.build(codes, num_codewords, norms)
+    yield scan.build(codes, num_codewords, norms=norms)
+    yield buckets.build(codes, num_codewords, norms=norms)
     if candidates.fits(codes.shape[1], num_codewords, norms) and len(codes):
         yield candidates.build(codes, num_codewords)
 
@@ -113,7 +113,7 @@ def test_the_proof_holds_and_is_found(shape):
 
 def test_most_items_are_not_looked_at(monkeypatch):
     tables, codes, _ = world(2, (8, 16), 200_000, distinct=150_000, coarse=False, cosine=False)
-    engine = buckets.build(codes, 16, None)
+    engine = buckets.build(codes, 16)
     seen = []
     merge = buckets._merge
     monkeypatch.setattr(
@@ -128,6 +128,9 @@ def test_most_items_are_not_looked_at(monkeypatch):
     [
         (1000, (4, 16), False, scan.Scan),
         (40_000, (4, 16), True, buckets.Buckets),
+        (40_000, (4, 16), False, candidates.Candidates),
+        (200_000, (2, 256), False, buckets.Buckets),
+        (40_000, (2, 300), False, buckets.Buckets),
         (40_000, (8, 16), False, candidates.Candidates),
         (40_000, (8, 16), True, buckets.Buckets),
         (600_000, (4, 256), False, buckets.Buckets),
