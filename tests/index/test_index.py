@@ -55,10 +55,13 @@ def test_search_ranks_all_codes(index, images):
     np.testing.assert_allclose([h.score for h in hits], [by_path[h.path] for h in hits], atol=1e-4)
 
 
-def test_one_query_and_many_have_the_same_answers(index, monkeypatch):
+@pytest.mark.parametrize("cosine", [False, True])
+def test_one_query_and_many_have_the_same_answers(index, monkeypatch, cosine):
     """Whether the items are scanned, or an engine is built for them."""
+    random = np.random.RandomState(0)
     opened = indexes.open_index(index)
-    features = np.random.RandomState(0).randn(20, opened.encoder.codebooks[:, 0].size).astype("f4")
+    opened = opened._replace(norms=random.uniform(0.5, 2, len(opened.codes)).astype("f4") if cosine else None)
+    features = random.randn(20, opened.encoder.codebooks[:, 0].size).astype("f4")
     monkeypatch.setattr(nearest, "FEW", 1)
     monkeypatch.setattr(nearest, "MANY_BY_CODE", 1)
     scores, ids = indexes.search_features(opened, features, k=30)

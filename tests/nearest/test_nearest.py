@@ -74,9 +74,13 @@ def test_every_engine_gives_the_stable_sort_of_all_scores(seed, shape, count, di
     allowed = None if share is None else np.random.RandomState(seed).rand(count) < share
     wanted = truth(tables, codes, norms, k, allowed)
     for engine in engines(codes, shape[1], norms):
-        scores, ids = nearest.top_k(engine, tables, k, allowed=allowed)
-        np.testing.assert_array_equal(ids, wanted[1], err_msg=nearest.name(engine))
-        np.testing.assert_array_equal(scores, wanted[0])
+        for first in (buckets.FIRST, 1):  # one bucket at first, so that there are several rounds
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(buckets, "FIRST", first)
+                patch.setattr(buckets, "FIRST_ITEMS", 0 if first == 1 else buckets.FIRST_ITEMS)
+                scores, ids = nearest.top_k(engine, tables, k, allowed=allowed)
+            np.testing.assert_array_equal(ids, wanted[1], err_msg=nearest.name(engine))
+            np.testing.assert_array_equal(scores, wanted[0])
 
 
 @pytest.mark.parametrize("shape", [(4, 16), (8, 16), (16, 16), (2, 256), (4, 256), (8, 256)])
@@ -109,6 +113,16 @@ def test_the_proof_holds_and_is_found(shape):
         best = exact[0][query][np.isin(exact[1][query], outside)].max()
         assert best <= worst[query] + error[query]
         assert error[query] < 0.1 * np.ptp(exact[0][query])
+
+
+def test_ties_between_buckets_of_different_rounds_go_to_the_lowest_id(monkeypatch):
+    monkeypatch.setattr(buckets, "FIRST", 1)
+    monkeypatch.setattr(buckets, "FIRST_ITEMS", 0)
+    tables, codes, _ = world(5, (8, 16), 20_000, distinct=20_000, coarse=False, cosine=False)
+    tables = np.round(tables / 10)
+    wanted = truth(tables, codes, None, 50)
+    assert len(np.unique(wanted[0][0])) < 10
+    np.testing.assert_array_equal(nearest.top_k(buckets.build(codes, 16), tables, 50)[1], wanted[1])
 
 
 def test_most_items_are_not_looked_at(monkeypatch):
