@@ -59,11 +59,13 @@ def top_k(
     """Scores and ids of the k best items of each query, best first; the lowest id first among ties.
 
     Only items that are `allowed` are ranked; if there are fewer than k, so many are returned. The queries share the
-    processors of this machine. Raises ValueError if k is below 1.
+    processors of this machine. Raises ValueError if k is below 1, or tables hold NaN.
     """
     if k < 1:
         raise ValueError(f"k {k} must be at least 1")
     tables = np.asarray(tables, np.float32)
+    if np.isnan(tables).any():
+        raise ValueError("the tables of the queries hold NaN: their features must be finite")
     count = _count(engine) if allowed is None else int(np.count_nonzero(allowed))
     k = min(k, count)
     if k == 0 or not len(tables):

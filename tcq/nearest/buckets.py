@@ -82,7 +82,7 @@ def search(
             now = now[bound[now] >= least]
         for part in _blocks(items, now):
             found, ids = _merge(items, table, k, allowed, part, sums, found, ids)
-        above, size = least, size * GROWTH
+        above, size = min(above, least), size * GROWTH  # fewer groups may give a higher value than before
         if len(found) == k and found[-1] >= above:
             break
     return found, ids

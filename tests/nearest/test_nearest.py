@@ -162,6 +162,8 @@ def test_queries_that_are_not_numbers_and_a_k_below_one():
     engine = candidates.build(codes, 16)
     with pytest.raises(ValueError, match="k 0 must be at least 1"):
         nearest.top_k(engine, tables, 0)
+    with pytest.raises(ValueError, match="the tables of the queries hold NaN"):
+        nearest.top_k(engine, np.where(tables == tables.max(), np.nan, tables), 5)
     tables[0, 0, 0] = -np.inf
     np.testing.assert_array_equal(nearest.top_k(engine, tables, 5)[1], truth(tables, codes, None, 5)[1])
     scores, ids = nearest.top_k(engine, tables[:0], 5)
