@@ -37,7 +37,7 @@ class Pool(NamedTuple):
     """The negative pairs of the whole batch that are clipped: those above a value, and some of those that equal it."""
 
     value: Float[Array, ""]
-    room: Int32[Array, " R"]  # of the pairs of each anchor that equal the value, so many are clipped, the first ones
+    room: Int32[Array, " R"]  # how many of the pairs of each anchor that equal the value are clipped, the first ones
 
 
 class Batch(NamedTuple):

@@ -20,7 +20,7 @@ from tcq.losses._threshold import to_ordered_int
 
 MAX_PAIRS = 2**32 - 1  # pairs are counted in uint32
 LOW, HIGH = -1.5, 1.5  # below and above all cosines
-# Trial values of a pass: so many expected errors off the expected one, and at least so many floats.
+# Trial values of a pass: STEPS times the expected error off the expected value, and at least LEAST_STEPS floats.
 STEPS = np.array([-32, -6, -2, -0.5, 0.5, 2, 6, 32], np.float32)
 LEAST_STEPS = np.array([4, 3, 2, 1, 1, 2, 3, 4], np.float32)
 EVEN = 1  # further ones, evenly over the interval
