@@ -23,8 +23,7 @@ __all__ = ["Engine", "build", "name", "top_k"]
 Engine = Scan | Buckets | Candidates
 FEW = 2**15  # items that are scanned
 MANY_BY_CODE, MANY_BY_HALF = 2**17, 2**19  # items from which on buckets are faster than FAISS's IndexPQ
-FASTER = 8  # from so many times as many on they are faster than FastScan
-SCANNED = 16  # a scan is as fast where at most one of so many items is allowed
+FASTER = 8  # FastScan is faster than IndexPQ up to this many times these numbers
 
 
 def build(
@@ -32,7 +31,7 @@ def build(
 ) -> Engine:
     """Items ready to be searched, held in memory. Scores are divided by `norms` if given."""
     count, num_codebooks = codes.shape
-    bits = num_codebooks * max((num_codewords - 1).bit_length(), 1)
+    bits = num_codebooks * columns.bits(num_codewords)
     if count <= FEW:
         return scan.build(codes, num_codewords, norms=norms)
     by_faiss = candidates.fits(num_codebooks, num_codewords, norms)
@@ -45,7 +44,7 @@ def build(
 
 
 def name(engine: Engine) -> str:
-    """What `tcq index info` says of it."""
+    """How an engine finds the items, in words."""
     if isinstance(engine, Buckets):
         return f"buckets by {'half of the code' if len(engine.rest) else 'code'}, {len(engine.keys):,} not empty"
     if isinstance(engine, Candidates):
@@ -58,8 +57,8 @@ def top_k(
 ) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
     """Scores and ids of the k best items of each query, best first; the lowest id first among ties.
 
-    Only items that are `allowed` are ranked; if there are fewer than k, so many are returned. The queries share the
-    processors of this machine. Raises ValueError if k is below 1, or tables hold NaN.
+    Only items that are `allowed` are ranked; if there are fewer than k, all of them are returned. The queries share
+    the processors of this machine. Raises ValueError if k is below 1, or tables hold NaN.
     """
     if k < 1:
         raise ValueError(f"k {k} must be at least 1")
@@ -71,22 +70,23 @@ def top_k(
     if k == 0 or not len(tables):
         return np.zeros((len(tables), k), np.float32), np.zeros((len(tables), k), np.int64)
     answers: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(tables)
-    if isinstance(engine, Candidates) and count * SCANNED > _count(engine):
+    if isinstance(engine, Candidates) and count * scan.SPARSE > _count(engine):
         answers = candidates.search(engine, tables, k, allowed)
     one_by_one = Scan(engine.columns, None) if isinstance(engine, Candidates) else engine
     search = buckets.search if isinstance(one_by_one, Buckets) else scan.search
-    by_column = columns.of_tables(tables)
+    left = [query for query, answer in enumerate(answers) if answer is None]
+    by_column = columns.of_tables(tables[left])
 
-    def answer(query: int) -> tuple[np.ndarray, np.ndarray]:
-        known = answers[query]
-        return search(one_by_one, by_column[query], k, allowed) if known is None else known  # type: ignore[arg-type]
+    def answer(row: int) -> tuple[np.ndarray, np.ndarray]:
+        return search(one_by_one, by_column[row], k, allowed)  # type: ignore[arg-type]
 
-    if len(tables) == 1:
-        found = [answer(0)]
-    else:
+    if len(left) == 1:
+        answers[left[0]] = answer(0)
+    elif left:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = list(pool.map(answer, range(len(tables))))
-    scores, ids = zip(*found, strict=True)
+            for query, found in zip(left, pool.map(answer, range(len(left))), strict=True):
+                answers[query] = found
+    scores, ids = zip(*(found for found in answers if found is not None), strict=True)
     return np.stack(scores), np.stack(ids)
 
 

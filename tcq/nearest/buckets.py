@@ -11,14 +11,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt
 
-from tcq.nearest import columns
+from tcq.nearest import columns, scan
 
 BITS = 16  # of the columns that name a bucket
-FIRST, FIRST_ITEMS = 16, 4  # at first so many buckets, at least, and about so many times k items
+FIRST, FIRST_ITEMS = 16, 4  # of the first round: the least number of buckets, and about FIRST_ITEMS * k items
 GROWTH = 8  # buckets of the next round, times those of this one
 GROUPS = 16  # groups of buckets for each bucket that is wanted
 BLOCK = 2**20  # items that are scored at a time
-FEW = 16  # if at most one of so many items is allowed, all of these are scored
 
 
 class Buckets(NamedTuple):
@@ -35,7 +34,7 @@ class Buckets(NamedTuple):
 
 def num_first(num_columns: int, width: int) -> int:
     """The number of columns that name a bucket; 0 if one alone is too wide."""
-    return min(num_columns, BITS // max((width - 1).bit_length(), 1))
+    return min(num_columns, BITS // columns.bits(width))
 
 
 def build(
@@ -67,7 +66,7 @@ def search(
     """Scores and ids of the k best items that are allowed, best first."""
     sums = _first_sums(items, table[: len(table) - len(items.rest)])
     bound = _bounds(items, sums, table[len(table) - len(items.rest) :])
-    if allowed is not None and np.count_nonzero(allowed) * FEW <= len(allowed):
+    if allowed is not None and np.count_nonzero(allowed) * scan.SPARSE <= len(allowed):
         places = np.flatnonzero(allowed[items.ids])
         values = _scores(items, table, places, sums[np.searchsorted(items.starts, places, side="right") - 1])
         return columns.best(values, items.ids[places].astype(np.int64), k)

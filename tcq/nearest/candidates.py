@@ -3,7 +3,7 @@
 FAISS sums the tables as they are: codewords are unit vectors of K numbers, and a query is its flat table. Its scores
 differ from ours by rounding, in FastScan of the entries to 8 bits. All items but the candidates score at most the last
 candidate's score plus this error. If that is below the k-th exact score, no other item can be among the k best;
-else there are twice as many candidates.
+else FAISS gives twice as many.
 """
 
 from typing import Any, NamedTuple
@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, UInt
 
-from tcq import quantizer
 from tcq.nearest import columns
 
-FIRST, LEAST = 2, 32  # candidates at first: so many times k, and so many more
-MOST = 8  # candidates are at most one of so many items; a scan costs no more then
+FAST_BITS = 4  # of a codeword in FastScan
+FIRST, LEAST = 2, 32  # the first candidates: FIRST * k (of FastScan; else k) + LEAST
+MOST = 8  # at most N / MOST candidates; a scan costs no more then
 FLOAT_ERROR = 2.0**-23  # relative, of an addition and of an entry
 MAX_CODEBOOKS, MAX_CODEWORDS = 128, 256  # FastScan sums bytes in 16 bits; unit vectors take K * K numbers
 
@@ -37,9 +37,8 @@ def build(codes: UInt[np.ndarray, "N M"], num_codewords: int) -> Candidates:
     """Packs the codes for FAISS: FastScan if a codeword has at most 4 bits."""
     import faiss
 
-    bits = quantizer.code_bits(num_codewords)
-    fast = bits <= 4
-    bits = 4 if fast else bits
+    bits = max(columns.bits(num_codewords), FAST_BITS)
+    fast = bits == FAST_BITS
     num_codebooks, width = codes.shape[1], 2**bits
     index = faiss.IndexPQ(num_codebooks * width, num_codebooks, bits, faiss.METRIC_INNER_PRODUCT)
     one_hot = np.broadcast_to(np.eye(width, dtype=np.float32), (num_codebooks, width, width))
@@ -55,7 +54,7 @@ def search(
 ) -> list[tuple[np.ndarray, np.ndarray] | None]:
     """Scores and ids of the k best items that are allowed, best first, of each query; None where there is no proof."""
     share = 1.0 if allowed is None else max(float(np.mean(allowed)), 1e-9)
-    size, most = int(FIRST * k / share) + LEAST, items.columns.shape[1] // MOST
+    size, most = int((FIRST if items.fast else 1) * k / share) + LEAST, items.columns.shape[1] // MOST
     answers: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(tables)
     by_column, error = columns.of_tables(tables), _error(items, tables)
     left = np.flatnonzero(np.isfinite(error))
@@ -86,6 +85,8 @@ def _proven(
     ids: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """The k best of the candidates if all of them score above the bound of the others."""
+    if ids[-1] < 0:  # FastScan leaves out items whose entries are all the lowest
+        return None
     if allowed is not None:
         ids = ids[allowed[ids]]
     if len(ids) < k:

@@ -6,6 +6,11 @@ from jaxtyping import Float, Shaped, UInt
 TINY = np.float32(1e-12)  # norms are at least this, as in `ranking.scores`
 
 
+def bits(num_codewords: int) -> int:
+    """Bits that hold a number below K, which need not be a power of two."""
+    return max((num_codewords - 1).bit_length(), 1)
+
+
 def pairs(num_codebooks: int, num_codewords: int) -> bool:
     """Whether two codewords make one number: it has a byte, and half as many entries are summed."""
     return num_codewords <= 16 and num_codebooks % 2 == 0

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, UInt
 from tcq.nearest import columns
 
 BLOCK = 2**16  # items
+SPARSE = 16  # if at most N / SPARSE items are allowed, every way scores all of these
 
 
 class Scan(NamedTuple):

@@ -16,6 +16,8 @@ SHAPES = [
     (8, 16),
     (3, 16),
     (16, 16),
+    (2, 20),
+    (7, 100),
     (2, 256),
     (4, 256),
     (1, 300),
@@ -94,7 +96,7 @@ def test_the_scores_have_the_bits_of_the_ranking(shape, cosine):
             np.testing.assert_array_equal(found, want, err_msg=nearest.name(engine))
 
 
-@pytest.mark.parametrize("shape", [(16, 16), (5, 9), (8, 256), (4, 16)])
+@pytest.mark.parametrize("shape", [(16, 16), (5, 9), (6, 20), (8, 256), (4, 16)])
 def test_the_proof_holds_and_is_found(shape):
     """FAISS's scores are within the error, and nearly all queries are proven without a scan."""
     tables, codes, _ = world(1, shape, 20_000, distinct=20_000, coarse=False, cosine=False)
@@ -115,14 +117,39 @@ def test_the_proof_holds_and_is_found(shape):
         assert error[query] < 0.1 * np.ptp(exact[0][query])
 
 
-def test_ties_between_buckets_of_different_rounds_go_to_the_lowest_id(monkeypatch):
-    monkeypatch.setattr(buckets, "FIRST", 1)
-    monkeypatch.setattr(buckets, "FIRST_ITEMS", 0)
-    tables, codes, _ = world(5, (8, 16), 20_000, distinct=20_000, coarse=False, cosine=False)
-    tables = np.round(tables / 10)
-    wanted = truth(tables, codes, None, 50)
-    assert len(np.unique(wanted[0][0])) < 10
-    np.testing.assert_array_equal(nearest.top_k(buckets.build(codes, 16), tables, 50)[1], wanted[1])
+@pytest.mark.parametrize("shape", [(4, 16), (8, 16), (4, 256), (16, 16)])
+@pytest.mark.parametrize("coarse", [False, True])
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("share", [1.0, 0.4, 0.02])
+def test_rounds_and_blocks_do_not_matter(monkeypatch, shape, coarse, cosine, share):
+    """Starting with one bucket or k candidates, in blocks of a few items; with ties between them if coarse."""
+    for module, name, value in (
+        (buckets, "FIRST", 1),
+        (buckets, "FIRST_ITEMS", 0),
+        (buckets, "BLOCK", 50),
+        (scan, "BLOCK", 100),
+        (candidates, "FIRST", 1),
+        (candidates, "LEAST", 0),
+        (candidates, "MOST", 1),
+    ):
+        monkeypatch.setattr(module, name, value)
+    tables, codes, norms = world(5, shape, 20_000, distinct=20_000, coarse=False, cosine=cosine)
+    tables = np.round(tables / 10) if coarse else tables
+    allowed = None if share == 1 else np.random.RandomState(0).rand(len(codes)) < share
+    wanted = truth(tables, codes, norms, 50, allowed)
+    assert not coarse or cosine or len(np.unique(wanted[0][0])) < 20
+    for engine in engines(codes, shape[1], norms):
+        scores, ids = nearest.top_k(engine, tables, 50, allowed=allowed)
+        np.testing.assert_array_equal(ids, wanted[1], err_msg=nearest.name(engine))
+        np.testing.assert_array_equal(scores, wanted[0])
+
+
+def test_queries_with_and_without_a_proof():
+    tables, codes, _ = world(6, (16, 16), 20_000, distinct=20_000, coarse=False, cosine=False)
+    tables[1] = 0  # all items tie
+    engine = candidates.build(codes, 16)
+    assert [a is None for a in candidates.search(engine, tables, 10, None)] == [False, True, False]
+    np.testing.assert_array_equal(nearest.top_k(engine, tables, 10)[1], truth(tables, codes, None, 10)[1])
 
 
 def test_most_items_are_not_looked_at(monkeypatch):
