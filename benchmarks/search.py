@@ -134,16 +134,24 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
     from matplotlib import pyplot as plt
 
     shapes = sorted({(r["bits"], r["M"], r["K"]) for r in rows})
-    figure, axes = plt.subplots(1, len(shapes), figsize=(3.2 * len(shapes), 3.4), sharey=True, squeeze=False)
-    for axis, shape in zip(axes[0], shapes, strict=True):
-        own = [r for r in rows if (r["bits"], r["M"], r["K"]) == shape]
-        for label in dict.fromkeys(r["method"].split(",")[0] for r in own):
-            points = [(r["N"], r["one_1_thread"]) for r in own if r["method"].split(",")[0] == label]
-            axis.loglog(*zip(*points, strict=True), marker="o", label=label)
-        axis.set(title=f"{shape[0]} bits, M = {shape[1]}, K = {shape[2]}", xlabel="items")
-    axes[0][0].set_ylabel("ms for one query, one thread")
-    axes[0][-1].legend()
-    figure.tight_layout()
+    lines = list(dict.fromkeys(r["method"].split(",")[0] for r in sorted(rows, key=lambda r: r["K"])))
+    figure, axes = plt.subplots(2, -(-len(shapes) // 2), figsize=(9, 6.2), sharex=True, sharey=True, squeeze=False)
+    for axis, shape in zip(axes.ravel(), shapes, strict=False):
+        for number, label in enumerate(lines):
+            own = [r for r in rows if (r["bits"], r["M"], r["K"]) == shape and r["method"].split(",")[0] == label]
+            if own:
+                marker = "osD^"[number % 4]
+                axis.loglog([r["N"] for r in own], [r["one_1_thread"] for r in own], f"C{number}{marker}-", label=label)
+        axis.set_title(f"{shape[0]} bits, M = {shape[1]}, K = {shape[2]}")
+    for axis in axes[-1]:
+        axis.set_xlabel("items")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("ms for one query, one thread")
+    shown = {
+        label: line for axis in axes.ravel() for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend([shown[label] for label in lines], lines, loc="lower center", ncols=len(lines))
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=110)
 
 
