@@ -10,9 +10,9 @@ import numpy as np
 from tcq import encode
 from tcq.data.rows import take
 from tcq.data.source import Source
-from tcq.index import changes, scan, store
+from tcq.index import changes, columns, items, scan, store
 from tcq.index.search import Hit, build_engine, draw, image_of, read_queries, search, search_features
-from tcq.index.store import CorruptedError, Index, IndexFileError, Paths, open_index
+from tcq.index.store import CorruptedError, Index, IndexFileError, open_index, verify
 from tcq.runtime import processes, storage
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "add",
     "build",
     "build_engine",
+    "compact",
     "draw",
     "image_of",
     "move_root",
@@ -34,6 +35,7 @@ __all__ = [
     "search_features",
     "split_root",
     "update",
+    "verify",
 ]
 
 
@@ -47,20 +49,33 @@ class Changes(NamedTuple):
     skipped: Sequence[dict[str, str]] = ()  # files that are not images, with reasons
 
 
-def build(workdir: str | Path, images: str | Path, out: str | Path, *, which: str = "best") -> Changes:
+def build(
+    workdir: str | Path,
+    images: str | Path,
+    out: str | Path,
+    *,
+    which: str = "best",
+    own_columns: str | Path | None = None,
+) -> Changes:
     """Encodes every image below a folder and writes a new index.
 
+    `own_columns` is a CSV or Parquet file with a column "path", whose other columns come back with the answers.
     Skipped files are also listed with reasons in skipped.jsonl of the index. The processes of a run share the work.
-    Raises IndexFileError if `out` exists, and as `encode.load` and `sources.folder`; then nothing is left behind.
+    Raises IndexFileError if `out` exists or the columns do not fit, and as `encode.load` and `sources.folder`; then
+    nothing is left behind.
     """
     processes.on_first(lambda: store.refuse_existing(out))
+    own = None if own_columns is None else columns.read(own_columns)
     encoder = encode.load(workdir, which=which)
     source = scan.read_folder(encoder, images)
     processes.require_same("images", source.names)
+    root = scan.root_of(images)
+    if own is not None:
+        columns.places(own, [root], [items.join(root, name) for name in source.names])
     codes = encode.codes(encoder, source.images)
-    rows = range(len(source.names))
-    paths = Paths.of([scan.root_of(images)], [0] * len(rows), source.names)
-    index = Index(encoder, codes, paths, changes.hash_rows(source, rows), None)
+    ids = np.arange(len(codes))
+    index = changes.with_rows(_empty(encoder), root, source, ids.tolist(), ids, codes)
+    index = columns.joined(index.replace(rows=ids, next_id=len(ids)), own)
 
     def write() -> None:
         with store.building(out):
@@ -70,38 +85,57 @@ def build(workdir: str | Path, images: str | Path, out: str | Path, *, which: st
     return Changes(len(codes), skipped=source.skipped)
 
 
-def add(path: str | Path, images: str | Path) -> Changes:
-    """Adds the images below a folder that the index lacks. Edited ones get new codes, moved ones their new place."""
-    return _change(path, [images], remove=False)
+def _empty(encoder: encode.Encoder) -> Index:
+    q = encoder.config.quantizer
+    table = items.schema(q.num_codebooks, q.num_codewords).empty_table()
+    return Index(encoder.config, lambda: encoder, table, np.zeros(0, np.int64), (), 0, encoder.step)
 
 
-def update(path: str | Path, images: str | Path | None = None) -> Changes:
+def add(path: str | Path, images: str | Path, *, own_columns: str | Path | None = None) -> Changes:
+    """Adds the images below a folder that the index lacks. Edited ones get new codes, moved ones their new place.
+
+    `own_columns` is as in `build`; its rows replace those of the same images.
+    """
+    return _change(path, [images], own_columns, remove=False)
+
+
+def update(path: str | Path, images: str | Path | None = None, *, own_columns: str | Path | None = None) -> Changes:
     """As `add` for the folders of the index, or for one; and removes the images that are gone."""
-    return _change(path, None if images is None else [images], remove=True)
+    return _change(path, None if images is None else [images], own_columns, remove=True)
 
 
-def _change(path: str | Path, folders: Sequence[str | Path] | None, *, remove: bool) -> Changes:
+def _change(
+    path: str | Path, folders: Sequence[str | Path] | None, own_columns: str | Path | None, *, remove: bool
+) -> Changes:
     """Brings an index up to date with folders, all of its own by default, under its lock."""
+    own = None if own_columns is None else columns.read(own_columns)
     with processes.entered_by_first(lambda: store.changing(path)):
         index = open_index(path)
         if folders is None:
-            folders = [root for root in index.paths.roots if root]
+            folders = [root for root in index.folders if root]
             if not folders:
                 raise IndexFileError(
                     f"index {str(path)!r} holds embeddings, whose folder it does not know: use --images"
                 )
         sources = [(scan.root_of(images), scan.read_folder(index.encoder, images)) for images in folders]
+        if own is not None:
+            new = [items.join(root, name) for root, source in sources for name in source.names]
+            columns.places(own, [*index.roots, *(root for root, _ in sources)], [*index.paths, *new])
         done = []
         for removing in (False, True) if remove else (False,):  # removed last: a file may have moved to a later folder
             for root, source in sources:
                 index, one = _with_folder(index, root, source, remove=removing)
                 done.append(one)
         processes.require_same("images", list(index.paths))
-        final = index
+        final = _settled(columns.joined(index, own))
         skipped = [row for _, source in sources for row in source.skipped]
         processes.on_first(lambda: store.write(path, final, skipped))
     added, edited, moved = (sum(column) for column in zip(*(one[:3] for one in done), strict=True))
     return Changes(added, edited, moved, sum(one.removed for one in done), skipped)
+
+
+def _settled(index: Index) -> Index:
+    return store.compacted(index) if store.is_scattered(index) else index
 
 
 def _with_folder(index: Index, root: str, source: Source, *, remove: bool) -> tuple[Index, Changes]:
@@ -118,23 +152,29 @@ def remove(path: str | Path, names: list[str]) -> int:
     with processes.entered_by_first(lambda: store.changing(path)):
         index = open_index(path)
         found = {name: changes.matches(index, name) for name in names}
-        missing = [name for name, items in found.items() if not items]
+        missing = [name for name, places in found.items() if not places]
         if missing:
             raise IndexFileError(
                 f"{', '.join(missing)} not found in index {str(path)!r}: give paths as tcq search prints them"
             )
-        keep = np.ones(len(index.paths), bool)
-        keep[[i for items in found.values() for i in items]] = False
-        kept = np.flatnonzero(keep)
-        paths = Paths.of(index.paths.roots, index.paths.numbers[kept], [index.paths.name(int(i)) for i in kept])
-        left = index._replace(codes=index.codes[kept], hashes=index.hashes[kept], paths=paths)
+        keep = np.ones(len(index.rows), bool)
+        keep[[i for places in found.values() for i in places]] = False
+        left = _settled(index.replace(rows=index.rows[keep]))
         processes.on_first(lambda: store.write(path, left, []))
-    return len(index.paths) - len(kept)
+    return len(index.rows) - len(left.rows)
+
+
+def compact(path: str | Path) -> tuple[int, int]:
+    """Writes the rows of an index to one file, without removed ones; returns the numbers of rows before and after."""
+    with processes.entered_by_first(lambda: store.changing(path)):
+        index = open_index(path)
+        processes.on_first(lambda: store.write(path, store.compacted(index), []))
+    return len(index.table), len(index.rows)
 
 
 def split_root(path: str | Path, text: str) -> tuple[str | None, str]:
     """The old folder, None if it is not given, and the new one of "NEW" or "OLD=NEW"; paths may hold "="."""
-    for root in open_index(path).paths.roots:
+    for root in open_index(path).folders:
         if root and text.startswith(f"{root}="):
             return root, text.removeprefix(f"{root}=")
     return None, text
@@ -148,16 +188,16 @@ def move_root(path: str | Path, new: str, *, old: str | None = None) -> int:
     new = scan.root_of(new)
     with processes.entered_by_first(lambda: store.changing(path)):
         index = open_index(path)
-        roots = index.paths.roots
+        roots = index.folders
         if old is None and len(roots) == 1:
             old = roots[0]
         if old not in roots:
             raise IndexFileError(
                 f"--root: index {str(path)!r} has the folders {', '.join(roots)}: write --root=OLD=NEW"
             )
-        own = np.flatnonzero(index.paths.numbers == roots.index(old)).tolist()
+        own = np.flatnonzero(np.array([root == old for root in index.roots])[index.paths.numbers]).tolist()
         if not storage.is_url(new) and not any(os.path.exists(os.path.join(new, index.paths.name(i))) for i in own):
             raise IndexFileError(f"--root={new}: none of the {len(own):,} images of {old} is there")
-        moved = index.paths.with_roots([new if root == old else root for root in roots])
-        processes.on_first(lambda: store.write(path, index._replace(paths=moved), []))
+        moved = index.replace(roots=tuple(new if root == old else root for root in index.roots))
+        processes.on_first(lambda: store.write(path, moved, []))
     return len(own)

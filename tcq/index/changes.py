@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+from jaxtyping import Int64
 
 from tcq.data.cache import DIGEST_BYTES
 from tcq.data.source import Source
-from tcq.index.store import Index, Paths
+from tcq.index import items
+from tcq.index.store import Index
 from tcq.runtime import storage
 
 
@@ -29,13 +32,13 @@ def plan(index: Index, root: str, source: Source) -> Plan:
     folders that cannot be read now, and unreadable files, are not gone.
     """
     hashes = source.digests or [b""] * len(source.names)
-    items = _items_below(index, root)
+    below = _items_below(index, root)
     rows = {name: row for row, name in enumerate(source.names)}
-    both = items.keys() & rows.keys() if source.digests else set()  # embeddings are known by their names alone
-    edited = {items[name]: rows[name] for name in both if _hash(index, items[name]) != hashes[rows[name]]}
-    added = [row for name, row in rows.items() if name not in items]
-    gone = [i for name, i in items.items() if name not in rows and not _unreadable(name, source)]
-    own = set(items.values())
+    both = below.keys() & rows.keys() if source.digests else set()  # embeddings are known by their names alone
+    edited = {below[name]: rows[name] for name in both if _hash(index, below[name]) != hashes[rows[name]]}
+    added = [row for name, row in rows.items() if name not in below]
+    gone = [i for name, i in below.items() if name not in rows and not _unreadable(name, source)]
+    own = set(below.values())
     others = [i for i in range(len(index.paths)) if i not in own]
     moved = _moved(index, gone, others, added, hashes) if source.digests else {}
     rest = set(moved.values())
@@ -45,11 +48,11 @@ def plan(index: Index, root: str, source: Source) -> Plan:
 def _items_below(index: Index, root: str) -> dict[str, int]:
     """The items whose files are below a folder, by their names there; their own roots may be above or below it."""
     start = "" if not root else root.rstrip("/") + "/"
-    near = [
-        r == root or (bool(r and root) and (r.startswith(start) or root.startswith(r + "/"))) for r in index.paths.roots
-    ]
+    near = [r == root or (bool(r and root) and (r.startswith(start) or root.startswith(r + "/"))) for r in index.roots]
     chosen = np.flatnonzero(np.array(near, bool)[index.paths.numbers]).tolist()
-    paths = {i: index.paths[i] for i in chosen}
+    roots, numbers = index.roots, index.paths.numbers
+    names = zip(chosen, index.paths.names(chosen), strict=True)
+    paths = {i: items.join(roots[numbers[i]], name) for i, name in names}
     return {path.removeprefix(start): i for i, path in paths.items() if path.startswith(start)}
 
 
@@ -83,37 +86,37 @@ def _unreadable(name: str, source: Source) -> bool:
 
 
 def apply(index: Index, root: str, source: Source, plan: Plan, codes: np.ndarray, *, remove: bool) -> Index:
-    """The index after a plan; `codes` are those of the edited and then of the new images."""
-    roots = index.paths.roots if root in index.paths.roots else [*index.paths.roots, root]
-    number, hashes = roots.index(root), source.digests
-    names = [index.paths.name(i) for i in range(len(index.paths))]
-    numbers, all_codes, all_hashes = index.paths.numbers.tolist(), index.codes.copy(), index.hashes.copy()
-    for place, (item, row) in enumerate(plan.edited.items()):
-        all_codes[item] = codes[place]
-        if hashes:
-            all_hashes[item] = np.frombuffer(hashes[row], np.uint8)
-    for item, row in plan.moved.items():
-        names[item], numbers[item] = source.names[row], number
-    names += [source.names[row] for row in plan.new]
-    numbers += [number] * len(plan.new)
-    added = codes[len(plan.edited) :]
-    new_hashes = hash_rows(source, plan.new)
-    keep = np.ones(len(names), bool)
+    """The index after a plan; `codes` are those of the edited and then of the new images.
+
+    An edited or moved image keeps its id; its new row replaces the old one.
+    """
+    old = np.array([*plan.edited, *plan.moved], np.int64)
+    rows = [*plan.edited.values(), *plan.moved.values(), *plan.new]
+    new_ids = index.next_id + np.arange(len(plan.new))
+    ids = np.concatenate([index.ids[old], new_ids]).astype(np.int64)
+    edited, new = codes[: len(plan.edited)], codes[len(plan.edited) :]
+    moved = index.codes[np.array([*plan.moved], np.int64)]
+    changed = with_rows(index, root, source, rows, ids, np.concatenate([edited, moved, new]))
+    kept = index.rows.copy()
+    kept[old] = len(index.table) + np.arange(len(old))
+    keep = np.ones(len(kept), bool)
     keep[plan.gone if remove else []] = False
-    kept = np.flatnonzero(keep).tolist()
-    return index._replace(
-        codes=np.concatenate([all_codes, added])[keep],
-        hashes=np.concatenate([all_hashes, new_hashes])[keep],
-        paths=Paths.of(roots, [numbers[i] for i in kept], [names[i] for i in kept]),
-    )
+    added = np.arange(len(index.table) + len(old), len(changed.table))
+    return changed.replace(rows=np.concatenate([kept[keep], added]), next_id=index.next_id + len(plan.new))
 
 
-def hash_rows(source: Source, rows: Sequence[int]) -> np.ndarray:
-    """The hashes of images of a source, uint8 (N, 20); zeros if it has none."""
-    if not source.digests:
-        return np.zeros((len(rows), DIGEST_BYTES), np.uint8)
-    joined = b"".join(source.digests[row] for row in rows)
-    return np.frombuffer(joined, np.uint8).reshape(len(rows), DIGEST_BYTES).copy()
+def with_rows(
+    index: Index, root: str, source: Source, rows: Sequence[int], ids: Int64[np.ndarray, " n"], codes: np.ndarray
+) -> Index:
+    """The index with rows of the source at the end of its table; `index.rows` is as before."""
+    if not len(rows):
+        return index
+    roots = index.roots if root in index.roots else (*index.roots, root)
+    names = [source.names[row] for row in rows]
+    hashes = [source.digests[row] for row in rows] if source.digests else [bytes(DIGEST_BYTES)] * len(rows)
+    files = items.files(root, names, hashes)
+    table = items.rows(ids, roots.index(root), files, codes, index.config.quantizer.num_codewords)
+    return index.replace(table=pa.concat_tables([index.table, table]), roots=roots)
 
 
 def matches(index: Index, path: str) -> list[int]:
@@ -121,16 +124,19 @@ def matches(index: Index, path: str) -> list[int]:
 
     Links are not followed below the root of an item.
     """
-    wanted = {number: _below(path, root) for number, root in enumerate(index.paths.roots)}
     found = []
-    for i, number in enumerate(index.paths.numbers.tolist()):
-        name = wanted[number]
+    for number, root in enumerate(index.roots):
+        name = _below(path, root)
         if name is None:
             continue
-        own = index.paths.name(i)
-        if name == "." or own == name or (index.paths.roots[number] and own.startswith(name + "/")):
-            found.append(i)
-    return found
+        near = np.flatnonzero(index.paths.numbers == number)
+        if name == ".":
+            found += near.tolist()
+            continue
+        for i, own in zip(near.tolist(), index.paths.names(near), strict=True):
+            if own == name or (root and own.startswith(name + "/")):
+                found.append(i)
+    return sorted(found)
 
 
 def _below(path: str, root: str) -> str | None:

@@ -25,11 +25,11 @@ def to_faiss(index: Index) -> Any:
     """
     import faiss
 
-    codebooks, score = index.encoder.codebooks, index.encoder.config.eval.score
+    codebooks, score = index.encoder.codebooks, index.config.eval.score
     metrics = {"l2": faiss.METRIC_L2, "ip": faiss.METRIC_INNER_PRODUCT}
     if score not in metrics:
         raise ExportError(f"eval.score {score!r} has no FAISS metric: must be one of {', '.join(metrics)}")
-    if score == "l2" and not index.encoder.config.eval.squared:
+    if score == "l2" and not index.config.eval.squared:
         raise ExportError("eval.squared False cannot be exported: FAISS sums squared distances")
     num_codebooks, num_codewords, d = codebooks.shape
     bits = quantizer.code_bits(num_codewords)
@@ -73,5 +73,5 @@ def _write(index: Index, path: Path, format: str) -> None:
             codes=index.codes,
             codebooks=index.encoder.codebooks,
             paths=np.array([p.encode("utf-8", "surrogateescape") for p in index.paths]),
-            score=np.array(index.encoder.config.eval.score),
+            score=np.array(index.config.eval.score),
         )

@@ -1,15 +1,17 @@
 """Search: reads query images, finds the k nearest indexed images of each, draws the hits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from tcq import config as configs
 from tcq import encode, nearest, plots, ranking
 from tcq.data.images import ImageError, decode, resize_of
+from tcq.index import changes, columns
 from tcq.index.store import Index, IndexFileError
 from tcq.models import retriever
 from tcq.runtime import storage
@@ -23,6 +25,8 @@ class Hit(NamedTuple):
 
     path: str
     score: float
+    id: int
+    columns: Mapping[str, Any] = MappingProxyType({})  # own columns of the image
 
 
 def read_queries(index: Index, paths: Sequence[str | Path]) -> UInt8[np.ndarray, "Q H W 3"] | Float[np.ndarray, "Q F"]:
@@ -30,7 +34,7 @@ def read_queries(index: Index, paths: Sequence[str | Path]) -> UInt8[np.ndarray,
 
     Raises IndexFileError with the file and the reason.
     """
-    data, m = index.encoder.config.data, index.encoder.config.model
+    data, m = index.config.data, index.config.model
     takes_embeddings = retriever.takes_embeddings(index.encoder.model)
     if any(str(path).endswith(".npy") for path in paths):
         return np.concatenate([_read_embeddings(path, m.width if takes_embeddings else 0) for path in paths])
@@ -59,37 +63,102 @@ def _read_embeddings(path: str | Path, width: int) -> Float[np.ndarray, "_ F"]:
 
 def build_engine(index: Index) -> nearest.Engine:
     """The items of an index, ready for many searches: see `nearest.build`."""
-    return nearest.build(index.codes, index.encoder.codebooks.shape[1], norms=index.norms)
+    return nearest.build(index.codes, index.config.quantizer.num_codewords, norms=index.norms)
 
 
-def search(index: Index, images: np.ndarray, *, k: int = 10, engine: nearest.Engine | None = None) -> list[list[Hit]]:
+def search(
+    index: Index,
+    images: np.ndarray,
+    *,
+    k: int = 10,
+    allowed: Bool[np.ndarray, " N"] | None = None,
+    min_score: float = -np.inf,
+    engine: nearest.Engine | None = None,
+) -> list[list[Hit]]:
     """The k nearest indexed images of each query, best first: images uint8 (Q, H, W, 3), or embeddings (Q, F).
 
+    Only images that are `allowed` (see `where`) and reach `min_score` are returned.
     Raises ValueError as `encode.encode` and `nearest.top_k`.
     """
     features = encode.encode(index.encoder, images).features
-    scores, ids = search_features(index, features, k=k, engine=engine)
-    return [[Hit(index.paths[i], float(s)) for i, s in zip(*row, strict=True)] for row in zip(ids, scores, strict=True)]
+    found = search_features(index, features, k=k, allowed=allowed, engine=engine)
+    return hits(index, *found, min_score=min_score)
+
+
+def hits(
+    index: Index, scores: Float[np.ndarray, "Q k"], items: Int[np.ndarray, "Q k"], *, min_score: float = -np.inf
+) -> list[list[Hit]]:
+    """The answers of `search_features` with paths, ids and own columns."""
+    answers = []
+    for row, values in zip(items, scores, strict=True):
+        chosen = row[values >= min_score]
+        own = columns.of(index, chosen).to_pylist() if index.columns is not None else [{}] * len(chosen)
+        answers.append(
+            [Hit(index.paths[i], float(s), int(index.ids[i]), o) for i, s, o in zip(chosen, values, own, strict=False)]
+        )
+    return answers
 
 
 def search_features(
-    index: Index, features: Float[np.ndarray, "Q D"], *, k: int, engine: nearest.Engine | None = None
+    index: Index,
+    features: Float[np.ndarray, "Q D"],
+    *,
+    k: int,
+    allowed: Bool[np.ndarray, " N"] | None = None,
+    engine: nearest.Engine | None = None,
 ) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
     """Scores and positions of the k nearest items of float features, best first; the first position among ties.
 
     `engine` is what `build_engine` returns, for more than one call. Without it few queries scan the items.
     """
-    config, codebooks = index.encoder.config, index.encoder.codebooks
-    tables = ranking.lookup_table(
+    return search_tables(index, tables(index, features), k=k, allowed=allowed, engine=engine)
+
+
+def tables(index: Index, features: Float[np.ndarray, "Q D"]) -> Float[np.ndarray, "Q M K"]:
+    """The lookup tables of float features, as `ranking.lookup_table`."""
+    config = index.config
+    result = ranking.lookup_table(
         features,
-        codebooks,
+        index.encoder.codebooks,
         metric=config.eval.score,
         squared=config.eval.squared,
         normalize=configs.query_norm(config),
     )
-    build = nearest.build if len(features) >= MANY_QUERIES else nearest.scan.build
-    engine = build(index.codes, codebooks.shape[1], norms=index.norms) if engine is None else engine
-    return nearest.top_k(engine, np.asarray(tables), k)
+    return np.asarray(result)
+
+
+def search_tables(
+    index: Index,
+    tables: Float[np.ndarray, "Q M K"],
+    *,
+    k: int,
+    allowed: Bool[np.ndarray, " N"] | None = None,
+    engine: nearest.Engine | None = None,
+) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
+    """As `search_features` for lookup tables. The mean of several tables ranks by the mean score of their queries."""
+    build = nearest.build if len(tables) >= MANY_QUERIES else nearest.scan.build
+    engine = build(index.codes, tables.shape[2], norms=index.norms) if engine is None else engine
+    return nearest.top_k(engine, tables, k, allowed=allowed)
+
+
+def features_of_items(index: Index, which: Sequence[int]) -> Float[np.ndarray, "Q D"]:
+    """Indexed images as queries: what their codes stand for, so that neither image nor model is needed."""
+    codes, codebooks = index.codes[np.asarray(which, np.int64)], index.encoder.codebooks
+    parts = codebooks[np.arange(len(codebooks)), codes.astype(np.int64)]  # (Q, M, d)
+    return parts.reshape(len(codes), -1)
+
+
+def find(index: Index, text: str) -> int:
+    """The position of an image by its id or path. Raises IndexFileError if there is none, or several."""
+    if text.isdecimal():
+        place = int(np.searchsorted(index.ids, int(text)))
+        if place < len(index.ids) and index.ids[place] == int(text):
+            return place
+    found = changes.matches(index, text)
+    if len(found) != 1:
+        what = f"{len(found):,} images" if found else "no image"
+        raise IndexFileError(f"{text!r} names {what} of the index: give an id or a path as tcq search prints them")
+    return found[0]
 
 
 def image_of(hit: Hit) -> str | bytes:
@@ -101,7 +170,7 @@ def draw(
     index: Index, queries: UInt8[np.ndarray, "Q H W 3"], answers: Sequence[Sequence[Hit]], out: str | Path
 ) -> None:
     """Writes a picture of queries and hits; missing images are gray. Raises IndexFileError."""
-    size = max(index.encoder.config.data.image_size, THUMBNAIL)
+    size = max(index.config.data.image_size, THUMBNAIL)
 
     def image(hit: Hit) -> np.ndarray:
         try:

@@ -1,35 +1,40 @@
 """The files of an index, and replacing them while others read.
 
 An index is a folder with meta.json, encoder.npz (the variables of the encoder), config.json, skipped.jsonl, and the
-columns of its items: codes (N, M), hashes (N, 20) of the contents, roots (N,) as numbers of `meta["roots"]`, and the
-names below these as UTF-8 with their offsets (N + 1,). It needs neither the images nor the workdir.
+rows of its items (see items.py) in segments. It needs neither the images nor the workdir.
 
-A column is a file named by its own hash, and meta.json names the columns. A change writes new columns and then replaces
-meta.json, so that a reader finds the old or the new index. The version before the last change is kept.
+A segment is a file that is named by its own hash and never changed. A change writes one segment with the rows that are
+new, and the numbers of all rows that are out of date; it then replaces meta.json, so that a reader finds the old or the
+new index. The version before the last change is kept.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pyarrow as pa
 from flax import traverse_util
-from jaxtyping import Float, UInt
+from jaxtyping import Float, Int64, UInt
+from ml_collections import ConfigDict
 
 from tcq import config as configs
 from tcq import encode, ranking
 from tcq import workdir as workdirs
+from tcq.index import items
 from tcq.models import retriever
 from tcq.runtime import devices, locks, storage
 
-FORMAT = 3
+FORMAT = 4
 ENCODER, CONFIG, SKIPPED, META, PREVIOUS = (
     "encoder.npz",
     "config.json",
@@ -37,7 +42,9 @@ ENCODER, CONFIG, SKIPPED, META, PREVIOUS = (
     "meta.json",
     "meta.previous.json",
 )
-COLUMNS = ("codes", "hashes", "roots", "names", "offsets")
+KINDS = ("items", "removed", "columns")  # of the files that a change writes
+NEEDED = {"segments", "removed", "columns", "roots", "next_id", "step", "sha256"}  # of meta.json
+SEGMENTS = 64  # with which an index is compacted by itself
 ATTEMPTS = 100  # to read an index that is being replaced
 
 logger = logging.getLogger(__name__)
@@ -51,67 +58,89 @@ class CorruptedError(IndexFileError):
     """The files of the index are not what was written."""
 
 
-class Paths(Sequence[str]):
-    """The paths of N images, each a root and a name below it."""
+class Segment(NamedTuple):
+    """A file of rows."""
 
-    def __init__(self, roots: Sequence[str], numbers: np.ndarray, names: np.ndarray, offsets: np.ndarray) -> None:
-        self.roots, self.numbers = list(roots), numbers
-        self._names, self._offsets = names, offsets
-
-    @classmethod
-    def of(cls, roots: Sequence[str], numbers: Sequence[int] | np.ndarray, names: Sequence[str]) -> "Paths":
-        """From roots, the number of the root of each image, and its name. Roots without images are left out."""
-        used, numbers = np.unique(np.asarray(numbers, np.int64), return_inverse=True)
-        roots = [roots[i] for i in used.tolist()] or roots
-        raw = [os.fsencode(name) for name in names]
-        offsets = np.concatenate([[0], np.cumsum([len(r) for r in raw])]).astype(np.int64)
-        return cls(roots, np.asarray(numbers, np.uint16), np.frombuffer(b"".join(raw), np.uint8), offsets)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, i: Any) -> Any:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        root, name = self.roots[self.numbers[i]], self.name(int(i))
-        return str(storage.join(root, name)) if root else name
-
-    def name(self, i: int) -> str:
-        """The name of an image below its root."""
-        i = range(len(self))[i]
-        return os.fsdecode(self._names[self._offsets[i] : self._offsets[i + 1]].tobytes())
-
-    def with_roots(self, roots: Sequence[str]) -> "Paths":
-        """The same images below other roots, in the order of these."""
-        return Paths(roots, self.numbers, self._names, self._offsets)
-
-    def columns(self) -> dict[str, np.ndarray]:
-        """The arrays that are stored."""
-        return {"roots": self.numbers, "names": self._names, "offsets": self._offsets}
+    file: str
+    rows: int
+    sha256: str
 
 
-class Index(NamedTuple):
-    """N indexed images."""
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """N indexed images, in the order of their ids. The arrays are read when they are first used."""
 
-    encoder: encode.Encoder
-    codes: UInt[np.ndarray, "N M"]
-    paths: Paths
-    hashes: UInt[np.ndarray, "N 20"]  # of the contents of the files; 0 for embeddings
-    norms: Float[np.ndarray, " N"] | None  # only for eval.score "cosine"
+    config: ConfigDict
+    load_encoder: Callable[[], encode.Encoder]
+    table: pa.Table  # all rows that were written, as `items.schema` describes them
+    rows: Int64[np.ndarray, " N"]  # the row of each image
+    roots: tuple[str, ...]  # absolute paths or URLs of folders; "" for embeddings
+    next_id: int
+    step: int  # of the training
+    sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of config and encoder, once they are written
+    segments: tuple[Segment, ...] = ()  # the files of the first rows of the table; others are not written yet
+    columns: pa.Table | None = None  # own columns of some images, by "id"
+    columns_segment: Segment | None = None  # its file, once it is written
+
+    @cached_property
+    def encoder(self) -> encode.Encoder:
+        """The model of the index. Raises CorruptedError."""
+        return self.load_encoder()
+
+    @cached_property
+    def codes(self) -> UInt[np.ndarray, "N M"]:
+        """The code of each image."""
+        q = self.config.quantizer
+        return self._live(items.unpack(items.bytes_of(self.table["code"]), q.num_codebooks, q.num_codewords))
+
+    @cached_property
+    def ids(self) -> Int64[np.ndarray, " N"]:
+        """The id of each image, ascending."""
+        return self._live(self.table["id"].to_numpy())
+
+    @cached_property
+    def hashes(self) -> UInt[np.ndarray, "N 20"]:
+        """The hash of the contents of each file; 0 for embeddings."""
+        return self._live(items.bytes_of(self.table["hash"]))
+
+    @cached_property
+    def paths(self) -> items.Paths:
+        """The path of each image, or the name of each embedding."""
+        return items.Paths(self.roots, self._live(self.table["root"].to_numpy()), self.table["name"], self.rows)
+
+    @cached_property
+    def folders(self) -> tuple[str, ...]:
+        """The roots that have images."""
+        return tuple(dict.fromkeys(self.roots[i] for i in np.unique(self.paths.numbers).tolist()))
+
+    @cached_property
+    def norms(self) -> Float[np.ndarray, " N"] | None:
+        """The length of each decoded item, only for eval.score "cosine"."""
+        if self.config.eval.score != "cosine":
+            return None
+        return np.asarray(ranking.code_norms(self.codes, self.encoder.codebooks))
+
+    def replace(self, **fields: Any) -> "Index":
+        """A copy with other fields."""
+        return dataclasses.replace(self, **fields)
+
+    def _live(self, column: np.ndarray) -> np.ndarray:
+        whole = len(self.rows) == len(column) and not (np.diff(self.rows) != 1).any()
+        return column if whole else column[self.rows]
 
 
-def open_index(path: str | Path) -> Index:
-    """Opens and verifies an index.
+def open_index(path: str | Path, *, verify: bool = True) -> Index:
+    """Opens an index; its files are mapped. With `verify` their hashes are compared, as `verify` does.
 
     If it is corrupted, the version before its last change is opened, with a warning, if it is still there.
     Raises IndexFileError if it is missing, incomplete, corrupted, or of another format.
     """
     path = storage.download(str(path)) if storage.is_url(path) else Path(path)
     try:
-        return _open_current(path)
+        return _open_current(path, verify)
     except CorruptedError as error:
         try:
-            index = _open(path, _read_meta(path, PREVIOUS))
+            index = _open(path, _read_meta(path, PREVIOUS), verify)
         except IndexFileError:
             raise error from None
         logger.warning(f"corrupted: {error}")
@@ -119,12 +148,31 @@ def open_index(path: str | Path) -> Index:
         return index
 
 
-def _open_current(path: Path) -> Index:
+def verify(path: str | Path) -> dict[str, int]:
+    """Compares every file of an index with the hash that was written; returns sizes in bytes by name.
+
+    Raises IndexFileError as `open_index`, and CorruptedError at the first file that is missing or different.
+    """
+    path = storage.download(str(path)) if storage.is_url(path) else Path(path)
+    for _ in range(ATTEMPTS):
+        meta = _read_meta(path, META)
+        try:
+            for name, digest in meta["sha256"].items():
+                _compare(path / name, digest)
+            _open(path, meta, False).encoder  # noqa: B018
+            return {name: (path / name).stat().st_size for name in meta["sha256"]}
+        except CorruptedError:
+            if _read_meta(path, META) == meta:
+                raise
+    raise IndexFileError(f"index {str(path)!r} is replaced faster than it can be read")
+
+
+def _open_current(path: Path, verify: bool) -> Index:
     """The index of meta.json, which another process may replace meanwhile."""
     meta = _read_meta(path, META)
     for _ in range(ATTEMPTS):
         try:
-            return _open(path, meta)
+            return _open(path, meta, verify)
         except CorruptedError:
             now = _read_meta(path, META)
             if now == meta:
@@ -133,29 +181,83 @@ def _open_current(path: Path) -> Index:
     raise IndexFileError(f"index {str(path)!r} is replaced faster than it can be read")
 
 
-def _open(path: Path, meta: dict[str, Any]) -> Index:
-    for name, digest in meta["sha256"].items():
-        file = path / name
-        try:
-            corrupted = None if _sha256(file) == digest else "corrupted"
-        except FileNotFoundError:
-            corrupted = "missing"
-        if corrupted:
-            raise CorruptedError(f"{str(file)!r} is {corrupted}: build the index again")
+def _open(path: Path, meta: dict[str, Any], verify: bool) -> Index:
+    for name, digest in meta["sha256"].items() if verify else ():
+        _compare(path / name, digest)
+    _compare(path / CONFIG, meta["sha256"][CONFIG])
+    if not (path / ENCODER).is_file():
+        raise CorruptedError(f"{str(path / ENCODER)!r} is missing: build the index again")
     config = configs.from_json((path / CONFIG).read_text())
+    schema = items.schema(config.quantizer.num_codebooks, config.quantizer.num_codewords)
+    segments = tuple(Segment(file, rows, meta["sha256"][file]) for file, rows in meta["segments"])
+    parts = [_map_table(path / segment.file, segment.rows) for segment in segments]
+    if any(part.schema != schema for part in parts):
+        raise CorruptedError(f"{str(path)!r} has rows that do not fit its config: build the index again")
+    table = pa.concat_tables(parts) if parts else schema.empty_table()
+    own = None
+    if meta["columns"]:
+        file, rows = meta["columns"]
+        own = Segment(file, rows, meta["sha256"][file])
+    return Index(
+        config,
+        lambda: _load_encoder(path, config, meta),
+        table,
+        _live_rows(path, meta, table),
+        tuple(meta["roots"]),
+        meta["next_id"],
+        meta["step"],
+        {name: meta["sha256"][name] for name in (CONFIG, ENCODER)},
+        segments,
+        _map_table(path / own.file, own.rows) if own else None,
+        own,
+    )
+
+
+def _live_rows(path: Path, meta: dict[str, Any], table: pa.Table) -> np.ndarray:
+    """The rows that are not out of date, in the order of their ids."""
+    if meta["removed"] is None:
+        rows = np.arange(len(table))
+    else:
+        try:
+            removed = np.load(path / meta["removed"], allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            raise CorruptedError(f"{str(path / meta['removed'])!r} is missing or corrupted") from None
+        live = np.ones(len(table), bool)
+        live[removed] = False
+        rows = np.flatnonzero(live)
+    ids = table["id"].to_numpy()[rows]
+    return rows if (np.diff(ids) > 0).all() else rows[np.argsort(ids, kind="stable")]
+
+
+def _map_table(file: Path, count: int) -> pa.Table:
     try:
-        columns = {name: np.load(path / meta["columns"][name], allow_pickle=False) for name in COLUMNS}
-    except FileNotFoundError as error:
-        raise CorruptedError(f"{error.filename!r} is missing: build the index again") from None
+        with pa.memory_map(str(file)) as source:
+            table = pa.ipc.open_file(source).read_all()
+    except FileNotFoundError:
+        raise CorruptedError(f"{str(file)!r} is missing: build the index again") from None
+    except (OSError, pa.ArrowInvalid) as error:
+        raise CorruptedError(f"{str(file)!r} is corrupted ({str(error)[:100]}): build the index again") from None
+    if len(table) != count:
+        raise CorruptedError(f"{str(file)!r} is corrupted: it has {len(table):,} rows of {count:,}")
+    return table
+
+
+def _compare(file: Path, digest: str) -> None:
+    try:
+        what = None if _sha256(file) == digest else "corrupted"
+    except FileNotFoundError:
+        what = "missing"
+    if what:
+        raise CorruptedError(f"{str(file)!r} is {what}: build the index again")
+
+
+def _load_encoder(path: Path, config: ConfigDict, meta: dict[str, Any]) -> encode.Encoder:
+    _compare(path / ENCODER, meta["sha256"][ENCODER])
     with np.load(path / ENCODER, allow_pickle=False) as saved:
         variables = traverse_util.unflatten_dict({tuple(k.split("/")): saved[k] for k in saved.files})
     model = retriever.from_config(config)
     _check_variables(retriever.shapes(model, config.data.image_size), variables, path)
-    encoder = encode.Encoder(config, model, devices.place(variables), meta["step"])
-    codes = columns["codes"]
-    norms = np.asarray(ranking.code_norms(codes, encoder.codebooks)) if config.eval.score == "cosine" else None
-    paths = Paths(meta["roots"], columns["roots"], columns["names"], columns["offsets"])
-    return Index(encoder, codes, paths, columns["hashes"], norms)
+    return encode.Encoder(config, model, devices.place(variables), meta["step"])
 
 
 def _read_meta(path: Path, name: str) -> dict[str, Any]:
@@ -170,7 +272,7 @@ def _read_meta(path: Path, name: str) -> dict[str, Any]:
         raise IndexFileError(
             f"index {str(path)!r} has format {version}, this version of tcq reads {FORMAT}: build it again"
         )
-    if not {"columns", "roots", "step", "sha256"} <= meta.keys() or set(meta["columns"]) != set(COLUMNS):
+    if not meta.keys() >= NEEDED:
         raise CorruptedError(f"{str(path)!r} is not an index: {name} is incomplete")
     return meta
 
@@ -223,6 +325,17 @@ def changing(path: str | Path) -> Iterator[None]:
         yield
 
 
+def compacted(index: Index) -> Index:
+    """The same images in one segment, without rows that are out of date."""
+    table = index.table.take(pa.array(index.rows)).combine_chunks()
+    return index.replace(table=table, rows=np.arange(len(table)), segments=())
+
+
+def is_scattered(index: Index) -> bool:
+    """Whether an index has so many segments, or rows out of date, that it should be compacted."""
+    return len(index.segments) >= SEGMENTS or 2 * len(index.rows) < len(index.table)
+
+
 def write(out: str | Path, index: Index, skipped: Sequence[dict[str, str]]) -> None:
     """Writes an index, or replaces one; in a bucket meta.json is the last file. Raises IndexFileError."""
     if storage.is_url(out):
@@ -243,23 +356,31 @@ def write(out: str | Path, index: Index, skipped: Sequence[dict[str, str]]) -> N
 
 
 def _write_files(folder: Path, index: Index, skipped: Sequence[dict[str, str]]) -> None:
-    encoder = index.encoder
-    if not (folder / META).exists():
-        storage.write_text(folder / CONFIG, configs.to_json(encoder.config))
-        flat = traverse_util.flatten_dict(jax.tree.map(np.asarray, dict(encoder.variables)), sep="/")
-        with storage.atomic(folder / ENCODER) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **flat)
-    columns = {"codes": index.codes, "hashes": index.hashes, **index.paths.columns()}
-    names = {name: _write_column(folder, name, column) for name, column in columns.items()}
+    sha256 = dict(index.sha256) or _write_encoder(folder, index.encoder)
+    done = sum(segment.rows for segment in index.segments)
+    new = index.table.slice(done)
+    segments = [*index.segments, *([_write_table(folder, "items", new)] if len(new) else [])]
+    own = index.columns_segment
+    if own is None and index.columns is not None:
+        own = _write_table(folder, "columns", index.columns)
+    out_of_date = np.setdiff1d(np.arange(len(index.table)), index.rows, assume_unique=True)
+    removed = _write_file(folder, "removed.npy", lambda file: np.save(file, out_of_date)) if len(out_of_date) else None
+    named = {segment.file: segment.sha256 for segment in (*segments, own, removed) if segment}
+    for name in named:
+        if not (folder / name).is_file():
+            raise IndexFileError(f"{str(folder / name)!r} is missing: the index was changed without its lock")
     storage.write_text(folder / SKIPPED, workdirs.json_lines(skipped))
     meta = {
         "format": FORMAT,
-        "count": len(index.paths),
-        "bits": configs.bits(encoder.config),
-        "step": encoder.step,
-        "roots": index.paths.roots,
-        "columns": names,
-        "sha256": {name: _sha256(folder / name) for name in (*names.values(), CONFIG, ENCODER)},
+        "count": len(index.rows),
+        "bits": configs.bits(index.config),
+        "step": index.step,
+        "roots": index.roots,
+        "next_id": index.next_id,
+        "segments": [[segment.file, segment.rows] for segment in segments],
+        "removed": removed.file if removed else None,
+        "columns": [own.file, own.rows] if own else None,
+        "sha256": named | sha256,
     }
     before = storage.read(folder / META)
     if before is not None:
@@ -267,38 +388,56 @@ def _write_files(folder: Path, index: Index, skipped: Sequence[dict[str, str]]) 
     storage.write_text(folder / META, json.dumps(meta, indent=2) + "\n")
 
 
-def _write_column(folder: Path, name: str, column: np.ndarray) -> str:
-    """Writes a column to a file named by its contents, and returns the name."""
+def _write_encoder(folder: Path, encoder: encode.Encoder) -> dict[str, str]:
+    storage.write_text(folder / CONFIG, configs.to_json(encoder.config))
+    flat = traverse_util.flatten_dict(jax.tree.map(np.asarray, dict(encoder.variables)), sep="/")
+    with storage.atomic(folder / ENCODER) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **flat)
+    return {name: _sha256(folder / name) for name in (CONFIG, ENCODER)}
+
+
+def _write_table(folder: Path, kind: str, table: pa.Table) -> Segment:
+    def save(file: Any) -> None:
+        with pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table.combine_chunks())
+
+    return _write_file(folder, f"{kind}.arrow", save)._replace(rows=len(table))
+
+
+def _write_file(folder: Path, name: str, save: Callable[[Any], None]) -> Segment:
+    """Writes a file that is named by its contents."""
     with tempfile.NamedTemporaryFile(prefix=storage.TEMPORARY, dir=folder, delete=False) as file:
-        np.save(file, np.ascontiguousarray(column))
+        save(file)
         file.flush()
         os.fsync(file.fileno())
     temporary = Path(file.name)
     temporary.chmod(0o644)
-    target = folder / f"{name}-{_sha256(temporary)[:16]}.npy"
+    digest = _sha256(temporary)
+    kind, _, suffix = name.partition(".")
+    target = folder / f"{kind}-{digest[:16]}.{suffix}"
     temporary.replace(target)
-    return target.name
+    return Segment(target.name, 0, digest)
 
 
 def _delete_unused(folder: Path) -> None:
-    """Deletes what neither this version nor the one before needs: older columns, and what killed writers have left."""
+    """Deletes what neither this version nor the one before needs: older files, and what killed writers have left."""
     used: set[str] = set()
     for name in (META, PREVIOUS):
         with contextlib.suppress(IndexFileError):
-            used |= set(_read_meta(folder, name)["columns"].values())
+            used |= set(_read_meta(folder, name)["sha256"])
     for file in folder.iterdir():
-        if file.name not in used and (file.name.startswith(storage.TEMPORARY) or _is_column(file.name)):
+        if file.name not in used and (file.name.startswith(storage.TEMPORARY) or _is_rows(file.name)):
             file.unlink(missing_ok=True)
 
 
-def _is_column(name: str) -> bool:
-    return name.endswith(".npy") and name.partition("-")[0] in COLUMNS
+def _is_rows(name: str) -> bool:
+    return name.endswith((".arrow", ".npy")) and name.partition("-")[0] in KINDS
 
 
 def _is_own(name: str) -> bool:
     """Whether a file of this name is written by tcq into the folder of an index."""
     fixed = (ENCODER, CONFIG, SKIPPED, META, PREVIOUS, locks.NAME)
-    return name in fixed or _is_column(name) or name.startswith(storage.TEMPORARY)
+    return name in fixed or _is_rows(name) or name.startswith(storage.TEMPORARY)
 
 
 def _sha256(path: Path) -> str:

@@ -8,11 +8,13 @@ import threading
 import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 import small
 from tcq import encode
 from tcq import index as indexes
+from tcq.index import items
 from tcq.runtime import locks
 
 
@@ -151,9 +153,13 @@ def test_urls_and_names_of_embeddings_are_matched_as_they_are(built, monkeypatch
     from tcq.index import changes
 
     opened = indexes.open_index(built)
-    names = ["class 1/a.png", "class 1/b.png", "class 2/a.png"]
-    paths = indexes.Paths.of(["gs://bucket/photos", ""], [0, 0, 1], names)
-    index = opened._replace(paths=paths)
+    names, codes = ["class 1/a.png", "class 1/b.png", "class 2/a.png"], opened.codes[:3]
+    files = items.files("", names, [bytes(20)] * 3)
+    parts = [items.rows(np.arange(3), root, files, codes, 8).slice(2 * root, 2 - root) for root in (0, 1)]
+    index = opened.replace(
+        table=pa.concat_tables(parts), rows=np.arange(3), roots=("gs://bucket/photos", ""), segments=()
+    )
+    assert list(index.paths) == ["gs://bucket/photos/class 1/a.png", "gs://bucket/photos/class 1/b.png", names[2]]
     assert changes.matches(index, "gs://bucket/photos/class 1/a.png") == [0]
     assert (
         changes.matches(index, "gs://bucket/photos/class 1/") == changes.matches(index, "gs://bucket/photos") == [0, 1]
@@ -250,7 +256,7 @@ def test_readers_see_the_old_or_the_new_index(built, images):
     writer.join()
     assert set(seen) <= sizes and len(seen) > 2
     names = {p.name for p in built.iterdir()}
-    assert not [n for n in names if n.startswith(".tmp-")] and len([n for n in names if n.startswith("codes-")]) == 2
+    assert not [n for n in names if n.startswith(".tmp-")] and len([n for n in names if n.startswith("items-")]) == 2
 
 
 def test_an_index_that_is_replaced_while_it_is_opened_is_read_again(built, images, monkeypatch):
@@ -260,14 +266,15 @@ def test_an_index_that_is_replaced_while_it_is_opened_is_read_again(built, image
     indexes.add(built, images / "class 4")
     large, writers = indexes.open_index(built), [0]
 
-    def replaced(path, meta):
-        for _ in range(3 if not writers[0] else 0):  # the columns of this version are deleted by the second change
+    def replaced(path, meta, verify):
+        for _ in range(3 if not writers[0] else 0):  # the files of this version are deleted by the second change
             writers[0] += 1
-            store.write(built, small_index._replace(codes=(small_index.codes + writers[0]) % 8), [])
-        return real(path, meta)
+            rows = small_index.table.slice(writers[0])
+            store.write(built, small_index.replace(table=rows, rows=np.arange(len(rows)), segments=()), [])
+        return real(path, meta, verify)
 
     monkeypatch.setattr(store, "_open", replaced)
-    np.testing.assert_array_equal(indexes.open_index(built).codes, (small_index.codes + 3) % 8)
+    np.testing.assert_array_equal(indexes.open_index(built, verify=False).ids, small_index.ids[3:])
     assert len(large.paths) > len(small_index.paths)
 
 
@@ -290,7 +297,7 @@ def test_a_lock_file_that_is_deleted_meanwhile_is_opened_again(tmp_path):
     thread.join()
 
 
-@pytest.mark.parametrize("moment", ["column", "previous", "meta"])
+@pytest.mark.parametrize("moment", ["rows", "previous", "meta"])
 def test_a_writer_that_is_killed_leaves_the_old_index(built, photos, images, moment, monkeypatch):
     from tcq.index import store
 
@@ -300,8 +307,8 @@ def test_a_writer_that_is_killed_leaves_the_old_index(built, photos, images, mom
         def killed(*_):
             raise KeyboardInterrupt
 
-        if moment == "column":
-            patch.setattr(store.np, "save", killed)
+        if moment == "rows":
+            patch.setattr(store.pa.ipc, "new_file", killed)
         else:
             write_text = store.storage.write_text
 
@@ -323,10 +330,10 @@ def test_a_build_that_was_killed_is_begun_again(run, images, tmp_path):
     out = tmp_path / "index"
     out.mkdir()
     (out / ".lock").write_text("")
-    (out / "codes-0123.npy").write_bytes(b"cut")
+    (out / "items-0123.arrow").write_bytes(b"cut")
     (out / ".tmp-x").write_bytes(b"cut")
     indexes.build(run, images / "class 3", out)
-    assert not (out / "codes-0123.npy").exists() and not (out / ".tmp-x").exists()
+    assert not (out / "items-0123.arrow").exists() and not (out / ".tmp-x").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("mine")
     with pytest.raises(indexes.IndexFileError, match="exists"):
@@ -340,7 +347,7 @@ def test_a_full_disk_leaves_no_part_of_a_new_index(run, images, tmp_path, monkey
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "_write_column", full)
+    monkeypatch.setattr(store, "_write_file", full)
     done = small.main("index", f"--workdir={run}", f"--images={images / 'class 3'}", f"--out={tmp_path / 'index'}")
     small.assert_refused(done, "cannot be written: No space left on device")
     assert list(tmp_path.iterdir()) == []

@@ -150,14 +150,15 @@ def test_a_checkpoint_that_does_not_fit_its_config(run, images, tmp_path, key, v
     assert not (tmp_path / "out").exists()
 
 
-def column(folder, name, meta="meta.json"):
-    return folder / json.loads((folder / meta).read_text())["columns"][name]
+def file_of(folder, name, meta="meta.json"):
+    """The newest segment for "items"; else a file by its name."""
+    return folder / (json.loads((folder / meta).read_text())["segments"][-1][0] if name == "items" else name)
 
 
-@pytest.mark.parametrize("name", ["codes", "names", "hashes", "offsets", "roots", "encoder.npz", "meta.json"])
+@pytest.mark.parametrize("name", ["items", "encoder.npz", "config.json", "meta.json"])
 def test_corruption_is_noticed(index, tmp_path, name):
     shutil.copytree(index, tmp_path / "index")
-    file = tmp_path / "index" / name if "." in name else column(tmp_path / "index", name)
+    file = file_of(tmp_path / "index", name)
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
@@ -173,9 +174,9 @@ def test_a_corrupted_index_falls_back_to_the_one_before_its_last_change(run, ima
     before = indexes.open_index(tmp_path / "index")
     indexes.add(tmp_path / "index", images / "class 4")
     assert len(indexes.open_index(tmp_path / "index").paths) > len(before.paths)
-    for name in ("codes", "names", "hashes", "meta.json"):
+    for name in ("items", "meta.json"):
         copy = shutil.copytree(tmp_path / "index", tmp_path / "copy" / "index")
-        (copy / name if "." in name else column(copy, name)).unlink()
+        file_of(copy, name).unlink()
         logs.clear()
         assert list(indexes.open_index(copy).paths) == list(before.paths)
         assert f"corrupted: '{copy}" in logs.text

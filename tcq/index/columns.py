@@ -1,0 +1,140 @@
+"""Own columns of an index: a CSV or Parquet file joined by path; and filters on them, on paths, sizes and dates."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Bool
+
+from tcq.index import items
+from tcq.index.store import Index, IndexFileError
+
+PATH = "path"  # the column by which a file is joined
+RESERVED = ("id", "size", "modified", "hash", "score", "code")
+
+
+def read(file: str | Path) -> pa.Table:
+    """The columns of a CSV or Parquet file, one of which is "path". Raises IndexFileError."""
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    try:
+        if str(file).endswith(".parquet"):
+            table = pyarrow.parquet.read_table(file)
+        else:
+            options = pyarrow.csv.ConvertOptions(column_types={PATH: pa.string()}, strings_can_be_null=True)
+            table = pyarrow.csv.read_csv(file, convert_options=options)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise IndexFileError(f"--columns {str(file)!r} cannot be read: {error}") from None
+    names = table.column_names
+    bad = [name for name in names if name.lower() in RESERVED] or sorted({n for n in names if names.count(n) > 1})
+    if bad or PATH not in names:
+        reason = f"the name {bad[0]!r} is used by tcq or twice: rename it" if bad else f"it needs a column {PATH!r}"
+        raise IndexFileError(f"--columns {str(file)!r} has the columns {', '.join(names)}: {reason}")
+    if len(names) == 1:
+        raise IndexFileError(f"--columns {str(file)!r} has no column beside {PATH!r}")
+    paths = table[PATH].cast(pa.string())
+    twice = pc.filter((counts := pc.value_counts(paths)).field("values"), pc.greater(counts.field("counts"), 1))
+    if len(twice):
+        raise IndexFileError(f"--columns {str(file)!r}: path {twice[0].as_py()!r} is given twice")
+    return table.set_column(names.index(PATH), PATH, paths)
+
+
+def places(own: pa.Table, roots: Sequence[str], paths: Sequence[str]) -> np.ndarray:
+    """The row of `own` of each path, -1 where it has none. Its paths are complete, or names below one of the roots.
+
+    Raises IndexFileError if it has a row of none of the paths.
+    """
+    numbers = {path: row for row, path in enumerate(own[PATH].to_pylist())}
+    starts = [root.rstrip("/") + "/" for root in roots if root]
+    found = np.full(len(paths), -1, np.int64)
+    for place, path in enumerate(paths):
+        names = [path, *(path.removeprefix(start) for start in starts if path.startswith(start))]
+        found[place] = next((numbers[name] for name in names if name in numbers), -1)
+    if len(found) and (found < 0).all():
+        raise IndexFileError(
+            f"--columns: none of its {len(own):,} paths is in the index; the first are {own[PATH][0].as_py()!r} and "
+            f"{paths[0]!r}: write paths as tcq search prints them, or below the folder of the images"
+        )
+    return found
+
+
+def joined(index: Index, own: pa.Table | None) -> Index:
+    """The index with the columns of `own` for its images; rows that it had for other images stay.
+
+    Raises IndexFileError as `places`, and if a column changes its type.
+    """
+    if own is None:
+        return index
+    rows = places(own, index.roots, list(index.paths))
+    new = own.take(pa.array(rows[rows >= 0])).drop_columns([PATH])
+    new = new.add_column(0, "id", pa.array(index.ids[rows >= 0]))
+    if index.columns is not None:
+        others = pc.invert(pc.is_in(index.columns["id"], new["id"]))
+        try:
+            new = pa.concat_tables([index.columns.filter(others), new], promote_options="permissive")
+        except pa.ArrowTypeError as error:
+            raise IndexFileError(f"--columns: a column has another type than before: {error}") from None
+    return index.replace(columns=new.sort_by("id").combine_chunks(), columns_segment=None)
+
+
+def names(index: Index) -> list[str]:
+    """The names of the own columns."""
+    return [] if index.columns is None else [name for name in index.columns.column_names if name != "id"]
+
+
+def of(index: Index, which: Sequence[int] | np.ndarray) -> pa.Table:
+    """Own columns of some images, in their order; null for images without any."""
+    assert index.columns is not None
+    ids, known = index.ids[np.asarray(which, np.int64)], index.columns["id"].to_numpy()
+    rows = np.minimum(np.searchsorted(known, ids), max(len(known) - 1, 0))
+    missing = known[rows] != ids if len(known) else np.ones(len(ids), bool)
+    return index.columns.drop_columns(["id"]).take(pa.array(rows, mask=missing))
+
+
+def table(index: Index) -> pa.Table:
+    """All images as an Arrow table: id, path (with "?" for bytes that are not UTF-8), size, modified, own columns."""
+    live = index.table.select(["id", "size", "modified"])
+    whole = len(live) == len(index.rows) and (index.rows == np.arange(len(live))).all()
+    live = live if whole else live.take(pa.array(index.rows))
+    result = live.add_column(1, PATH, _paths(index))
+    if index.columns is not None:
+        own = of(index, np.arange(len(index.rows)))
+        for name in own.column_names:
+            result = result.append_column(name, own[name])
+    return result
+
+
+def _paths(index: Index) -> pa.Array:
+    try:
+        names = index.table["name"].take(pa.array(index.rows)).cast(pa.large_string())
+        starts = pa.array([items.join(root, "x")[:-1] if root else "" for root in index.roots], pa.large_string())
+        return pc.binary_join_element_wise(starts.take(pa.array(index.paths.numbers)), names, "")
+    except pa.ArrowInvalid:  # not UTF-8
+        return pa.array([p.encode("utf-8", "replace").decode() for p in index.paths], pa.large_string())
+
+
+def where(index: Index, condition: str) -> Bool[np.ndarray, " N"]:
+    """Whether each image meets a condition in SQL on path, size, modified, id and own columns, as DuckDB reads it.
+
+    Raises IndexFileError with DuckDB's message.
+    """
+    try:
+        import duckdb
+    except ImportError:
+        raise IndexFileError("--filter needs DuckDB: pip install 'tcq[filter]'") from None
+
+    rows = table(index)
+    rows = rows.append_column("place__", pa.array(np.arange(len(rows))))
+    with duckdb.connect(config={"enable_external_access": False, "lock_configuration": True}) as database:
+        try:
+            found: Any = database.from_arrow(rows).filter(condition).project("place__").fetchnumpy()["place__"]
+        except duckdb.Error as error:
+            columns = ", ".join(rows.column_names[:-1])
+            raise IndexFileError(f"--filter {condition!r}: {error}; the columns are {columns}") from None
+    allowed = np.zeros(len(rows), bool)
+    allowed[np.asarray(found, np.int64)] = True
+    return allowed
