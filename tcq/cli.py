@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from tcq import cli_index, flags
+from tcq import cli_index, cli_search, flags
 from tcq.runtime import log, signals, storage
 
 
@@ -54,8 +54,8 @@ def make_parser() -> argparse.ArgumentParser:
         _add_judge,
         _add_embed,
         cli_index.add_index,
-        cli_index.add_search,
-        cli_index.add_serve,
+        cli_search.add_search,
+        cli_search.add_serve,
         cli_index.add_export,
         _add_prepare,
         _add_cache,

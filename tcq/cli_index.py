@@ -1,149 +1,183 @@
-"""The commands that build, change, search, serve and export an index."""
+"""The commands that build, change and export an index."""
 
 import argparse
 import json
-import os
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 from tcq import flags
 
+ACTIONS = ("build", "update", "remove", "verify", "info", "compact")
+COLUMNS_HELP = 'CSV or Parquet file with a column "path"; its other columns come back with the answers'
+FILTER_HELP = "condition in SQL on path, size, modified, id and own columns, as \"size > 1e6 and path like '/a/%%'\""
+
 
 def add_index(commands: flags.Commands) -> None:
     """Adds the parser of `tcq index`."""
-    help = "encode a folder of images into an index; or bring one up to date, or remove images from it"
+    help = "build an index of a folder of images, change it, or show what it holds"
     parser = flags.add_command(commands, "index", help, _index, compiles=True)
+    _add_build_flags(parser)
+    _add_actions(parser)
+    flags.add_distributed(parser)
+    actions = parser.add_subparsers(metavar="ACTION")
+    build = _add_action(actions, "build", "encode every image below a folder into a new index", _build)
+    _add_build_flags(build)
+    flags.add_distributed(build)
+    update = _add_action(actions, "update", "bring an index up to date with its folders", _update)
+    _add_index_flag(update)
+    update.add_argument("--images", type=flags.path, help="folder of images (default: all folders of the index)")
+    update.add_argument("--keep", action="store_true", help="keep images that are gone")
+    update.add_argument("--columns", type=flags.path, metavar="FILE", help=f"{COLUMNS_HELP}, for the same images anew")
+    update.add_argument("--root", metavar="[OLD=]NEW", help="only tell the index that a folder was moved")
+    flags.add_distributed(update)
+    remove = _add_action(actions, "remove", "remove images from an index", _remove)
+    _add_index_flag(remove)
+    remove.add_argument("paths", nargs="*", metavar="PATH", help="images or folders, as tcq search prints them")
+    remove.add_argument("--filter", metavar="SQL", help=f"images that meet a {FILTER_HELP}")
+    for name, help, run in (
+        ("verify", "compare every file of an index with the hash that was written", _verify),
+        ("compact", "write the rows of an index to one file, without removed ones", _compact),
+    ):
+        _add_index_flag(_add_action(actions, name, help, run))
+    info = _add_action(actions, "info", "show what an index holds, and the scores of random pairs", _info)
+    _add_index_flag(info)
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_action(actions: Any, name: str, help: str, run: flags.Run) -> Any:
+    return flags.add_command(actions, name, help, run, compiles=name in ("build", "update", "info"))
+
+
+def _add_index_flag(parser: Any) -> None:
+    parser.add_argument("--index", type=flags.path, required=True, help="a folder that tcq index build wrote")
+
+
+def _add_build_flags(parser: Any) -> None:
     parser.add_argument("--workdir", type=flags.path, help="workdir of the training run whose model encodes the images")
     parser.add_argument("--checkpoint", help="best (by validation), latest, or a step (default: best)")
     parser.add_argument(
         "--images", type=flags.path, help="folder of images, with all folders below it; or embeddings:<folder>"
     )
-    parser.add_argument("--out", type=flags.path, required=True, help="folder of the index")
+    parser.add_argument("--out", type=flags.path, help="folder of the index")
+    parser.add_argument("--columns", type=flags.path, metavar="FILE", help=COLUMNS_HELP)
+
+
+def _add_actions(parser: Any) -> None:
+    """Adds the flags that change an index without an ACTION."""
     actions = parser.add_mutually_exclusive_group()
-    actions.add_argument("--add", action="store_true", help="add --images to the existing index --out")
-    actions.add_argument(
-        "--update",
-        action="store_true",
-        help="as --add, by default of all folders of the index; images that are gone go",
-    )
-    actions.add_argument("--remove", nargs="+", metavar="PATH", help="remove images or folders from the index --out")
-    actions.add_argument("--root", metavar="[OLD=]NEW", help="tell the index --out that a folder was moved")
-    flags.add_distributed(parser)
+    actions.add_argument("--add", action="store_true", help="as update --images=... --keep, of the index --out")
+    actions.add_argument("--update", action="store_true", help="as update, of the index --out")
+    actions.add_argument("--remove", nargs="+", metavar="PATH", help="as remove, of the index --out")
+    actions.add_argument("--root", metavar="[OLD=]NEW", help="as update --root=..., of the index --out")
 
 
-def _index(arguments: argparse.Namespace, _: list[str]) -> int:
+def _index(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Without an ACTION: the one that the flags name, by default build."""
     from tcq import index
 
     a = arguments
     action = next((name for name in ("add", "update", "remove", "root") if getattr(a, name)), "")
-    needed = {"": ("images", "workdir"), "add": ("images",)}.get(action, ())
-    unused = {"": (), "remove": ("images", "workdir", "checkpoint"), "root": ("images", "workdir", "checkpoint")}
-    for name in unused.get(action, ("workdir", "checkpoint")):
+    unused = {
+        "": (),
+        "remove": ("images", "workdir", "checkpoint", "columns"),
+        "root": ("images", "workdir", "checkpoint", "columns"),
+    }.get(action, ("workdir", "checkpoint"))
+    for name in unused:
         if getattr(a, name):
             raise index.IndexFileError(f"--{action} and --{name} do not go together: the index has its own model")
-    for name in needed:
-        if not getattr(a, name):
-            what = "the folder of the images to index" if name == "images" else "the training run whose model encodes"
-            raise index.IndexFileError(f"--{name} is missing: {what}")
-    if action == "remove":
-        print(f"removed {index.remove(a.out, a.remove):,} images from {a.out}")
-        return 0
-    if action == "root":
-        old, new = index.split_root(a.out, a.root)
-        print(f"{index.move_root(a.out, new, old=old):,} images of {a.out} are below {new}")
-        return 0
-    if action == "add":
-        done = index.add(a.out, a.images)
-        print(f"added {done.added:,} images to {a.out}{_others(done)}")
-    elif action == "update":
-        done = index.update(a.out, a.images)
-        print(f"updated {a.out}: {done.added:,} images added{_others(done)}")
-    else:
-        done = index.build(a.workdir, a.images, a.out, which=a.checkpoint or "best")
-        print(f"indexed {done.added:,} images: {a.out}")
-    if done.skipped:
-        print(f"{len(done.skipped):,} files skipped, listed with reasons in {a.out}/skipped.jsonl")
-    return 0
+    if not a.out:
+        raise index.IndexFileError("--out is missing: the folder of the index")
+    if action == "add" and not a.images:
+        raise index.IndexFileError("--images is missing: the folder of the images to add")
+    a.index, a.keep, a.paths, a.filter = a.out, action == "add", a.remove or [], None
+    run = {"remove": _remove, "": _build}.get(action, _update)
+    return run(arguments, rest)
 
 
-def _others(done: Any) -> str:
-    counts = {"edited": done.edited, "moved": done.moved, "removed": done.removed}
-    return "".join(f", {count:,} {name}" for name, count in counts.items() if count)
-
-
-def add_search(commands: flags.Commands) -> None:
-    """Adds the parser of `tcq search`."""
-    parser = flags.add_command(
-        commands, "search", "show the indexed images nearest to a query image", _search, compiles=True
-    )
-    parser.add_argument("--index", type=flags.path, required=True, help="a folder that tcq index wrote")
-    parser.add_argument(
-        "--query",
-        type=flags.path,
-        required=True,
-        nargs="+",
-        metavar="IMAGE",
-        help="images, or .npy files of embeddings",
-    )
-    parser.add_argument("--k", type=flags.positive, default=10, help="number of hits (default: 10)")
-    parser.add_argument("--gallery", type=flags.path, metavar="PNG", help="write a picture of the hits")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print a line of JSON for each query")
-    form.add_argument("-0", "--null", action="store_true", help="print only the paths, each ended by a null byte")
-
-
-def _search(arguments: argparse.Namespace, _: list[str]) -> int:
+def _build(arguments: argparse.Namespace, _: list[str]) -> int:
     from tcq import index
 
-    indexed = index.open_index(arguments.index)
-    queries = index.read_queries(indexed, arguments.query)
-    hits_of_queries = index.search(indexed, queries, k=arguments.k)
-    is_image = queries.ndim == 4
-    names = arguments.query if is_image else [f"row {i}" for i in range(len(queries))]
-    for query, hits in zip(names, hits_of_queries, strict=True):
-        if arguments.json:
-            listed = [{"path": hit.path, "score": hit.score} for hit in hits]
-            print(json.dumps({"query": query, "hits": listed}))
-        elif arguments.null:
-            sys.stdout.buffer.write(b"".join(os.fsencode(hit.path) + b"\0" for hit in hits))
-        else:
-            _print_hits(query if len(hits_of_queries) > 1 else "", hits)
-    sys.stdout.flush()
-    if arguments.gallery:
-        if not is_image:
-            raise index.IndexFileError("--gallery needs query images, and the queries are embeddings")
-        index.draw(indexed, queries, hits_of_queries, arguments.gallery)
-        print(f"gallery: {arguments.gallery}", file=sys.stderr)
+    a = arguments
+    for name, what in (
+        ("images", "the folder of the images to index"),
+        ("workdir", "the training run whose model encodes"),
+        ("out", "the folder of the index"),
+    ):
+        if not getattr(a, name):
+            raise index.IndexFileError(f"--{name} is missing: {what}")
+    done = index.build(a.workdir, a.images, a.out, which=a.checkpoint or "best", own_columns=a.columns)
+    print(f"indexed {done.added:,} images: {a.out}")
+    _print_skipped(done, a.out)
     return 0
 
 
-def _print_hits(query: str, hits: Sequence[Any]) -> None:
-    """Prints rank, score and path; a tab or the end of a line in a path as an escape."""
-    if query:
-        print(f"# {_one_line(query)}")
-    for rank, hit in enumerate(hits, 1):
-        print(f"{rank}\t{hit.score:.6f}\t{_one_line(hit.path)}")
+def _update(arguments: argparse.Namespace, _: list[str]) -> int:
+    from tcq import index
+
+    a = arguments
+    if a.root:
+        if a.images or a.columns or a.keep:
+            raise index.IndexFileError("--root goes with no other flag: it only changes where the images are")
+        old, new = index.split_root(a.index, a.root)
+        print(f"{index.move_root(a.index, new, old=old):,} images of {a.index} are below {new}")
+        return 0
+    done = index.update(a.index, a.images, own_columns=a.columns, keep=a.keep)
+    counts = {"edited": done.edited, "moved": done.moved, "removed": done.removed}
+    others = "".join(f", {count:,} {name}" for name, count in counts.items() if count)
+    print(f"updated {a.index}: {done.added:,} images added{others}")
+    _print_skipped(done, a.index)
+    return 0
 
 
-def _one_line(text: str) -> str:
-    return "".join(repr(c)[1:-1] if c in "\t\r\n\v\f\x1c\x1d\x1e\x85\u2028\u2029" else c for c in text)
+def _print_skipped(done: Any, folder: str) -> None:
+    if done.skipped:
+        print(f"{len(done.skipped):,} files skipped, listed with reasons in {folder}/skipped.jsonl")
 
 
-def add_serve(commands: flags.Commands) -> None:
-    """Adds the parser of `tcq serve`."""
-    parser = flags.add_command(
-        commands, "serve", "serve a search page for an index, on this machine only", _serve, compiles=True
-    )
-    parser.add_argument("--index", type=flags.path, required=True, help="a folder that tcq index wrote")
-    parser.add_argument("--port", type=flags.port, default=8000, help="of the page (default: 8000)")
-    parser.add_argument("--k", type=flags.positive, default=10, help="number of answers (default: 10)")
+def _remove(arguments: argparse.Namespace, _: list[str]) -> int:
+    from tcq import index
+
+    a = arguments
+    if not a.paths and a.filter is None:
+        raise index.IndexFileError("PATH or --filter is missing: which images to remove")
+    print(f"removed {index.remove(a.index, a.paths, condition=a.filter):,} images from {a.index}")
+    return 0
 
 
-def _serve(arguments: argparse.Namespace, _: list[str]) -> int:
-    from tcq.index import serve
+def _verify(arguments: argparse.Namespace, _: list[str]) -> int:
+    from tcq import index
 
-    serve.serve(arguments.index, port=arguments.port, k=arguments.k)
+    sizes = index.verify(arguments.index)
+    print(f"intact: {len(sizes):,} files, {sum(sizes.values()) / 2**20:,.1f} MiB in {arguments.index}")
+    return 0
+
+
+def _compact(arguments: argparse.Namespace, _: list[str]) -> int:
+    from tcq import index
+
+    before, after = index.compact(arguments.index)
+    print(f"compacted {arguments.index}: {before:,} rows, now {after:,}")
+    return 0
+
+
+def _info(arguments: argparse.Namespace, _: list[str]) -> int:
+    from tcq import index
+
+    about = index.describe(arguments.index)
+    found, readable = index.thresholds(index.open_index(arguments.index))
+    if arguments.json:
+        scores = {f"{t.share:g}": t.score for t in found}
+        print(json.dumps(about | {"random_pairs": scores, "queries": "images" if readable else "codes"}))
+        return 0
+    for name, value in about.items():
+        text = f"{value:,}" if isinstance(value, int) else value
+        if isinstance(value, dict):
+            text = ", ".join(
+                f"{key or 'embeddings'} ({v:,})" if isinstance(v, int) else f"{key} ({v})" for key, v in value.items()
+            )
+        print(f"{name.replace('_', ' '):<17}{text or '-'}")
+    print(f"scores of random pairs, with {'images' if readable else 'codes, as images are gone,'} as queries:")
+    for t in found:
+        print(f"  one in {round(1 / t.share):<11,} {'needs more images' if t.score is None else f'{t.score:.6f}'}")
     return 0
 
 

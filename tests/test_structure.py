@@ -18,6 +18,7 @@ LAYERS = (
     {"evaluate", "index"},
     {"train"},
     {"cli_index"},
+    {"cli_search"},
     {"cli"},
 )
 PEERS = {("workdir", "config"), ("plots", "runtime")}  # the only imports between two packages of one layer

@@ -11,7 +11,24 @@ from tcq import encode
 from tcq.data.rows import take
 from tcq.data.source import Source
 from tcq.index import changes, columns, items, scan, store
-from tcq.index.search import Hit, build_engine, draw, image_of, read_queries, search, search_features
+from tcq.index.columns import where
+from tcq.index.info import describe, thresholds
+from tcq.index.search import (
+    Hit,
+    build_engine,
+    draw,
+    features_of_items,
+    find,
+    hits,
+    image_of,
+    query_blocks,
+    read_features,
+    read_queries,
+    search,
+    search_features,
+    search_tables,
+    tables,
+)
 from tcq.index.store import CorruptedError, Index, IndexFileError, open_index, verify
 from tcq.runtime import processes, storage
 
@@ -25,17 +42,27 @@ __all__ = [
     "build",
     "build_engine",
     "compact",
+    "describe",
     "draw",
+    "features_of_items",
+    "find",
+    "hits",
     "image_of",
     "move_root",
     "open_index",
+    "query_blocks",
+    "read_features",
     "read_queries",
     "remove",
     "search",
     "search_features",
+    "search_tables",
     "split_root",
+    "tables",
+    "thresholds",
     "update",
     "verify",
+    "where",
 ]
 
 
@@ -92,16 +119,23 @@ def _empty(encoder: encode.Encoder) -> Index:
 
 
 def add(path: str | Path, images: str | Path, *, own_columns: str | Path | None = None) -> Changes:
-    """Adds the images below a folder that the index lacks. Edited ones get new codes, moved ones their new place.
+    """As `update` for one folder, without removing images."""
+    return update(path, images, own_columns=own_columns, keep=True)
 
-    `own_columns` is as in `build`; its rows replace those of the same images.
+
+def update(
+    path: str | Path,
+    images: str | Path | None = None,
+    *,
+    own_columns: str | Path | None = None,
+    keep: bool = False,
+) -> Changes:
+    """Brings an index up to date with one folder, or with all of its own.
+
+    New images get codes, edited ones new codes, moved ones their new place, and unless `keep` those that are gone are
+    removed. `own_columns` is as in `build`; its rows replace those of the same images.
     """
-    return _change(path, [images], own_columns, remove=False)
-
-
-def update(path: str | Path, images: str | Path | None = None, *, own_columns: str | Path | None = None) -> Changes:
-    """As `add` for the folders of the index, or for one; and removes the images that are gone."""
-    return _change(path, None if images is None else [images], own_columns, remove=True)
+    return _change(path, None if images is None else [images], own_columns, remove=not keep)
 
 
 def _change(
@@ -147,8 +181,11 @@ def _with_folder(index: Index, root: str, source: Source, *, remove: bool) -> tu
     return changed, Changes(len(plan.new), len(plan.edited), len(plan.moved), removed)
 
 
-def remove(path: str | Path, names: list[str]) -> int:
-    """Removes images by path, or all below a folder; returns their number. Raises IndexFileError if there is none."""
+def remove(path: str | Path, names: Sequence[str] = (), *, condition: str | None = None) -> int:
+    """Removes images by path, or all below a folder, or that meet a condition (see `where`); returns their number.
+
+    Raises IndexFileError if there is none.
+    """
     with processes.entered_by_first(lambda: store.changing(path)):
         index = open_index(path)
         found = {name: changes.matches(index, name) for name in names}
@@ -159,6 +196,10 @@ def remove(path: str | Path, names: list[str]) -> int:
             )
         keep = np.ones(len(index.rows), bool)
         keep[[i for places in found.values() for i in places]] = False
+        if condition is not None:
+            keep &= ~where(index, condition)
+            if keep.all():
+                raise IndexFileError(f"--filter {condition!r}: no image of index {str(path)!r} meets it")
         left = _settled(index.replace(rows=index.rows[keep]))
         processes.on_first(lambda: store.write(path, left, []))
     return len(index.rows) - len(left.rows)

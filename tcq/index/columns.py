@@ -108,11 +108,13 @@ def table(index: Index) -> pa.Table:
     return result
 
 
-def _paths(index: Index) -> pa.Array:
+def _paths(index: Index) -> pa.Array | pa.ChunkedArray:
     try:
         names = index.table["name"].take(pa.array(index.rows)).cast(pa.large_string())
         starts = pa.array([items.join(root, "x")[:-1] if root else "" for root in index.roots], pa.large_string())
-        return pc.binary_join_element_wise(starts.take(pa.array(index.paths.numbers)), names, "")
+        return pc.binary_join_element_wise(
+            starts.take(pa.array(index.paths.numbers)), names, pa.scalar("", pa.large_string())
+        )
     except pa.ArrowInvalid:  # not UTF-8
         return pa.array([p.encode("utf-8", "replace").decode() for p in index.paths], pa.large_string())
 
@@ -122,10 +124,7 @@ def where(index: Index, condition: str) -> Bool[np.ndarray, " N"]:
 
     Raises IndexFileError with DuckDB's message.
     """
-    try:
-        import duckdb
-    except ImportError:
-        raise IndexFileError("--filter needs DuckDB: pip install 'tcq[filter]'") from None
+    import duckdb
 
     rows = table(index)
     rows = rows.append_column("place__", pa.array(np.arange(len(rows))))

@@ -1,6 +1,7 @@
 """Search: reads query images, finds the k nearest indexed images of each, draws the hits."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from tcq import config as configs
 from tcq import encode, nearest, plots, ranking
+from tcq.data import folders
 from tcq.data.images import ImageError, decode, resize_of
 from tcq.index import changes, columns
 from tcq.index.store import Index, IndexFileError
@@ -18,6 +20,8 @@ from tcq.runtime import storage
 
 MANY_QUERIES = 16  # in one call, for which an engine is built: building costs as much as some scans
 THUMBNAIL = 96  # pixels; smaller images are enlarged to it
+
+logger = logging.getLogger(__name__)
 
 
 class Hit(NamedTuple):
@@ -47,6 +51,53 @@ def read_queries(index: Index, paths: Sequence[str | Path]) -> UInt8[np.ndarray,
         except ImageError as error:
             raise IndexFileError(f"query {str(path)!r}: {error}") from None
     return np.stack(queries)
+
+
+def query_blocks(
+    index: Index, paths: Sequence[str | Path], *, size: int
+) -> Iterator[tuple[list[str], UInt8[np.ndarray, "Q H W 3"] | Float[np.ndarray, "Q F"]]]:
+    """Names and contents of queries, at most `size` images at a time: images, all images of folders, or .npy files.
+
+    Images of a folder that cannot be read are left out, with a warning. Raises as `read_queries`.
+    """
+    waiting: list[tuple[str, np.ndarray]] = []
+    for path, below in [(str(p), below) for p in paths for below in _images_below(p)]:
+        if path.endswith(".npy"):
+            rows = read_queries(index, [path])
+            yield [f"row {i}" for i in range(len(rows))], rows
+            continue
+        try:
+            waiting.append((below or path, read_queries(index, [below or path])[0]))
+        except IndexFileError as error:
+            if not below:
+                raise
+            logger.warning(f"left out: {error}")
+        if len(waiting) == size:
+            yield _block(waiting)
+            waiting = []
+    if waiting:
+        yield _block(waiting)
+
+
+def _block(queries: Sequence[tuple[str, np.ndarray]]) -> tuple[list[str], np.ndarray]:
+    names, pictures = zip(*queries, strict=True)
+    return list(names), np.stack(pictures)
+
+
+def _images_below(path: str | Path) -> list[str]:
+    """The files below a folder; "" for what is not a folder."""
+    if not Path(path).is_dir():
+        return [""]
+    found = folders.walk(Path(path), "").files
+    if not found:
+        raise IndexFileError(f"query {str(path)!r}: the folder holds no files")
+    return [str(Path(path, name)) for name in found]
+
+
+def read_features(index: Index, path: str | Path) -> Float[np.ndarray, "Q D"]:
+    """The features in a .npy file, as `encode.encode` returns them, one row or several. Raises IndexFileError."""
+    q = index.config.quantizer
+    return _read_embeddings(path, q.num_codebooks * q.codeword_dim)
 
 
 def _read_embeddings(path: str | Path, width: int) -> Float[np.ndarray, "_ F"]:
@@ -161,9 +212,9 @@ def find(index: Index, text: str) -> int:
     return found[0]
 
 
-def image_of(hit: Hit) -> str | bytes:
+def image_of(path: str) -> str | bytes:
     """The image of an answer, as an argument of `decode`. Raises BucketError."""
-    return (storage.read(hit.path) or b"") if storage.is_url(hit.path) else hit.path
+    return (storage.read(path) or b"") if storage.is_url(path) else path
 
 
 def draw(
@@ -174,7 +225,7 @@ def draw(
 
     def image(hit: Hit) -> np.ndarray:
         try:
-            return decode(image_of(hit), size=size)
+            return decode(image_of(hit.path), size=size)
         except (ImageError, storage.BucketError):
             return np.full((THUMBNAIL, THUMBNAIL, 3), 128, np.uint8)
 

@@ -37,8 +37,8 @@ class Server(ThreadingHTTPServer):
 def make_server(path: str | Path, *, port: int, k: int = 10) -> Server:
     """A server on 127.0.0.1 that is ready to `serve_forever`; port 0 is any free one. Raises as `open_index`."""
     index = open_index(path)
-    data = index.encoder.config.data
-    values = {"count": f"{len(index.paths):,}", "bits": configs.bits(index.encoder.config)}
+    data = index.config.data
+    values = {"count": f"{len(index.paths):,}", "bits": configs.bits(index.config)}
     engine = build_engine(index)
     uploads = threading.BoundedSemaphore(UPLOADS)
     page = Template(PAGE.read_text()).substitute(values).encode()
@@ -111,7 +111,7 @@ def serve(path: str | Path, *, port: int, k: int = 10) -> None:
 def _thumbnail(hit: Hit) -> str:
     """The image as a JPEG data URL, "" if it cannot be read. Only indexed paths are read."""
     try:
-        pixels = decode(image_of(hit), size=THUMBNAIL)
+        pixels = decode(image_of(hit.path), size=THUMBNAIL)
     except (ImageError, storage.BucketError):
         return ""
     out = io.BytesIO()

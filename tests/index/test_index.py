@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import small
+from tcq import config as configs
 from tcq import encode, nearest
 from tcq import index as indexes
 
@@ -60,7 +61,11 @@ def test_one_query_and_many_have_the_same_answers(index, monkeypatch, cosine):
     """Whether the items are scanned, or an engine is built for them."""
     random = np.random.RandomState(0)
     opened = indexes.open_index(index)
-    opened = opened._replace(norms=random.uniform(0.5, 2, len(opened.codes)).astype("f4") if cosine else None)
+    if cosine:
+        config = configs.from_json(configs.to_json(opened.config))
+        config.eval.score = "cosine"
+        opened = opened.replace(config=config)
+    assert (opened.norms is not None) == cosine
     features = random.randn(20, opened.encoder.codebooks[:, 0].size).astype("f4")
     monkeypatch.setattr(nearest, "FEW", 1)
     monkeypatch.setattr(nearest, "MANY_BY_CODE", 1)
@@ -107,7 +112,7 @@ def test_add_and_remove(run, images, tmp_path):
     indexes.build(run, images / "class 1", out)
     before = indexes.open_index(out)
     done = small.main("index", f"--out={out}", "--add", f"--images={images}")
-    assert done.returncode == 0 and f"added {120 - len(before.paths)} images" in done.stdout, done.stderr
+    assert done.returncode == 0 and f"{120 - len(before.paths)} images added" in done.stdout, done.stderr
     after = indexes.open_index(out)
     np.testing.assert_array_equal(after.codes[: len(before.codes)], before.codes)
     assert sorted(set(after.paths)) == sorted(after.paths) and len(after.paths) == 120

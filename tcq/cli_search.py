@@ -1,0 +1,178 @@
+"""The commands that search an index and serve its page."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from tcq import flags
+from tcq.cli_index import FILTER_HELP
+
+BLOCK = 256  # queries that are read and encoded together
+
+
+def add_search(commands: flags.Commands) -> None:
+    """Adds the parser of `tcq search`."""
+    help = "show the indexed images nearest to a query: an image, a folder of images, an indexed image, or features"
+    parser = flags.add_command(commands, "search", help, _search, compiles=True)
+    parser.add_argument("--index", type=flags.path, required=True, help="a folder that tcq index build wrote")
+    parser.add_argument(
+        "--query",
+        type=flags.path,
+        nargs="+",
+        default=[],
+        metavar="IMAGE",
+        help="images, folders of images, or .npy files of embeddings",
+    )
+    parser.add_argument(
+        "--item", nargs="+", default=[], metavar="ID", help="indexed images, by id or path; their codes are the queries"
+    )
+    parser.add_argument(
+        "--features", type=flags.path, nargs="+", default=[], metavar="NPY", help="files of features of the encoder"
+    )
+    parser.add_argument("--together", action="store_true", help="rank by the mean score of all queries")
+    parser.add_argument("--filter", metavar="SQL", help=f"search only images that meet a {FILTER_HELP}")
+    parser.add_argument(
+        "--min_score", type=float, default=float("-inf"), help="least score of a hit: tcq index info says what is rare"
+    )
+    parser.add_argument("--k", type=flags.positive, default=10, help="number of hits (default: 10)")
+    parser.add_argument("--gallery", type=flags.path, metavar="PNG", help="write a picture of the hits")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print a line of JSON for each query")
+    form.add_argument("-0", "--null", action="store_true", help="print only the paths, each ended by a null byte")
+
+
+class _Answers(NamedTuple):
+    """Hits of a block of queries."""
+
+    names: list[str]
+    pictures: Any  # uint8 (Q, H, W, 3), or None
+    hits: list[list[Any]]
+
+
+def _search(arguments: argparse.Namespace, _: list[str]) -> int:
+    import numpy as np
+
+    from tcq import index
+
+    a = arguments
+    if not a.query + a.item + a.features:
+        raise index.IndexFileError("--query, --item or --features is missing: what to search for")
+    several = len(a.query + a.item + a.features) > 1 or any(os.path.isdir(path) for path in a.query)
+    drawn: list[_Answers] = []
+    for answers in _verified(a):
+        drawn += [answers] if a.gallery else []
+        for name, hits in zip(answers.names, answers.hits, strict=True):
+            _print_answer(a, name if several or len(answers.hits) > 1 else "", name, hits)
+        sys.stdout.flush()
+    if a.gallery:
+        pictures = [block.pictures for block in drawn if block.pictures is not None]
+        if len(pictures) < len(drawn) or a.together:
+            raise index.IndexFileError("--gallery needs query images, each with its own hits")
+        hits = [row for block in drawn for row in block.hits]
+        index.draw(index.open_index(a.index, verify=False), np.concatenate(pictures), hits, a.gallery)
+        print(f"gallery: {a.gallery}", file=sys.stderr)
+    return 0
+
+
+def _verified(arguments: argparse.Namespace) -> Iterator[_Answers]:
+    """The answers, once the files of the index are verified; meanwhile the first queries are encoded."""
+    from tcq import index
+
+    path = arguments.index
+    with ThreadPoolExecutor(1) as pool:
+        opened = index.open_index(path, verify=False)
+        verified = pool.submit(index.verify, path)
+        answers = _answers(opened, arguments)
+        try:
+            try:
+                first = next(answers)
+            finally:  # a corrupted file explains any other error
+                verified.result()
+        except index.CorruptedError:
+            answers = _answers(index.open_index(path), arguments)  # falls back, or raises
+            first = next(answers)
+    yield first
+    yield from answers
+
+
+def _answers(opened: Any, arguments: argparse.Namespace) -> Iterator[_Answers]:
+    import numpy as np
+
+    from tcq import index
+
+    a = arguments
+    allowed = None if a.filter is None else index.where(opened, a.filter)
+    engine, all_names, sums = None, [], []
+    for names, pictures, features in _queries(opened, a):
+        tables = index.tables(opened, features)
+        if a.together:
+            all_names += names
+            sums.append(tables.sum(axis=0, dtype=np.float64))
+            continue
+        engine = engine or (index.build_engine(opened) if len(names) == BLOCK else None)
+        found = index.search_tables(opened, tables, k=a.k, allowed=allowed, engine=engine)
+        yield _Answers(names, pictures, index.hits(opened, *found, min_score=a.min_score))
+    if a.together:
+        mean = (np.sum(sums, axis=0) / len(all_names)).astype(np.float32)
+        found = index.search_tables(opened, mean[None], k=a.k, allowed=allowed)
+        yield _Answers([", ".join(all_names)], None, index.hits(opened, *found, min_score=a.min_score))
+
+
+def _queries(opened: Any, arguments: argparse.Namespace) -> Iterator[tuple[list[str], Any, Any]]:
+    """Names, pictures and features of the queries, in blocks."""
+    from tcq import encode, index
+
+    a = arguments
+    if a.item:
+        yield a.item, None, index.features_of_items(opened, [index.find(opened, text) for text in a.item])
+    for file in a.features:
+        features = index.read_features(opened, file)
+        yield [f"{file} row {i}" for i in range(len(features))], None, features
+    for names, pictures in index.query_blocks(opened, a.query, size=BLOCK):
+        features = encode.encode(opened.encoder, pictures).features
+        yield names, pictures if pictures.ndim == 4 else None, features
+
+
+def _print_answer(arguments: argparse.Namespace, title: str, name: str, hits: Sequence[Any]) -> None:
+    if arguments.json:
+        listed = [{"path": hit.path, "score": hit.score, "id": hit.id, **hit.columns} for hit in hits]
+        print(json.dumps({"query": name, "hits": listed}, default=str))
+    elif arguments.null:
+        sys.stdout.buffer.write(b"".join(os.fsencode(hit.path) + b"\0" for hit in hits))
+    else:
+        _print_hits(title, hits)
+
+
+def _print_hits(query: str, hits: Sequence[Any]) -> None:
+    """Prints rank, score and path, then own columns; a tab or the end of a line in one as an escape."""
+    if query:
+        print(f"# {_one_line(query)}")
+    for rank, hit in enumerate(hits, 1):
+        known = {name: value for name, value in hit.columns.items() if value is not None}
+        own = "".join(f"\t{_one_line(f'{name}={value}')}" for name, value in known.items())
+        print(f"{rank}\t{hit.score:.6f}\t{_one_line(hit.path)}{own}")
+
+
+def _one_line(text: str) -> str:
+    return "".join(repr(c)[1:-1] if c in "\t\r\n\v\f\x1c\x1d\x1e\x85\u2028\u2029" else c for c in text)
+
+
+def add_serve(commands: flags.Commands) -> None:
+    """Adds the parser of `tcq serve`."""
+    parser = flags.add_command(
+        commands, "serve", "serve a search page for an index, on this machine only", _serve, compiles=True
+    )
+    parser.add_argument("--index", type=flags.path, required=True, help="a folder that tcq index wrote")
+    parser.add_argument("--port", type=flags.port, default=8000, help="of the page (default: 8000)")
+    parser.add_argument("--k", type=flags.positive, default=10, help="number of answers (default: 10)")
+
+
+def _serve(arguments: argparse.Namespace, _: list[str]) -> int:
+    from tcq.index import serve
+
+    serve.serve(arguments.index, port=arguments.port, k=arguments.k)
+    return 0
