@@ -183,10 +183,16 @@ def _info(arguments: argparse.Namespace, _: list[str]) -> int:
 
 def add_export(commands: flags.Commands) -> None:
     """Adds the parser of `tcq export`."""
-    parser = flags.add_command(commands, "export", "export an index to FAISS, or as NumPy arrays", _export)
-    parser.add_argument("--index", type=flags.path, required=True, help="a folder that tcq index wrote")
+    help = "export an index for databases and other languages (Parquet), FAISS or NumPy"
+    parser = flags.add_command(commands, "export", help, _export)
+    parser.add_argument("--index", type=flags.path, required=True, help="a folder that tcq index build wrote")
     parser.add_argument("--out", type=flags.path, required=True, help="a file that does not exist yet")
-    parser.add_argument("--format", choices=("faiss", "npz"), default="faiss", help="of the file (default: faiss)")
+    parser.add_argument(
+        "--format",
+        choices=("faiss", "npz", "parquet"),
+        default="faiss",
+        help="of the file (default: faiss); faiss and parquet write <out>.json beside, with the scoring rule",
+    )
 
 
 def _export(arguments: argparse.Namespace, _: list[str]) -> int:

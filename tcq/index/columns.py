@@ -1,5 +1,6 @@
 """Own columns of an index: a CSV or Parquet file joined by path; and filters on them, on paths, sizes and dates."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tcq.index import items
 from tcq.index.store import Index, IndexFileError
 
 PATH = "path"  # the column by which a file is joined
-RESERVED = ("id", "size", "modified", "hash", "score", "code")
+RESERVED = re.compile(r"id|size|modified|hash|score|query|norm|code\d*|place__", re.IGNORECASE)
 
 
 def read(file: str | Path) -> pa.Table:
@@ -30,7 +31,7 @@ def read(file: str | Path) -> pa.Table:
     except (OSError, pa.ArrowInvalid) as error:
         raise IndexFileError(f"--columns {str(file)!r} cannot be read: {error}") from None
     names = table.column_names
-    bad = [name for name in names if name.lower() in RESERVED] or sorted({n for n in names if names.count(n) > 1})
+    bad = [name for name in names if RESERVED.fullmatch(name)] or sorted({n for n in names if names.count(n) > 1})
     if bad or PATH not in names:
         reason = f"the name {bad[0]!r} is used by tcq or twice: rename it" if bad else f"it needs a column {PATH!r}"
         raise IndexFileError(f"--columns {str(file)!r} has the columns {', '.join(names)}: {reason}")

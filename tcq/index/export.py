@@ -1,27 +1,64 @@
-"""Exports of an index: a FAISS index file, or plain NumPy arrays."""
+"""Exports of an index: Parquet for databases and other languages, a FAISS index, or NumPy arrays.
 
+Beside the Parquet and FAISS files, `<out>.json` has what a query needs: codebooks, scoring rule, and how features are
+scaled. docs/exchange.md scores with it in NumPy, SQL and JavaScript.
+"""
+
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from tcq import config as configs
 from tcq import quantizer
+from tcq.index import columns, items
 from tcq.index.store import Index, open_index
 from tcq.runtime import storage
 
-FORMATS = ("faiss", "npz")
+ROWS = 2**17  # of a row group of a Parquet file
 
 
 class ExportError(ValueError):
     """This index cannot be exported in that format; the message says why."""
 
 
-def to_faiss(index: Index) -> Any:
-    """A faiss.IndexPQ with our codebooks and codes, which takes float features (`encode.encode`) and ranks as tcq does.
+def scoring(index: Index) -> dict[str, Any]:
+    """What turns a feature into scores of codes, as JSON: see `ranking.lookup_table`."""
+    config = index.config
+    return {
+        "score": config.eval.score,
+        "squared": bool(config.eval.squared),
+        "normalize": configs.query_norm(config),
+        "step": index.step,
+        "codebooks": index.encoder.codebooks.tolist(),  # (M, K, d)
+    }
 
-    eval.score "l2" becomes METRIC_L2 (smaller is closer there), "ip" METRIC_INNER_PRODUCT. If `config.query_norm` is
-    not "none", features have to be normalized in that way before they are searched.
-    Raises ExportError for "cosine", whose scores are not sums over codebooks alone.
+
+def to_table(index: Index) -> pa.Table:
+    """The images with their codes: id, path, hash, size, modified, own columns, and code0, code1, ... of the codebooks.
+
+    For eval.score "cosine" also norm, by which scores are divided.
+    """
+    table = columns.table(index)
+    table = table.add_column(2, "hash", items.fixed(index.hashes))
+    for m in range(index.codes.shape[1]):
+        table = table.append_column(f"code{m}", pa.array(index.codes[:, m]))
+    if index.norms is not None:
+        table = table.append_column("norm", pa.array(index.norms))
+    return table
+
+
+def to_faiss(index: Index) -> Any:
+    """A faiss.IndexIVFPQ of one list with our ids, codebooks and codes, which ranks as tcq does and takes filters.
+
+    eval.score "l2" becomes METRIC_L2 (smaller is closer there), "ip" METRIC_INNER_PRODUCT. Features (`encode.encode`)
+    have to be scaled as `config.query_norm` says before they are searched.
+    Raises ExportError for "cosine", whose scores are not sums over codebooks alone, and for distances that are not
+    squared.
     """
     import faiss
 
@@ -33,45 +70,72 @@ def to_faiss(index: Index) -> Any:
         raise ExportError("eval.squared False cannot be exported: FAISS sums squared distances")
     num_codebooks, num_codewords, d = codebooks.shape
     bits = quantizer.code_bits(num_codewords)
-    exported = faiss.IndexPQ(num_codebooks * d, num_codebooks, bits, metrics[score])
+    zero = faiss.IndexFlat(num_codebooks * d, metrics[score])
+    zero.add(np.zeros((1, num_codebooks * d), np.float32))
+    exported: Any = faiss.IndexIVFPQ(zero, num_codebooks * d, 1, num_codebooks, bits, metrics[score])
+    exported.by_residual, exported.is_trained = False, True
     faiss.copy_array_to_vector(codebooks.ravel().astype(np.float32), exported.pq.centroids)
-    exported.is_trained = True
-    exported.add_sa_codes(faiss.pack_bitstrings(index.codes.astype(np.int32), bits))
+    ids, packed = np.ascontiguousarray(index.ids), np.ascontiguousarray(items.pack(index.codes, num_codewords))
+    exported.invlists.add_entries(0, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(packed))
+    exported.ntotal = len(ids)
     return exported
 
 
 def export(index_path: str | Path, out: str | Path, *, format: str) -> Path:
-    """Writes `out` and returns its path. "npz" holds codes, codebooks, paths and score, without pickles.
+    """Writes `out`, a file, and returns its path. Raises ExportError if it exists, and as `open_index`.
 
-    Raises ExportError for an unknown format or if `out` exists, and as `to_faiss` and `open_index`.
+    Formats: "parquet" (`to_table`) and "faiss" (`to_faiss`), each with `<out>.json`; "npz" holds codes, codebooks,
+    paths and score, without pickles.
     """
     out = Path(out)
     if format not in FORMATS:
         raise ExportError(f"format {format!r} is unknown: use one of {', '.join(FORMATS)}")
-    if out.exists():
-        raise ExportError(f"{str(out)!r} exists: choose another --out, or delete it first")
+    beside = out.with_name(out.name + ".json")
+    for file in (out, beside) if format != "npz" else (out,):
+        if file.exists():
+            raise ExportError(f"{str(file)!r} exists: choose another --out, or delete it first")
     if not out.parent.is_dir():
         raise ExportError(f"{str(out)!r} cannot be written: its folder does not exist")
     index = open_index(index_path)
     try:
         with storage.atomic(out) as temporary:
-            _write(index, temporary, format)
-    except (OSError, RuntimeError) as error:  # FAISS raises RuntimeError where it cannot write
+            FORMATS[format](index, temporary)
+            if format != "npz":
+                about = scoring(index)
+                if format == "faiss":
+                    about |= {"ids": index.ids.tolist(), "paths": list(index.paths)}
+                storage.write_text(beside, json.dumps(about) + "\n")
+    except (OSError, RuntimeError, pa.ArrowInvalid) as error:  # FAISS raises RuntimeError where it cannot write
         raise ExportError(f"{str(out)!r} cannot be written: {getattr(error, 'strerror', None) or error}") from None
     return out
 
 
-def _write(index: Index, path: Path, format: str) -> None:
-    if format == "faiss":
-        import faiss
+def _write_parquet(index: Index, path: Path) -> None:
+    import pyarrow.parquet
 
-        faiss.write_index(to_faiss(index), str(path))
-        return
+    pyarrow.parquet.write_table(to_table(index), path, row_group_size=ROWS, compression="zstd")
+
+
+def _write_faiss(index: Index, path: Path) -> None:
+    import faiss
+
+    faiss.write_index(to_faiss(index), str(path))
+
+
+def _write_npz(index: Index, path: Path) -> None:
     with open(path, "wb") as file:
         np.savez(
             file,
             codes=index.codes,
             codebooks=index.encoder.codebooks,
-            paths=np.array([p.encode("utf-8", "surrogateescape") for p in index.paths]),
+            ids=index.ids,
+            paths=np.array([os.fsencode(p) for p in index.paths]),
             score=np.array(index.config.eval.score),
         )
+
+
+FORMATS: dict[str, Callable[[Index, Path], None]] = {
+    "faiss": _write_faiss,
+    "npz": _write_npz,
+    "parquet": _write_parquet,
+}

@@ -71,12 +71,12 @@ def rows(
         pa.array(of.hashes, pa.binary(DIGEST_BYTES)),
         pa.array(of.sizes, pa.int64()),
         pa.array(of.modified, pa.timestamp("us", "UTC")),
-        _fixed(pack(codes, num_codewords)),
+        fixed(pack(codes, num_codewords)),
     ]
     return pa.table(columns, schema=schema(codes.shape[1], num_codewords))
 
 
-def _fixed(rows: np.ndarray) -> pa.Array:
+def fixed(rows: np.ndarray) -> pa.Array:
     """An array of byte strings of one length."""
     return pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(rows.shape[1]), len(rows), [None, pa.py_buffer(np.ascontiguousarray(rows))]
