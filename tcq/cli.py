@@ -57,6 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
         cli_search.add_search,
         cli_search.add_serve,
         cli_index.add_export,
+        cli_index.add_push,
         _add_prepare,
         _add_cache,
         _add_doctor,

@@ -200,3 +200,32 @@ def _export(arguments: argparse.Namespace, _: list[str]) -> int:
 
     print(export.export(arguments.index, arguments.out, format=arguments.format))
     return 0
+
+
+def add_push(commands: flags.Commands) -> None:
+    """Adds the parser of `tcq push`."""
+    help = "make a database equal to an index: Qdrant or PostgreSQL"
+    parser = flags.add_command(commands, "push", help, _push)
+    _add_index_flag(parser)
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="ADDRESS",
+        help="qdrant://host:port/collection, qdrants:// for https, or postgresql://user@host/database#table",
+    )
+
+
+def _push(arguments: argparse.Namespace, _: list[str]) -> int:
+    from tcq import index
+    from tcq.index import engines
+
+    engine = engines.of(arguments.to)
+    if engine is None:
+        raise engines.EngineError(f"--to={arguments.to} is unknown: use qdrant://, qdrants:// or postgresql://")
+    connection = engine.connect(arguments.to)
+    try:
+        done = engine.push(connection, index.open_index(arguments.index))
+    finally:
+        engine.close(connection)
+    print(f"pushed to {connection.address}: {done.written:,} written, {done.removed:,} removed")
+    return 0

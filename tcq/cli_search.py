@@ -1,10 +1,11 @@
 """The commands that search an index and serve its page."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -18,7 +19,12 @@ def add_search(commands: flags.Commands) -> None:
     """Adds the parser of `tcq search`."""
     help = "show the indexed images nearest to a query: an image, a folder of images, an indexed image, or features"
     parser = flags.add_command(commands, "search", help, _search, compiles=True)
-    parser.add_argument("--index", type=flags.path, required=True, help="a folder that tcq index build wrote")
+    parser.add_argument(
+        "--index", type=flags.path, required=True, help="a folder that tcq index build wrote, or where tcq push put it"
+    )
+    parser.add_argument(
+        "--encoder", type=flags.path, metavar="INDEX", help="with a database: the folder of the index that was pushed"
+    )
     parser.add_argument(
         "--query",
         type=flags.path,
@@ -34,7 +40,11 @@ def add_search(commands: flags.Commands) -> None:
         "--features", type=flags.path, nargs="+", default=[], metavar="NPY", help="files of features of the encoder"
     )
     parser.add_argument("--together", action="store_true", help="rank by the mean score of all queries")
-    parser.add_argument("--filter", metavar="SQL", help=f"search only images that meet a {FILTER_HELP}")
+    parser.add_argument(
+        "--filter",
+        metavar="SQL",
+        help=f"search only images that meet a {FILTER_HELP}; with Qdrant, its own filter as JSON",
+    )
     parser.add_argument(
         "--min_score", type=float, default=float("-inf"), help="least score of a hit: tcq index info says what is rare"
     )
@@ -73,7 +83,7 @@ def _search(arguments: argparse.Namespace, _: list[str]) -> int:
         if len(pictures) < len(drawn) or a.together:
             raise index.IndexFileError("--gallery needs query images, each with its own hits")
         hits = [row for block in drawn for row in block.hits]
-        index.draw(index.open_index(a.index, verify=False), np.concatenate(pictures), hits, a.gallery)
+        index.draw(index.open_index(a.encoder or a.index, verify=False), np.concatenate(pictures), hits, a.gallery)
         print(f"gallery: {a.gallery}", file=sys.stderr)
     return 0
 
@@ -81,8 +91,11 @@ def _search(arguments: argparse.Namespace, _: list[str]) -> int:
 def _verified(arguments: argparse.Namespace) -> Iterator[_Answers]:
     """The answers, once the files of the index are verified; meanwhile the first queries are encoded."""
     from tcq import index
+    from tcq.index import engines
 
-    path = arguments.index
+    if engines.of(arguments.index) and not arguments.encoder:
+        raise engines.EngineError("--encoder is missing: the folder of the index that was pushed")
+    path = arguments.encoder or arguments.index
     with ThreadPoolExecutor(1) as pool:
         opened = index.open_index(path, verify=False)
         verified = pool.submit(index.verify, path)
@@ -105,21 +118,46 @@ def _answers(opened: Any, arguments: argparse.Namespace) -> Iterator[_Answers]:
     from tcq import index
 
     a = arguments
-    allowed = None if a.filter is None else index.where(opened, a.filter)
-    engine, all_names, sums = None, [], []
-    for names, pictures, features in _queries(opened, a):
-        tables = index.tables(opened, features)
+    all_names, sums = [], []
+    with _searcher(opened, a) as search:
+        for names, pictures, features in _queries(opened, a):
+            tables = index.tables(opened, features)
+            if a.together:
+                all_names += names
+                sums.append(tables.sum(axis=0, dtype=np.float64))
+            else:
+                yield _Answers(names, pictures, search(tables))
         if a.together:
-            all_names += names
-            sums.append(tables.sum(axis=0, dtype=np.float64))
-            continue
-        engine = engine or (index.build_engine(opened) if len(names) == BLOCK else None)
-        found = index.search_tables(opened, tables, k=a.k, allowed=allowed, engine=engine)
-        yield _Answers(names, pictures, index.hits(opened, *found, min_score=a.min_score))
-    if a.together:
-        mean = (np.sum(sums, axis=0) / len(all_names)).astype(np.float32)
-        found = index.search_tables(opened, mean[None], k=a.k, allowed=allowed)
-        yield _Answers([", ".join(all_names)], None, index.hits(opened, *found, min_score=a.min_score))
+            mean = (np.sum(sums, axis=0) / len(all_names)).astype(np.float32)
+            yield _Answers([", ".join(all_names)], None, search(mean[None]))
+
+
+@contextlib.contextmanager
+def _searcher(opened: Any, arguments: argparse.Namespace) -> Iterator[Callable[[Any], list[list[Any]]]]:
+    """A function from lookup tables to hits, from the index or a database."""
+    from tcq import index
+    from tcq.index import engines
+
+    a = arguments
+    database = engines.of(a.index)
+    if database is None:
+        allowed, engine = None if a.filter is None else index.where(opened, a.filter), None
+
+        def search(tables: Any) -> list[list[Any]]:
+            nonlocal engine
+            engine = engine or (index.build_engine(opened) if len(tables) == BLOCK else None)
+            found = index.search_tables(opened, tables, k=a.k, allowed=allowed, engine=engine)
+            return index.hits(opened, *found, min_score=a.min_score)
+
+        yield search
+        return
+    connection = database.connect(a.index)
+    try:
+        yield lambda tables: database.search(
+            connection, opened, tables, k=a.k, condition=a.filter, min_score=a.min_score
+        )
+    finally:
+        database.close(connection)
 
 
 def _queries(opened: Any, arguments: argparse.Namespace) -> Iterator[tuple[list[str], Any, Any]]:
