@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from tcq import cli_index, cli_search, flags
+from tcq import cli_duplicates, cli_index, cli_search, flags
 from tcq.runtime import log, signals, storage
 
 
@@ -55,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_embed,
         cli_index.add_index,
         cli_search.add_search,
+        cli_duplicates.add_duplicates,
         cli_search.add_serve,
         cli_index.add_export,
         cli_index.add_push,

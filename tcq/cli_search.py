@@ -188,15 +188,11 @@ def _print_answer(arguments: argparse.Namespace, title: str, name: str, hits: Se
 def _print_hits(query: str, hits: Sequence[Any]) -> None:
     """Prints rank, score and path, then own columns; a tab or the end of a line in one as an escape."""
     if query:
-        print(f"# {_one_line(query)}")
+        print(f"# {flags.one_line(query)}")
     for rank, hit in enumerate(hits, 1):
         known = {name: value for name, value in hit.columns.items() if value is not None}
-        own = "".join(f"\t{_one_line(f'{name}={value}')}" for name, value in known.items())
-        print(f"{rank}\t{hit.score:.6f}\t{_one_line(hit.path)}{own}")
-
-
-def _one_line(text: str) -> str:
-    return "".join(repr(c)[1:-1] if c in "\t\r\n\v\f\x1c\x1d\x1e\x85\u2028\u2029" else c for c in text)
+        own = "".join(f"\t{flags.one_line(f'{name}={value}')}" for name, value in known.items())
+        print(f"{rank}\t{hit.score:.6f}\t{flags.one_line(hit.path)}{own}")
 
 
 def add_serve(commands: flags.Commands) -> None:

@@ -53,4 +53,9 @@ def steps(text: str) -> tuple[int, int]:
     return int(first), int(stop)
 
 
+def one_line(text: str) -> str:
+    """Text for one field of a line: a tab or the end of a line in it as an escape."""
+    return "".join(repr(c)[1:-1] if c in "\t\r\n\v\f\x1c\x1d\x1e\x85\u2028\u2029" else c for c in text)
+
+
 path = os.path.expanduser

@@ -18,7 +18,7 @@ LAYERS = (
     {"evaluate", "index"},
     {"train"},
     {"cli_index"},
-    {"cli_search"},
+    {"cli_search", "cli_duplicates"},
     {"cli"},
 )
 PEERS = {("workdir", "config"), ("plots", "runtime")}  # the only imports between two packages of one layer

@@ -1,6 +1,7 @@
 """Safe decoding: a file or its bytes to one uint8 RGB square, or an `ImageError` that says why not."""
 
 import contextlib
+import hashlib
 import io
 import os
 import stat
@@ -109,6 +110,27 @@ def read(source: str | Path | bytes, *, size: int, resize: Resize = WHOLE, max_p
         raise UnreadableError("memory is short") from None
     except OSError as error:
         raise UnreadableError(f"cannot be read: {error.strerror or error}") from None
+
+
+def pixel_digest(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> bytes:
+    """A hash of all pixels in 8-bit RGB and of their number: equal for files that show exactly the same.
+
+    Raises ImageError and UnreadableError as `read`, also for a file that would have to be repaired.
+    """
+    try:
+        with warnings.catch_warnings(), opened(source) as file:
+            warnings.simplefilter("ignore")
+            image = _open(file)
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageError(f"{width} x {height} pixels is above data.max_pixels {max_pixels:,}")
+            with _room(width * height):
+                rgb = _to_rgb(_turned(image), (1, 1), deep=False)
+                return hashlib.blake2b(f"{rgb.size}".encode() + rgb.tobytes(), digest_size=20).digest()
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise errors of any kind for corrupted input
+        raise UnreadableError(f"cannot be decoded: {type(error).__name__}: {error}") from None
 
 
 @contextlib.contextmanager

@@ -217,20 +217,22 @@ def image_of(path: str) -> str | bytes:
     return (storage.read(path) or b"") if storage.is_url(path) else path
 
 
+def thumbnail(index: Index, path: str) -> UInt8[np.ndarray, "side side 3"]:
+    """An indexed image as a small picture; gray if it cannot be read."""
+    try:
+        return decode(image_of(path), size=max(index.config.data.image_size, THUMBNAIL))
+    except (ImageError, storage.BucketError):
+        return np.full((THUMBNAIL, THUMBNAIL, 3), 128, np.uint8)
+
+
 def draw(
     index: Index, queries: UInt8[np.ndarray, "Q H W 3"], answers: Sequence[Sequence[Hit]], out: str | Path
 ) -> None:
     """Writes a picture of queries and hits; missing images are gray. Raises IndexFileError."""
-    size = max(index.config.data.image_size, THUMBNAIL)
-
-    def image(hit: Hit) -> np.ndarray:
-        try:
-            return decode(image_of(hit.path), size=size)
-        except (ImageError, storage.BucketError):
-            return np.full((THUMBNAIL, THUMBNAIL, 3), 128, np.uint8)
-
     captions = [[f"{h.score:.3g} {Path(h.path).name[-14:]}" for h in hits] for hits in answers]
     try:
-        plots.gallery(out, list(queries), [[image(h) for h in hits] for hits in answers], captions=captions)
+        plots.gallery(
+            out, list(queries), [[thumbnail(index, h.path) for h in hits] for hits in answers], captions=captions
+        )
     except (OSError, ValueError) as error:
         raise IndexFileError(f"--gallery {str(out)!r} cannot be written: {error}") from None

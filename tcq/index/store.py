@@ -35,12 +35,13 @@ from tcq.models import retriever
 from tcq.runtime import devices, locks, storage
 
 FORMAT = 4
-ENCODER, CONFIG, SKIPPED, META, PREVIOUS = (
+ENCODER, CONFIG, SKIPPED, META, PREVIOUS, VERDICTS = (
     "encoder.npz",
     "config.json",
     "skipped.jsonl",
     "meta.json",
     "meta.previous.json",
+    "not_copies.jsonl",
 )
 KINDS = ("items", "removed", "columns")  # of the files that a change writes
 NEEDED = {"segments", "removed", "columns", "roots", "next_id", "step", "sha256"}  # of meta.json
@@ -436,7 +437,7 @@ def _is_rows(name: str) -> bool:
 
 def _is_own(name: str) -> bool:
     """Whether a file of this name is written by tcq into the folder of an index."""
-    fixed = (ENCODER, CONFIG, SKIPPED, META, PREVIOUS, locks.NAME)
+    fixed = (ENCODER, CONFIG, SKIPPED, META, PREVIOUS, VERDICTS, locks.NAME)
     return name in fixed or _is_rows(name) or name.startswith(storage.TEMPORARY)
 
 

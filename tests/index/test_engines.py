@@ -67,12 +67,11 @@ def connection(address):
     engine.close(opened)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("codewords", [16, 512])
+@pytest.mark.parametrize(("rule", "codewords"), [*((rule, 16) for rule in RULES), (RULES[3], 512)])
 def test_a_database_ranks_as_tcq(connection, rule, codewords):
     engine, opened = connection
-    index = synthetic.index(*rule[:1], squared=rule[1], codewords=codewords)
-    assert engine.push(opened, index) == (500, 0)
+    index = synthetic.index(rule[0], squared=rule[1], codewords=codewords, count=200)
+    assert engine.push(opened, index) == (200, 0)
     assert_same(index, engine.search(opened, index, tables_of(index), k=K))
     scores = np.unique(indexes.search_tables(index, tables_of(index), k=30)[0][0])
     least = float(scores[3:5].mean())

@@ -201,7 +201,7 @@ def test_columns_that_do_not_fit_are_refused_before_any_image_is_encoded(
     assert not (tmp_path / "index").exists()
 
 
-def test_filters_see_paths_sizes_and_dates(built, photos):
+def test_filters_see_paths_sizes_and_dates(built, photos, images):
     os.utime(photos / "003.png", (1e9, 1e9))
     opened = indexes.open_index(built)
     names = [os.path.basename(p) for p in opened.paths]
@@ -218,6 +218,11 @@ def test_filters_see_paths_sizes_and_dates(built, photos):
         str(photos / "003.png")
     ]
     np.testing.assert_array_equal(indexes.where(opened, "id >= 5"), opened.ids >= 5)
+    indexes.add(built, images / "class 4")
+    opened = indexes.open_index(built)
+    of_second = indexes.where(opened, f"starts_with(path, '{images}/class 4/')")
+    np.testing.assert_array_equal(of_second, [p.startswith(f"{images}/class 4/") for p in opened.paths])
+    assert 0 < of_second.sum() < len(of_second)
 
 
 @pytest.mark.parametrize(
