@@ -42,6 +42,7 @@ $(VENV)/installed-peers: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu' transformers==5.23.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31 open_clip_torch==3.3.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check onnx==1.23.2 onnxruntime==1.32.0 ai-edge-litert==2.3.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements-test.txt jax2onnx==0.13.0
 	touch $@
 
 peers: $(VENV)/installed-peers

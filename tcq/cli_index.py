@@ -183,15 +183,16 @@ def _info(arguments: argparse.Namespace, _: list[str]) -> int:
 
 def add_export(commands: flags.Commands) -> None:
     """Adds the parser of `tcq export`."""
-    help = "export an index for databases and other languages (Parquet), FAISS or NumPy"
+    help = "export an index for databases and other languages (Parquet), FAISS or NumPy; or its encoder"
     parser = flags.add_command(commands, "export", help, _export)
     parser.add_argument("--index", type=flags.path, required=True, help="a folder that tcq index build wrote")
     parser.add_argument("--out", type=flags.path, required=True, help="a file that does not exist yet")
     parser.add_argument(
         "--format",
-        choices=("faiss", "npz", "parquet"),
+        choices=("faiss", "npz", "parquet", "stablehlo", "onnx"),
         default="faiss",
-        help="of the file (default: faiss); faiss and parquet write <out>.json beside, with the scoring rule",
+        help="of the file (default: faiss); stablehlo and onnx hold the encoder; all but npz write <out>.json beside, "
+        "with the scoring rule",
     )
 
 

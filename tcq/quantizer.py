@@ -45,7 +45,7 @@ def hard_assign(x: Float[ArrayLike, "N D"], codebooks: Float[ArrayLike, "M K d"]
     Returns uint8 (N, M) for K <= 256, else uint16. Raises ValueError as `soft_assign`, and for K > 65,536.
     """
     codes = jnp.argmax(_logits(x, codebooks, metric=metric), axis=-1)
-    return codes.astype(code_dtype(jnp.shape(codebooks)[1]))
+    return codes.astype(code_dtype(jnp.asarray(codebooks).shape[1]))
 
 
 def reconstruct(weights: Float[ArrayLike, "N M K"], codebooks: Float[ArrayLike, "M K d"]) -> Float[Array, "N D"]:

@@ -1,7 +1,7 @@
-"""Exports of an index: Parquet for databases and other languages, a FAISS index, or NumPy arrays.
+"""Exports of an index: Parquet for databases and other languages, FAISS, NumPy arrays, and the encoder as a program.
 
-Beside the Parquet and FAISS files, `<out>.json` has what a query needs: codebooks, scoring rule, and how features are
-scaled. docs/exchange.md scores with it in NumPy, SQL and JavaScript.
+Beside all but the NumPy file, `<out>.json` has what a query needs: codebooks, scoring rule, scaling of features, and
+what the encoder takes. docs/exchange.md scores with it in NumPy, SQL and JavaScript.
 """
 
 import json
@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from tcq import config as configs
 from tcq import quantizer
-from tcq.index import columns, items
+from tcq.index import columns, items, programs
 from tcq.index.store import Index, open_index
 from tcq.runtime import storage
 
@@ -35,6 +35,7 @@ def scoring(index: Index) -> dict[str, Any]:
         "normalize": configs.query_norm(config),
         "step": index.step,
         "codebooks": index.encoder.codebooks.tolist(),  # (M, K, d)
+        "encoder": programs.about(index.encoder),
     }
 
 
@@ -82,10 +83,11 @@ def to_faiss(index: Index) -> Any:
 
 
 def export(index_path: str | Path, out: str | Path, *, format: str) -> Path:
-    """Writes `out`, a file, and returns its path. Raises ExportError if it exists, and as `open_index`.
+    """Writes `out`, a file, and returns its path.
 
-    Formats: "parquet" (`to_table`) and "faiss" (`to_faiss`), each with `<out>.json`; "npz" holds codes, codebooks,
-    paths and score, without pickles.
+    Formats: "parquet" (`to_table`), "faiss" (`to_faiss`), and the encoder as "stablehlo" or "onnx" (programs.py), each
+    with `<out>.json`; "npz" holds codes, codebooks, paths and score, without pickles.
+    Raises ExportError if it exists or cannot be written, and as `open_index`, `to_faiss` and programs.py.
     """
     out = Path(out)
     if format not in FORMATS:
@@ -138,4 +140,6 @@ FORMATS: dict[str, Callable[[Index, Path], None]] = {
     "faiss": _write_faiss,
     "npz": _write_npz,
     "parquet": _write_parquet,
+    "stablehlo": lambda index, path: programs.write_stablehlo(index.encoder, path),
+    "onnx": lambda index, path: programs.write_onnx(index.encoder, path),
 }

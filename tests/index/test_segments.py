@@ -190,9 +190,7 @@ def test_own_columns_come_back_and_are_filtered_on(run, photos, tmp_path):
         ("path,year\n003.png,1,2\n", "cannot be read"),
     ],
 )
-def test_columns_that_do_not_fit_are_refused_before_any_image_is_encoded(
-    run, photos, tmp_path, text, words, monkeypatch
-):
+def test_columns_that_do_not_fit_are_refused_first(run, photos, tmp_path, text, words, monkeypatch):
     (tmp_path / "own.csv").write_text(text)
     monkeypatch.setattr(encode, "codes", None)
     flags = [f"--workdir={run}", f"--images={photos}", f"--out={tmp_path / 'index'}"]
