@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-whole test-slow test-tensorflow peers test-peers check format docs clean
+.PHONY: demo test test-whole test-slow test-tensorflow peers test-peers browser test-browser check format docs clean
 
 $(VENV)/installed: requirements.txt setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "tcq needs Python 3.11 to 3.13, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
@@ -30,7 +30,7 @@ test-whole: $(VENV)/installed-test
 # All tests again with XLA's optimizations, which `make test` turns off, and then the long ones.
 test-slow: export JAX_DISABLE_MOST_OPTIMIZATIONS = 0
 test-slow: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not tensorflow and not peers"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not tensorflow and not peers and not browser"
 	$(BIN)/python -m pytest -m slow
 
 test-tensorflow: $(VENV)/installed-test
@@ -49,6 +49,17 @@ peers: $(VENV)/installed-peers
 
 test-peers: $(VENV)/installed-peers
 	$(BIN)/python -m pytest -m peers
+
+# The search page in headless Chromium: apt install chromium chromium-driver npm.
+$(VENV)/installed-browser: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements-test.txt selenium==4.51.0
+	npm install --silent --prefix $(VENV)/axe axe-core@4.14.1
+	touch $@
+
+browser: $(VENV)/installed-browser
+
+test-browser: $(VENV)/installed-browser
+	$(BIN)/python -m pytest -m browser
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff format --check .

@@ -198,15 +198,20 @@ def _print_hits(query: str, hits: Sequence[Any]) -> None:
 def add_serve(commands: flags.Commands) -> None:
     """Adds the parser of `tcq serve`."""
     parser = flags.add_command(
-        commands, "serve", "serve a search page for an index, on this machine only", _serve, compiles=True
+        commands, "serve", "serve a search page and a JSON API for an index", _serve, compiles=True
     )
-    parser.add_argument("--index", type=flags.path, required=True, help="a folder that tcq index wrote")
+    parser.add_argument("--index", type=flags.path, required=True, help="a folder that tcq index build wrote")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: 127.0.0.1, this machine only); beyond it a token is needed",
+    )
     parser.add_argument("--port", type=flags.port, default=8000, help="of the page (default: 8000)")
-    parser.add_argument("--k", type=flags.positive, default=10, help="number of answers (default: 10)")
+    parser.add_argument("--k", type=flags.positive, default=20, help="number of answers (default: 20)")
 
 
 def _serve(arguments: argparse.Namespace, _: list[str]) -> int:
     from tcq.index import serve
 
-    serve.serve(arguments.index, port=arguments.port, k=arguments.k)
+    serve.serve(arguments.index, host=arguments.host, port=arguments.port, k=arguments.k)
     return 0

@@ -152,7 +152,7 @@ def _linked(
     compared = {code for pair in pairs for code in pair if pair[0] != pair[1] or len(by_code[code]) > 1}
     items = [i for code in sorted(compared) for i in by_code[code]]
     pictures = {}
-    for i, picture in zip(items, _read_all(index, items, _picture, "reading small pictures"), strict=True):
+    for i, picture in zip(items, _read_all(index, items, small_picture, "reading small pictures"), strict=True):
         if picture is not None:
             pictures[i] = picture
     edges = []
@@ -217,7 +217,7 @@ def _pixels(index: Index, i: int) -> bytes | None:
         return None
 
 
-def _picture(index: Index, i: int) -> Float[np.ndarray, " values"] | None:
+def small_picture(index: Index, i: int) -> Float[np.ndarray, " values"] | None:
     """A small picture of an image, with mean 0 and length 1; None without contrast."""
     try:
         pixels = decode(

@@ -1,50 +1,321 @@
+"""The search page's server: real requests on the loopback interface."""
+
+import asyncio
+import contextlib
+import http.client
+import io
 import json
+import os
+import shutil
+import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 
+import jsonschema
+import numpy as np
 import pytest
+from PIL import Image
 
 import small
+from tcq import index as indexes
 from tcq.index import serve
+from tcq.index.serve import app, searches
+from tcq.index.serve.guard import Guard
+from tcq.runtime import signals
+
+
+@contextlib.contextmanager
+def running(path, *, token=None, k=3):
+    """The address of a server of an index."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    server = serve.make_server(path, indexes.open_index(path), Guard(None if token else port, token), k=k)
+    thread = threading.Thread(target=lambda: asyncio.run(serve._run(server, listening)))
+    thread.start()
+    end = time.monotonic() + 20
+    while not server.started and time.monotonic() < end:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listening.close()
+        signals.reset()
 
 
 @pytest.fixture(scope="module")
 def address(index):
-    server = serve.make_server(index, port=0, k=3)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with running(index) as found:
+        yield found
 
 
-def test_page_and_search(address, images):
-    with urllib.request.urlopen(address) as answer:
-        page = answer.read().decode()
-    assert "120 images, 6 bits each" in page and '<input type="file"' in page and "${hit.path}" in page
-    body = (images / "class 3" / "003.png").read_bytes()
-    with urllib.request.urlopen(urllib.request.Request(f"{address}/search", body)) as answer:
-        hits = json.load(answer)["hits"]
-    assert len(hits) == 3 and all(h["image"].startswith("data:image/jpeg;base64,") for h in hits)
+def ask(address, path, body=None, headers=None):
+    """Status, headers and contents of an answer; JSON is parsed."""
+    request = urllib.request.Request(address + path, body, headers or {})
+    try:
+        answer = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        answer = error
+    with answer:
+        contents = answer.read()
+        is_json = answer.headers.get("content-type", "").startswith("application/json")
+        return answer.status, answer.headers, json.loads(contents) if is_json else contents
+
+
+def found(address, path, body=None):
+    status, _, answer = ask(address, path, body)
+    assert status == 200, answer
+    return answer
+
+
+@pytest.fixture
+def body(images):
+    return (images / "class 3" / "003.png").read_bytes()
+
+
+def test_the_files_of_the_page(address):
+    for path, kind in (("/", "text/html"), ("/page.css", "text/css"), ("/page.js", "text/javascript")):
+        status, headers, contents = ask(address, path)
+        assert status == 200 and headers["content-type"].startswith(kind) and contents
+        assert (
+            headers["x-content-type-options"] == "nosniff"
+            and "default-src 'none'" in headers["content-security-policy"]
+        )
+        assert b"http://" not in contents and b"https://" not in contents  # nothing from outside
+    assert found(address, "/healthz") == {"status": "ok"}
+
+
+def test_searches_are_those_of_the_index(address, index, images, body):
+    opened = indexes.open_index(index)
+    query = indexes.read_queries(opened, [images / "class 3" / "003.png"])
+    truth = indexes.search(opened, query, k=120)[0]
+    answer = found(address, "/api/search", body)
+    assert [h["id"] for h in answer["hits"]] == [h.id for h in truth[:3]] and answer["more"]
+    assert [h["path"] for h in answer["hits"]] == [h.path for h in truth[:3]]
+    np.testing.assert_allclose([h["score"] for h in answer["hits"]], [h.score for h in truth[:3]], atol=1e-4)
+    again = found(address, f"/api/search?features={answer['features']}&k=120")
+    np.testing.assert_allclose([h["score"] for h in again["hits"]], [h.score for h in truth], atol=1e-4)
+    assert not again["more"]
+    pages = [found(address, f"/api/search?features={answer['features']}&k=50&offset={o}") for o in (0, 50, 100)]
+    assert [h for page in pages for h in page["hits"]] == again["hits"]
+    assert [page["more"] for page in pages] == [True, True, False]
+    some = found(address, f"/api/search?features={answer['features']}&k=120&path=CLASS%205")["hits"]
+    assert some == [h for h in again["hits"] if "class 5" in h["path"]] != []
+    least = again["hits"][7]["score"]
+    some = found(address, f"/api/search?features={answer['features']}&k=120&min_score={least}")["hits"]
+    assert some == [h for h in again["hits"] if h["score"] >= least]
+
+
+def test_an_item_is_a_query(address, index):
+    opened = indexes.open_index(index)
+    features = indexes.features_of_items(opened, [17])
+    scores, places = indexes.search_features(opened, features, k=5)
+    answer = found(address, f"/api/search?item={opened.ids[17]}&k=5")
+    assert [h["id"] for h in answer["hits"]] == opened.ids[places[0]].tolist()
+    np.testing.assert_allclose([h["score"] for h in answer["hits"]], scores[0], atol=1e-4)
+    item = found(address, f"/api/items/{opened.ids[17]}")
+    assert item["path"] == opened.paths[17] and item["code"] == opened.codes[17].tolist()
+    assert item["hash"] == opened.hashes[17].tobytes().hex() and item["size"] == os.path.getsize(item["path"])
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "words"),
+    [
+        ("/api/search", 400, "GET needs item or features"),
+        ("/api/search?item=x", 400, "item 'x' must be a whole number"),
+        ("/api/search?item=99999", 404, "no image of the index has the id 99999"),
+        ("/api/search?features=AAAA", 400, "features must be 8 finite numbers"),
+        ("/api/search?features=AADAfwAAwH8AAMB_AADAfwAAwH8AAMB_AADAfwAAwH8", 400, "finite"),
+        ("/api/search?features=é", 400, "features must be"),
+        ("/api/search?item=1&k=0", 400, "k '0' must be a whole number from 1"),
+        ("/api/search?item=1&k=1001", 400, "to 1000"),
+        ("/api/search?item=1&offset=-1", 400, "offset"),
+        ("/api/search?item=1&min_score=high", 400, "must be a number"),
+        ("/api/items/99999", 404, "no image"),
+        ("/api/items/../../etc/passwd", 404, "Not Found"),
+        ("/api/thumbnails/99999", 404, "no image"),
+        ("/api/thumbnails/1?side=5000", 400, "side"),
+        ("/etc/passwd", 404, "Not Found"),
+        ("//etc/passwd", 404, "Not Found"),
+    ],
+)
+def test_refusals_are_words(address, path, status, words):
+    got, _, answer = ask(address, urllib.parse.quote(path, safe="/?=&._-%"))
+    assert got == status and words in answer["error"]
+
+
+def test_bodies_that_are_no_images(address, monkeypatch, body):
+    for contents, words in ((b"hello", "query:"), (b"", "the file is empty"), (body[:60], "query:")):
+        status, _, answer = ask(address, "/api/search", contents)
+        assert status == 400 and words in answer["error"]
+    assert ask(address, "/api/search?item=1", body)[0] == 400
+    assert ask(address, "/api/info", body)[0] == 405
+    monkeypatch.setattr(app, "MAX_BYTES", len(body) - 1)
+    assert ask(address, "/api/search", body)[0] == 413
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=20)
+    connection.request("POST", "/api/search", iter([body[:50], body[50:], body]), encode_chunked=True)
+    assert connection.getresponse().status == 413
+    connection.close()
+    monkeypatch.setattr(app, "MAX_BYTES", len(body))
+    assert ask(address, "/api/search", body)[0] == 200
 
 
 @pytest.mark.parametrize(
     "headers",
     [{"Host": "attacker.example"}, {"Origin": "https://attacker.example"}, {"Host": "127.0.0.1"}, {"Origin": "null"}],
 )
-def test_other_sites_are_refused(address, headers, images):
-    body = (images / "class 3" / "003.png").read_bytes()
-    for path, data in (("/", None), ("/search", body)):
-        with pytest.raises(urllib.error.HTTPError) as error:
-            urllib.request.urlopen(urllib.request.Request(address + path, data, headers))
-        assert error.value.code == 403
-        error.value.close()
+def test_other_sites_are_refused(address, headers, body):
+    for path, data in (("/", None), ("/api/search", body), ("/api/thumbnails/1", None)):
+        status, got, answer = ask(address, path, data, headers)
+        assert status == 403 and "this machine only" in answer["error"] and got["x-content-type-options"]
     local = address.replace("127.0.0.1", "localhost")
-    own = urllib.request.Request(address + "/search", body, {"Origin": local, "Host": local.removeprefix("http://")})
-    with urllib.request.urlopen(own) as answer:
-        assert len(json.load(answer)["hits"]) == 3
+    own = {"Origin": local, "Host": local.removeprefix("http://")}
+    assert ask(address, "/api/search", body, own)[0] == 200
+
+
+def test_beyond_this_machine_a_token_is_needed(index, body):
+    assert not serve.is_loopback("0.0.0.0") and not serve.is_loopback("example.org") and not serve.is_loopback("::")
+    assert serve.is_loopback("127.0.0.1") and serve.is_loopback("localhost") and serve.is_loopback("::1")
+    with running(index, token="secret") as address:
+        for path in ("/", "/api/info", "/page.js", "/?token=wrong", "/healthz"):
+            assert ask(address, path)[0] == 401
+        assert ask(address, "/api/info", None, {"Authorization": "Bearer secret"})[0] == 200
+        assert ask(address, "/api/info", None, {"Authorization": "Bearer secret", "Origin": "http://evil"})[0] == 403
+        assert ask(address, "/api/info", None, {"Host": "any.name", "Cookie": "tcq_token=secret"})[0] == 200
+        connection = http.client.HTTPConnection(address.removeprefix("http://"))
+        connection.request("GET", "/?token=secret&item=3")
+        answer = connection.getresponse()
+        assert answer.status == 303 and answer.headers["location"] == "/?item=3"
+        assert "httponly" in answer.headers["set-cookie"].lower() and "SameSite=strict" in answer.headers["set-cookie"]
+        connection.close()
+
+
+def test_thumbnails_are_encoded_anew(run, images, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    secret = Image.Exif()
+    secret[0x010E] = "secret place"
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (300, 500, 3), np.uint8)).save(
+        folder / "a.jpg", exif=secret
+    )
+    shutil.copy(images / "class 3" / "003.png", folder / "b.png")
+    indexes.build(run, folder, tmp_path / "index")
+    with running(tmp_path / "index") as address:
+        _, headers, contents = ask(address, "/api/thumbnails/0?side=200")
+        picture = Image.open(io.BytesIO(contents))
+        assert picture.format == "JPEG" and picture.size == (320, 320) and b"secret" not in contents
+        assert headers["content-type"] == "image/jpeg"
+        assert ask(address, "/api/thumbnails/0?side=320", None, {"If-None-Match": headers["etag"]})[0] == 304
+        (folder / "b.png").unlink()
+        status, _, answer = ask(address, "/api/thumbnails/1")
+        assert status == 404 and "cannot be read any more" in answer["error"]
+        assert str(tmp_path) not in json.dumps(answer)
+
+
+def test_near_copies_are_hidden(run, images, tmp_path):
+    folder = shutil.copytree(images / "class 3", tmp_path / "photos")
+    for i in range(4):
+        shutil.copy(folder / "003.png", folder / f"copy {i}.png")
+    Image.open(folder / "003.png").resize((40, 32)).save(folder / "larger.png")
+    indexes.build(run, folder, tmp_path / "index")
+    body = (folder / "003.png").read_bytes()
+    copies = {f"copy {i}.png" for i in range(4)} | {"larger.png", "003.png"}
+    with running(tmp_path / "index") as address:
+        whole = found(address, "/api/search?k=100", body)["hits"]
+        some = found(address, "/api/search?k=100&hide_copies=1", body)
+        names = [os.path.basename(h["path"]) for h in some["hits"]]
+        assert len(copies & set(names)) == 1 and some["hidden"] == len(whole) - len(names) >= 5
+        first = found(address, "/api/search?k=4&hide_copies=1", body)
+        assert first["hits"] == some["hits"][:4] and first["more"]
+        second = found(address, f"/api/search?k=4&offset=4&hide_copies=1&features={first['features']}")
+        assert second["hits"] == some["hits"][4:8]
+
+
+def test_queries_that_come_together_have_the_answers_of_each(address, images, monkeypatch):
+    bodies = [p.read_bytes() for p in sorted((images / "class 4").glob("0*.png"))] * 2
+    alone = [found(address, "/api/search?k=9", body)["hits"] for body in bodies]
+    sizes, encode = [], searches.encode_padded
+    monkeypatch.setattr(searches, "encode_padded", lambda index, x: sizes.append(len(x)) or encode(index, x))
+    together = [None] * len(bodies)
+
+    def one(i):
+        together[i] = found(address, "/api/search?k=9", bodies[i])["hits"]
+
+    monkeypatch.setattr(app, "UPLOADS", 1)
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(len(bodies))]
+    for i, thread in enumerate(threads):
+        thread.start()
+        if i % 6 == 5:  # as many at once as are received at once
+            for other in threads[i - 5 : i + 1]:
+                other.join()
+    for thread in threads:
+        thread.join()
+    for a, b in zip(alone, together, strict=True):
+        assert [h["id"] for h in a] == [h["id"] for h in b]
+        np.testing.assert_allclose([h["score"] for h in a], [h["score"] for h in b], atol=1e-4)
+    assert sum(sizes) == len(bodies) and max(sizes) > 1
+
+
+def test_too_many_searches_are_refused(index, body, monkeypatch):
+    monkeypatch.setattr(searches, "WAITING", 2)
+    monkeypatch.setattr(searches, "TOGETHER", 1)
+    answer, release = searches.Searcher._answer, threading.Event()
+    monkeypatch.setattr(searches.Searcher, "_answer", lambda self, queries: release.wait(30) and answer(self, queries))
+    with running(index) as address:
+        results = []
+        threads = [
+            threading.Thread(target=lambda: results.append(ask(address, "/api/search?item=3"))) for _ in range(6)
+        ]
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + 20
+        while len(results) < 3 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert [status for status, _, _ in results] == [503] * 3
+        assert results[0][1]["retry-after"] == "1" and "try again" in results[0][2]["error"]
+        release.set()
+        for thread in threads:
+            thread.join()
+        assert sorted(status for status, _, _ in results) == [200] * 3 + [503] * 3
+
+
+def test_slow_and_silent_clients_are_cut_off(index, body, monkeypatch):
+    monkeypatch.setattr(app, "UPLOAD_SECONDS", 0.5)
+    monkeypatch.setattr(serve, "HEADER_SECONDS", 0.5)
+    with running(index) as address:
+        host, port = address.removeprefix("http://").split(":")
+        head = f"POST /api/search HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        for sent, words in ((head + body[:10], b"408"), (b"", b""), (b"POST /api/sea", b"")):
+            with socket.create_connection((host, int(port)), timeout=20) as client:
+                client.sendall(sent)
+                answer = client.recv(10_000)
+                assert words in answer and bool(answer) == bool(words)
+        assert ask(address, "/api/search", body)[0] == 200
+
+
+def test_an_index_that_changes_is_opened_again(run, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(searches, "RELOAD_SECONDS", 0.05)
+    folder = shutil.copytree(images / "class 3", tmp_path / "photos")
+    indexes.build(run, folder, tmp_path / "index")
+    with running(tmp_path / "index") as address:
+        count = found(address, "/api/info")["images"]
+        indexes.add(tmp_path / "index", images / "class 4")
+        wait(lambda: found(address, "/api/info")["images"] > count)
+        items = next(p for p in (tmp_path / "index").glob("items-*"))
+        items.write_bytes(items.read_bytes()[:-1] + b"x")
+        (tmp_path / "index" / "meta.json").write_bytes((tmp_path / "index" / "meta.json").read_bytes() + b"\n")
+        wait(lambda: ask(address, "/healthz")[0] == 503)
+        assert "corrupted" in ask(address, "/healthz")[2]["error"]
+
+
+def wait(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_a_port_in_use(address, index):
@@ -53,10 +324,25 @@ def test_a_port_in_use(address, index):
     small.assert_refused(small.main("serve", f"--index={index}", "--port=99999"), "from 0 to 65535")
 
 
-def test_other_bodies_and_paths(address):
-    for path, body in (("/search", b"hello"), ("/search", b""), ("/other", b"x"), ("/etc/passwd", None)):
-        with pytest.raises(urllib.error.HTTPError) as error:
-            urllib.request.urlopen(urllib.request.Request(address + path, body))
-        assert error.value.code in (400, 404)
-        assert json.load(error.value)["error"]
-        error.value.close()
+def test_the_description_of_the_api(address, index, body):
+    description = found(address, "/api/openapi.json")
+    routes = set(description["paths"])
+    own = app.make(index, indexes.open_index(index), Guard(1, None), k=3)
+    inner = next(c.cell_contents for c in own.__closure__ if isinstance(c.cell_contents, app.Starlette))
+    known = {route.path.replace(":int", "") for route in inner.routes}
+    assert routes == known - {"/", "/page.css", "/page.js"}
+    features = found(address, "/api/search", body)["features"]
+    for path, route, method, data in (
+        ("/healthz", "/healthz", "get", None),
+        ("/api/info", "/api/info", "get", None),
+        ("/api/search", "/api/search", "post", body),
+        ("/api/search?item=1&hide_copies=1", "/api/search", "get", None),
+        (f"/api/search?features={features}", "/api/search", "get", None),
+        ("/api/search?item=99999", "/api/search", "get", None),
+        ("/api/items/3", "/api/items/{id}", "get", None),
+        ("/api/items/99999", "/api/items/{id}", "get", None),
+    ):
+        status, _, answer = ask(address, path, data)
+        content = description["paths"][route][method]["responses"][str(status)]["content"]
+        schema = content["application/json"]["schema"] | {"components": description["components"]}
+        jsonschema.validate(answer, schema)

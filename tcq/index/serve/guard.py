@@ -1,0 +1,78 @@
+"""Which requests are answered at all: by address, origin and token; and the headers of every answer."""
+
+import hmac
+from http.cookies import CookieError, SimpleCookie
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, urlencode
+
+NAMES = ("127.0.0.1", "localhost", "[::1]")  # of this machine, in the addresses of the page
+COOKIE = "tcq_token"
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+
+class Guard(NamedTuple):
+    """What a request has to agree with."""
+
+    port: int | None  # on this machine only: the port of the page; None: on any address, with a token
+    token: str | None
+
+
+def refusal(guard: Guard, host: str, origin: str | None, token: str) -> tuple[int, str] | None:
+    """Status and reason if a request is refused: the name of another site may lead here (DNS rebinding)."""
+    if guard.port is not None:
+        hosts = [f"{name}:{guard.port}" for name in NAMES] + (list(NAMES) if guard.port == 80 else [])
+        if host not in hosts or (origin is not None and origin not in [f"http://{h}" for h in hosts]):
+            return 403, "this page is served to this machine only"
+    elif origin is not None and origin.partition("://")[2] != host:
+        return 403, "this page is not served to other sites"
+    if guard.token is not None and not hmac.compare_digest(token.encode(), guard.token.encode()):
+        return 401, "the token is missing or wrong: use the address that tcq serve has printed"
+    return None
+
+
+def wrap(app: Any, guard: Guard) -> Any:
+    """An ASGI app that refuses requests as `refusal` says, and adds HEADERS to every answer."""
+    from starlette.responses import JSONResponse, RedirectResponse
+
+    async def guarded(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                extra = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                message = message | {"headers": [*message.get("headers", []), *extra]}
+            await send(message)
+
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        query = dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
+        refused = refusal(guard, headers.get("host", ""), headers.get("origin"), token_of(headers, query))
+        answer: Any = app
+        if refused:
+            answer = JSONResponse({"error": refused[1]}, status_code=refused[0], headers={"connection": "close"})
+        elif "token" in query and scope["path"] == "/" and guard.token:  # keep it out of the address
+            del query["token"]
+            answer = RedirectResponse("/?" + urlencode(query) if query else "/", status_code=303)
+            answer.set_cookie(COOKIE, guard.token, httponly=True, samesite="strict")
+        await answer(scope, receive, send_with_headers)
+
+    return guarded
+
+
+def token_of(headers: dict[str, str], query: dict[str, str]) -> str:
+    """The token of a request: a header "Authorization: Bearer", the cookie of the page, or the address."""
+    bearer = headers.get("authorization", "")
+    if bearer.startswith("Bearer "):
+        return bearer.removeprefix("Bearer ")
+    try:
+        cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+    except CookieError:
+        cookie = None
+    return query.get("token") or (cookie.value if cookie else "")
