@@ -96,16 +96,26 @@ def _argument(argument: ast.arg, default: ast.expr | None) -> str:
 
 def commands() -> str:
     """The text of docs/commands.md."""
-    (choices,) = [a.choices for a in cli.make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
     parts, several = [COMMANDS_HEAD], {}
-    for name, parser in choices.items():
-        flags = {a.dest: _row(a) for a in parser._actions if a.dest not in ("help", *COMMON)}
+    for name, parser in _parsers(cli.make_parser(), "tcq"):
+        actions = [a for a in parser._actions if not isinstance(a, argparse._SubParsersAction)]
+        flags = {a.dest: _row(a) for a in actions if a.dest not in ("help", *COMMON)}
         several |= {dest: row for dest, row in flags.items() if dest in SEVERAL}
         own = [row for dest, row in flags.items() if dest not in SEVERAL]
         note = " *Several processes.*" if "distributed" in flags else ""
-        parts.append(f"## tcq {name}\n\n{_sentence(parser.description)}{note}\n\n{_table(own)}")
+        parts.append(f"## {name}\n\n{_sentence(parser.description)}{note}\n\n{_table(own)}")
     parts.append(f"## Several processes\n\n{_table(list(several.values()))}")
     return "\n".join(parts)
+
+
+def _parsers(parser: argparse.ArgumentParser, name: str) -> list[tuple[str, argparse.ArgumentParser]]:
+    """The parsers of all commands, each followed by those of its actions."""
+    found = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, below in action.choices.items():
+                found += [(f"{name} {word}", below), *_parsers(below, f"{name} {word}")]
+    return found
 
 
 def _table(rows: list[str]) -> str:
@@ -117,7 +127,10 @@ def _row(action: argparse.Action) -> str:
     value = "" if action.nargs == 0 else f" {values}"
     many = " ..." if action.nargs == "+" else ""
     required = " (required)" if action.required else ""
-    return f"| `{action.option_strings[0]}{value}{many}` | {action.help}{required} |"
+    flag = f"{action.option_strings[0]}{value}" if action.option_strings else action.metavar
+    many = " ..." if action.nargs == "*" else many
+    help = (action.help or "").replace("%%", "%").replace("|", "\\|")
+    return f"| `{flag}{many}` | {help}{required} |"
 
 
 def _sentence(text: str | None) -> str:

@@ -27,14 +27,14 @@ def add_duplicates(commands: flags.Commands) -> None:
     parser.add_argument(
         "--min_likeness",
         type=float,
-        default=0.9,
-        help="least correlation of small pictures of near images, up to 1 (default: 0.9)",
+        default=0.97,
+        help="least correlation of small pictures of near images, up to 1 (default: 0.97)",
     )
     parser.add_argument(
-        "--min_closeness",
-        type=float,
-        help="compare images whose codes are so close: cosine similarity, or with eval.score l2 minus the squared "
-        "distance (default: what 1 in 10^6 random pairs reaches; in small collections equal codes)",
+        "--others",
+        type=flags.positive,
+        default=20,
+        help="nearest other codes whose images an image is compared with (default: 20)",
     )
     parser.add_argument(
         "--reference",
@@ -75,7 +75,7 @@ def _duplicates(arguments: argparse.Namespace, _: list[str]) -> int:
         opened,
         kind=kinds[a.kind],
         likeness=a.min_likeness,
-        least=a.min_closeness,
+        others=a.others,
         references=a.reference,
         verdicts=duplicates.read_verdicts(verdicts),
     )

@@ -6,9 +6,8 @@ from typing import Any
 
 from tcq import flags
 
-ACTIONS = ("build", "update", "remove", "verify", "info", "compact")
 COLUMNS_HELP = 'CSV or Parquet file with a column "path"; its other columns come back with the answers'
-FILTER_HELP = "condition in SQL on path, size, modified, id and own columns, as \"size > 1e6 and path like '/a/%%'\""
+FILTER_HELP = 'condition in SQL on path, size, modified, id and own columns, such as "size > 1e6 and year = 2019"'
 
 
 def add_index(commands: flags.Commands) -> None:

@@ -1,22 +1,17 @@
-"""The closeness of codes: which of the codes of an index are near each other, without comparing all pairs."""
+"""The closeness of codes: which codes of an index are the nearest of each."""
 
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, UInt
+from jaxtyping import Float, UInt
 
 from tcq import nearest
 from tcq.index.store import Index
 from tcq.runtime import log, signals
 
 BLOCK = 256  # codes that are searched together
-SHARE = 1e-6  # of random pairs, as close as which images are near by default
-PAIRS = 10_000_000  # that are drawn for it
-LEAST = 10  # pairs beyond the threshold; with fewer only equal codes are near
-FIRST_K = 8  # neighbours that are searched first
-SLACK = 1e-4  # between the rounding of float32 scores and float64 closeness
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +24,6 @@ class Codes(NamedTuple):
     products: Float[np.ndarray, "M K K"]  # inner products of the codewords of each codebook
     metric: str  # "l2": minus the squared distance; "cosine"
 
-    @property
-    def most(self) -> float:
-        """The closeness of equal codes."""
-        return 0.0 if self.metric == "l2" else 1.0
-
 
 def different_codes(index: Index) -> Codes:
     """The different codes of an index."""
@@ -45,55 +35,36 @@ def different_codes(index: Index) -> Codes:
     return Codes(codes, items, np.einsum("mkd,mld->mkl", words, words), metric)
 
 
-def closeness(codes: Codes, a: Int[np.ndarray, "*n"], b: Int[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
-    """The closeness of codes by their numbers, pair by pair, in float64; higher is closer."""
-    left, right = codes.codes[a].astype(np.int64), codes.codes[b].astype(np.int64)
-    inner, first, second = (np.zeros(np.shape(a)) for _ in range(3))
-    for m, products in enumerate(codes.products):
-        inner += products[left[..., m], right[..., m]]
-        first += products[left[..., m], left[..., m]]
-        second += products[right[..., m], right[..., m]]
-    if codes.metric == "l2":
-        return np.where(a == b, 0.0, np.minimum(2 * inner - first - second, 0.0))
-    return np.where(a == b, 1.0, inner / np.sqrt(np.maximum(first * second, 1e-24)))
-
-
-def rare_closeness(codes: Codes, share: float = SHARE, *, seed: int = 0) -> float:
-    """The closeness that a share of random pairs of images reaches; that of equal codes if there are too few."""
-    count = sum(map(len, codes.items))
-    if count * (count - 1) / 2 * share < LEAST:
-        return codes.most
-    number = np.empty(count, np.int64)
-    for code, items in enumerate(codes.items):
-        number[items] = code
-    random = np.random.RandomState(seed)
-    first = random.randint(0, count, PAIRS)
-    second = (first + random.randint(1, count, PAIRS)) % count  # never the same image
-    values = closeness(codes, number[first], number[second])
-    beyond = max(round(PAIRS * share), 1)
-    return float(np.partition(values, -beyond)[-beyond])
-
-
 def close_codes(
-    codes: Codes, by_code: Sequence[Sequence[int]], least: float, reference: np.ndarray
+    codes: Codes, by_code: Sequence[Sequence[int]], nearest_others: int, reference: np.ndarray
 ) -> Iterator[tuple[int, int]]:
-    """The numbers of all pairs of codes that are close, each code with itself too; no two of references alone."""
+    """The numbers of each code and its nearest others, each pair once, and of each code of several images with itself.
+
+    Args:
+      codes: the different codes.
+      by_code: the images of each that are compared; none for codes that are left out.
+      nearest_others: how many others of each code.
+      reference: whether each image is a reference; codes of references alone are not compared with each other.
+    """
     yield from ((code, code) for code, items in enumerate(by_code) if len(items) > 1)
-    if least >= codes.most:
+    used = np.array([code for code, items in enumerate(by_code) if items], np.int64)
+    if nearest_others < 1 or len(used) < 2:
         return
-    words = codes.codes.astype(np.int64)
-    queries = np.array([c for c, items in enumerate(by_code) if items and not reference[items].all()], np.int64)
-    queried = np.zeros(len(codes.codes), bool)
-    queried[queries] = True
-    engine, tables = _engine(codes)
+    queries = np.array([place for place, code in enumerate(used) if not reference[by_code[code]].all()], np.int64)
+    words = codes.codes[used].astype(np.int64)
+    engine, tables = _engine(codes._replace(codes=codes.codes[used]))
     progress = log.Progress(logger, "comparing codes", len(queries), unit="codes")
+    seen: set[tuple[int, int]] = set()
     for first in range(0, len(queries), BLOCK):
         block = queries[first : first + BLOCK]
         signals.poll()
-        for query, others in zip(block.tolist(), _within(engine, tables(words[block]), least - SLACK), strict=True):
-            others = others[(others > query) | ~queried[others]]  # each pair once
-            values = closeness(codes, np.full(len(others), query), others)
-            yield from ((query, other) for other in others[values >= least].tolist())
+        _, found = nearest.top_k(engine, tables(words[block]), nearest_others + 1)
+        for query, others in zip(block.tolist(), found.tolist(), strict=True):
+            for other in [o for o in others if o != query][:nearest_others]:
+                pair = int(used[min(query, other)]), int(used[max(query, other)])
+                if pair not in seen:
+                    seen.add(pair)
+                    yield pair
         progress.update(first + len(block))
 
 
@@ -114,16 +85,3 @@ def _engine(codes: Codes) -> tuple[nearest.Engine, Any]:
         return (inner / np.maximum(length, 1e-12)[:, None, None]).astype(np.float32)
 
     return nearest.build(codes.codes, own.shape[1], norms=norms), tables
-
-
-def _within(engine: nearest.Engine, tables: np.ndarray, least: float) -> list[np.ndarray]:
-    """For each query the items whose score is at least `least`."""
-    found: list[np.ndarray] = [np.zeros(0, np.int64)] * len(tables)
-    left, k = np.arange(len(tables)), FIRST_K
-    while len(left):
-        scores, items = nearest.top_k(engine, tables[left], k)
-        full = (scores >= least).all(axis=1) & (scores.shape[1] == k)
-        for row in np.flatnonzero(~full):
-            found[left[row]] = items[row][scores[row] >= least]
-        left, k = left[full], 4 * k
-    return found

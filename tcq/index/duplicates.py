@@ -1,7 +1,7 @@
 """Groups of images of an index that are copies of each other: same bytes, same pixels, or near.
 
-Images are near if their codes are close and small pictures of them correlate. Codes alone say what an image shows, and
-not that two images are one picture; they save comparing all pairs.
+Images are near if small pictures of them correlate. Only images whose codes are equal, or among the nearest, are
+compared: codes say what an image shows, and not that two images are one picture.
 
 Any two images of a group are at least as alike as the threshold, so that groups do not chain (complete linkage). The
 most alike pairs are joined first, equally alike ones in the order of contents and paths: groups do not depend on the
@@ -24,13 +24,14 @@ from jaxtyping import Float
 from tcq import plots
 from tcq.data.images import ImageError, Resize, decode, pixel_digest
 from tcq.index import changes
-from tcq.index.closeness import Codes, close_codes, different_codes, rare_closeness
+from tcq.index.closeness import Codes, close_codes, different_codes
 from tcq.index.search import find as find_item
 from tcq.index.search import image_of, thumbnail
 from tcq.index.store import Index, IndexFileError
 from tcq.runtime import log, signals, storage
 
-LIKENESS = 0.9  # least correlation of the small pictures of near images
+LIKENESS = 0.97  # least correlation of the small pictures of near images
+OTHERS = 20  # nearest codes whose images an image is compared with
 SIDE = 16  # pixels of a small picture
 BLOCK = 256  # codes that are searched together
 DRAWN = 10  # images of a group in a picture
@@ -64,7 +65,7 @@ def find(
     *,
     kind: str = "near",
     likeness: float = LIKENESS,
-    least: float | None = None,
+    others: int = OTHERS,
     references: Sequence[str] = (),
     verdicts: Verdicts = (),
 ) -> list[Group]:
@@ -76,8 +77,7 @@ def find(
       index: whose images are compared.
       kind: the last of KINDS that is looked for. "same bytes" reads no file.
       likeness: least correlation of the small pictures of two near images.
-      least: closeness of codes from which on images are compared at all. By default what 1 in 10^6 random pairs
-        reaches, or equal codes in small collections.
+      others: an image is compared with those of the same code, and of so many nearest other codes.
       references: images or folders that are kept. They are not compared with each other.
       verdicts: pairs of hashes of images that are not copies, as `read_verdicts` returns them.
 
@@ -105,19 +105,13 @@ def find(
         dropped = {i for same in same_pixels for i in same} - {_first(index, same, reference) for same in same_pixels}
         if kind == KINDS[2]:
             by_code = _of_codes(codes, [i for i in left if i not in dropped])
-            pairs = list(close_codes(codes, by_code, _threshold(codes, least), reference))
+            pairs = list(close_codes(codes, by_code, others, reference))
             groups += [
                 _group(index, KINDS[2], value, same, reference)
                 for value, same in _linked(index, by_code, pairs, likeness, verdicts, reference)
             ]
     groups = [group for group in groups if not all(copy.reference for copy in group.copies)]
     return sorted(groups, key=lambda g: (KINDS.index(g.kind), -round(g.likeness, 6), [c.path for c in g.copies]))
-
-
-def _threshold(codes: Codes, least: float | None) -> float:
-    least = min(rare_closeness(codes) if least is None else least, codes.most)
-    logger.info(f"comparing images whose codes have a closeness ({codes.metric}) of at least {least:.6f}")
-    return least
 
 
 def _of_codes(codes: Codes, items: Sequence[int]) -> list[list[int]]:

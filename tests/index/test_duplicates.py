@@ -59,7 +59,7 @@ def collection(run, tmp_path):
 
 def test_kinds_are_kept_apart_and_no_pair_is_listed_twice(collection):
     path, _ = collection
-    groups = found(path, "--min_closeness=-1000")
+    groups = found(path, "--others=50")
     assert sorted((duplicates.KINDS.index(g["kind"]), names(g)) for g in groups) == [
         (0, ["1 copy.png", "1.png"]),
         (0, ["4 marked again.png", "4 marked.png"]),
@@ -69,14 +69,14 @@ def test_kinds_are_kept_apart_and_no_pair_is_listed_twice(collection):
     ]
     kinds = [duplicates.KINDS.index(g["kind"]) for g in groups]
     assert kinds == sorted(kinds) and groups[3]["likeness"] >= groups[4]["likeness"]
-    assert all(0.9 <= g["likeness"] <= 1 for g in groups)
+    assert all(0.97 <= g["likeness"] <= 1 for g in groups)
     for kind, count in (("bytes", 2), ("pixels", 3)):
-        assert found(path, "--min_closeness=-1000", f"--kind={kind}") == groups[:count]
+        assert found(path, "--others=50", f"--kind={kind}") == groups[:count]
 
 
 def test_the_largest_then_the_oldest_is_kept(collection):
     path, folder = collection
-    groups = {tuple(names(g)): g for g in found(path, "--min_closeness=-1000")}
+    groups = {tuple(names(g)): g for g in found(path, "--others=50")}
     for group in groups.values():
         assert [c["keep"] for c in group["copies"]] == [True] + [False] * (len(group["copies"]) - 1)
         sizes = [c["size"] for c in group["copies"]]
@@ -90,7 +90,7 @@ def test_references_are_kept_and_not_compared_with_each_other(collection):
     shutil.copy(folder / "old" / "5.png", folder / "old" / "5 again.png")
     indexes.update(path)
     assert ["5 again.png", "5.png"] in [names(g) for g in found(path)]
-    groups = found(path, "--min_closeness=-1000", "--reference", str(folder / "old"))
+    groups = found(path, "--others=50", "--reference", str(folder / "old"))
     assert ["5 again.png", "5.png"] not in [names(g) for g in groups]
     for group in groups:
         for copy in group["copies"]:
@@ -103,7 +103,7 @@ def test_references_are_kept_and_not_compared_with_each_other(collection):
 
 def test_verdicts_are_remembered_also_when_files_move(collection):
     path, folder = collection
-    flags = ["--min_closeness=-1000"]
+    flags = ["--others=50"]
     before = found(path, *flags)
     small.main("duplicates", f"--index={path}", "--not_copies", str(folder / "old" / "3.png"), "9999")
     pair = [str(folder / "old" / "3.png"), str(folder / "new" / "3 large.jpg")]
@@ -139,9 +139,9 @@ def test_results_as_csv_text_and_picture(collection, tmp_path):
 
 def test_images_that_are_gone_can_only_have_the_same_bytes(collection, logs):
     path, folder = collection
-    whole = found(path, "--min_closeness=-1000")
+    whole = found(path, "--others=50")
     shutil.rmtree(folder)
-    assert found(path, "--min_closeness=-1000") == [g for g in whole if g["kind"] == "same bytes"]
+    assert found(path, "--others=50") == [g for g in whole if g["kind"] == "same bytes"]
 
 
 def linked(likeness, threshold, order, verdicts=()):
@@ -180,8 +180,7 @@ def test_groups_do_not_chain_and_do_not_depend_on_the_order():
 
 
 @pytest.mark.parametrize("score", ["l2", "ip", "cosine"])
-def test_close_codes_are_those_of_all_pairs(score, monkeypatch):
-    monkeypatch.setattr(closeness, "FIRST_K", 2)
+def test_close_codes_are_the_nearest_of_each(score, monkeypatch):
     monkeypatch.setattr(closeness, "BLOCK", 50)
     index = synthetic.index(score, count=300)
     codes = closeness.different_codes(index)
@@ -192,27 +191,18 @@ def test_close_codes_are_those_of_all_pairs(score, monkeypatch):
     else:
         units = decoded / np.linalg.norm(decoded, axis=1, keepdims=True)
         truth = units @ units.T
-    n = np.arange(len(codes.codes))
-    np.testing.assert_allclose(closeness.closeness(codes, n[:, None] + 0 * n, n + 0 * n[:, None]), truth, atol=1e-9)
-    upper = truth[np.triu_indices(len(n), 1)]
-    least = float(np.partition(upper, -400)[-400] + np.partition(upper, -401)[-401]) / 2
     by_code = [items.tolist() for items in codes.items]
-    nobody, some = np.zeros(300, bool), np.arange(300) % 2 == 0
-    for reference in (nobody, some):
-        pairs = list(closeness.close_codes(codes, by_code, least, reference))
-        only = np.array([reference[items].all() for items in by_code])
-        expected = {(a, b) for a in n for b in n[a + 1 :] if truth[a, b] >= least and not (only[a] and only[b])}
-        assert {tuple(sorted(p)) for p in pairs if p[0] != p[1]} == expected
+    by_code[3], by_code[8] = [], []  # left out
+    used = np.array([bool(items) for items in by_code])
+    np.fill_diagonal(truth, -np.inf)
+    truth[:, ~used] = truth[~used] = -np.inf
+    for reference in (np.zeros(300, bool), np.arange(300) % 2 == 0):
+        pairs = list(closeness.close_codes(codes, by_code, 7, reference))
         assert len(pairs) == len(set(map(frozenset, pairs)))
         assert {a for a, b in pairs if a == b} == {c for c, items in enumerate(by_code) if len(items) > 1}
-    monkeypatch.setattr(closeness, "PAIRS", 200_000)
-    rare = closeness.rare_closeness(codes, 0.02)
-    number = np.empty(300, int)
-    for code, items in enumerate(codes.items):
-        number[items] = code
-    every = truth[number][:, number][np.triu_indices(300, 1)]
-    assert np.quantile(every, 0.977) < rare < np.quantile(every, 0.983)
-    assert closeness.rare_closeness(codes, 1e-6) == codes.most
+        only = np.array([not items or reference[items].all() for items in by_code])
+        expected = {tuple(sorted((a, b))) for a in np.flatnonzero(~only) for b in np.argsort(-truth[a])[:7]}
+        assert {tuple(sorted(p)) for p in pairs if p[0] != p[1]} == expected
 
 
 def test_embeddings_have_no_copies():

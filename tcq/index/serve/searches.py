@@ -20,7 +20,6 @@ TOGETHER = 16  # images that are encoded together
 WAITING = 64  # searches that wait
 FILTERS = 8  # conditions whose items are remembered
 FURTHER = 8  # times as many hits are looked at to replace hidden ones
-ALIKE = 0.9  # likeness from which on a hit is a copy of a better one
 RELOAD_SECONDS = 2.0
 
 logger = logging.getLogger(__name__)
@@ -200,7 +199,7 @@ def without_copies(index: Index, found: list[Hit]) -> list[Hit]:
         place = int(np.searchsorted(index.ids, hit.id))
         digest = index.hashes[place].tobytes()
         picture = _small_picture(index, place, digest)
-        alike = picture is not None and bool(seen) and float((np.stack(seen) @ picture).max()) >= ALIKE
+        alike = picture is not None and bool(seen) and float((np.stack(seen) @ picture).max()) >= duplicates.LIKENESS
         if alike or (digest in digests and any(digest)):
             continue
         kept.append(hit)
