@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Int64
 
 from tcq.data.cache import DIGEST_BYTES
@@ -133,9 +134,11 @@ def matches(index: Index, path: str) -> list[int]:
         if name == ".":
             found += near.tolist()
             continue
-        for i, own in zip(near.tolist(), index.paths.names(near), strict=True):
-            if own == name or (root and own.startswith(name + "/")):
-                found.append(i)
+        own, wanted = index.table["name"].take(pa.array(index.rows[near])), os.fsencode(name)
+        same = pc.equal(own, pa.scalar(wanted, own.type))
+        if root:
+            same = pc.or_(same, pc.starts_with(own, wanted + b"/"))
+        found += near[same.to_numpy()].tolist()
     return sorted(found)
 
 

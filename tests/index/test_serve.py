@@ -244,13 +244,9 @@ def test_queries_that_come_together_have_the_answers_of_each(address, images, mo
     def one(i):
         together[i] = found(address, "/api/search?k=9", bodies[i])["hits"]
 
-    monkeypatch.setattr(app, "UPLOADS", 1)
     threads = [threading.Thread(target=one, args=(i,)) for i in range(len(bodies))]
-    for i, thread in enumerate(threads):
+    for thread in threads:
         thread.start()
-        if i % 6 == 5:  # as many at once as are received at once
-            for other in threads[i - 5 : i + 1]:
-                other.join()
     for thread in threads:
         thread.join()
     for a, b in zip(alone, together, strict=True):
@@ -280,6 +276,20 @@ def test_too_many_searches_are_refused(index, body, monkeypatch):
         for thread in threads:
             thread.join()
         assert sorted(status for status, _, _ in results) == [200] * 3 + [503] * 3
+
+
+@pytest.mark.parametrize(("name", "limit"), [("UPLOADS", 1), ("UPLOAD_BYTES", 500)])
+def test_images_that_arrive_at_once_are_bounded(address, body, monkeypatch, name, limit):
+    monkeypatch.setattr(app, name, limit)
+    assert len(body) < 500 < 2 * len(body)
+    host, port = address.removeprefix("http://").split(":")
+    head = f"POST /api/search HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with socket.create_connection((host, int(port)), timeout=20) as client:
+        client.sendall(head + body[:10])
+        wait(lambda: ask(address, "/api/search", body)[0] == 503)
+        client.sendall(body[10:])
+        assert b" 200 " in client.recv(20)
+    wait(lambda: ask(address, "/api/search", body)[0] == 200)
 
 
 def test_slow_and_silent_clients_are_cut_off(index, body, monkeypatch):

@@ -39,8 +39,8 @@ def serve(path: str | Path, *, host: str = "127.0.0.1", port: int = 8000, k: int
         guard = Guard(None if beyond else number, secrets.token_urlsafe(18) if beyond else None)
         query = f"/?token={guard.token}" if guard.token else "/"
         shown = f"[{host}]" if ":" in host else host
-        logger.info(f"search page at http://{shown}:{number}{query} (Ctrl-C stops it)")
-        asyncio.run(_run(make_server(path, index, guard, k=k), listening))
+        ready = f"search page at http://{shown}:{number}{query} (Ctrl-C stops it)"
+        asyncio.run(_run(make_server(path, index, guard, k=k), listening, ready))
     signals.check()
 
 
@@ -103,12 +103,16 @@ def make_server(path: str | Path, index: Any, guard: Guard, *, k: int) -> Any:
     return uvicorn.Server(config)
 
 
-async def _run(server: Any, listening: socket.socket) -> None:
-    """Runs a server until a signal; the handlers of tcq stay."""
+async def _run(server: Any, listening: socket.socket, ready: str = "") -> None:
+    """Runs a server until a signal; the handlers of tcq stay. Logs `ready` once requests are answered."""
     server.capture_signals = contextlib.nullcontext
 
     async def watch() -> None:
+        logged = not ready
         while not signals.requested():
+            if server.started and not logged:
+                logger.info(ready)
+                logged = True
             signals.advance()
             await asyncio.sleep(POLL_SECONDS)
         server.should_exit = True

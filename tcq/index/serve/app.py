@@ -40,7 +40,8 @@ FILES = {
 }
 MAX_BYTES = 64 * 2**20  # of an image that is sent
 UPLOAD_SECONDS = 30.0
-UPLOADS = 8  # images that are received at once
+UPLOADS = 128  # images that are received or wait for decoding
+UPLOAD_BYTES = 256 * 2**20  # of all these together
 DECODING = 2  # images that are decoded at once
 MOST = 1000  # hits of an answer, and of the offset
 SIDES = (160, 320, 640, 1280)  # pixels of thumbnails
@@ -58,7 +59,7 @@ def make(path: str | Path, index: Index, guard: guards.Guard, *, k: int) -> Any:
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.searcher, app.state.k = searcher, k
-        app.state.decoding, app.state.uploads = anyio.CapacityLimiter(DECODING), asyncio.Semaphore(UPLOADS)
+        app.state.decoding, app.state.uploads, app.state.upload_bytes = anyio.CapacityLimiter(DECODING), 0, 0
         app.state.thumbnails, app.state.thumbnails_waiting = OrderedDict(), 0
         tasks = [asyncio.create_task(work) for work in (searcher.work(), searcher.watch())]
         yield
@@ -187,23 +188,31 @@ def _features(text: str, index: Index) -> np.ndarray:
 
 async def _picture(request: Request, index: Index) -> np.ndarray:
     """The image in the body, decoded as the encoder needs it."""
-    data = index.config.data
-    if request.app.state.uploads.locked():
+    data, state, size = index.config.data, request.app.state, _declared_bytes(request)
+    if state.uploads >= UPLOADS or state.upload_bytes + size > UPLOAD_BYTES:
         raise BusyError
-    async with request.app.state.uploads:
+    state.uploads, state.upload_bytes = state.uploads + 1, state.upload_bytes + size
+    try:
         body = await _body(request)
 
         def decoded() -> np.ndarray:
             return decode(body, size=data.image_size, resize=resize_of(data), max_pixels=data.max_pixels)
 
-        return await anyio.to_thread.run_sync(decoded, limiter=request.app.state.decoding)
+        return await anyio.to_thread.run_sync(decoded, limiter=state.decoding)
+    finally:
+        state.uploads, state.upload_bytes = state.uploads - 1, state.upload_bytes - size
+
+
+def _declared_bytes(request: Request) -> int:
+    """The size of the body; the largest one if it is not declared."""
+    text = request.headers.get("content-length", str(MAX_BYTES))
+    if not text.isdecimal() or int(text[:20]) > MAX_BYTES:
+        raise HTTPException(413, f"an image may have {MAX_BYTES:,} bytes", {"connection": "close"})
+    return int(text)
 
 
 async def _body(request: Request) -> bytes:
     """The body of a request, within the limits of size and time."""
-    length = request.headers.get("content-length", "0")
-    if not length.isdecimal() or int(length[:20]) > MAX_BYTES:
-        raise HTTPException(413, f"an image may have {MAX_BYTES:,} bytes", {"connection": "close"})
     parts, size = [], 0
     try:
         async with asyncio.timeout(UPLOAD_SECONDS):

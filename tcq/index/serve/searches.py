@@ -17,7 +17,7 @@ from tcq.index.search import Hit, build_engine, features_of_items, hits, search_
 from tcq.index.store import META, Index, IndexFileError, open_index, verify
 
 TOGETHER = 16  # images that are encoded together
-WAITING = 64  # searches that wait
+WAITING = 128  # searches that wait
 FILTERS = 8  # conditions whose items are remembered
 FURTHER = 8  # times as many hits are looked at to replace hidden ones
 RELOAD_SECONDS = 2.0
