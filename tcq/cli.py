@@ -53,6 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_evaluate,
         _add_judge,
         _add_embed,
+        cli_index.add_encode,
         cli_index.add_index,
         cli_search.add_search,
         cli_duplicates.add_duplicates,

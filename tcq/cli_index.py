@@ -20,6 +20,7 @@ def add_index(commands: flags.Commands) -> None:
     actions = parser.add_subparsers(metavar="ACTION")
     build = _add_action(actions, "build", "encode every image below a folder into a new index", _build)
     _add_build_flags(build)
+    build.add_argument("--parts", type=flags.path, help="folder that tcq encode wrote, instead of --images")
     flags.add_distributed(build)
     update = _add_action(actions, "update", "bring an index up to date with its folders", _update)
     _add_index_flag(update)
@@ -87,7 +88,7 @@ def _index(arguments: argparse.Namespace, rest: list[str]) -> int:
         raise index.IndexFileError("--out is missing: the folder of the index")
     if action == "add" and not a.images:
         raise index.IndexFileError("--images is missing: the folder of the images to add")
-    a.index, a.keep, a.paths, a.filter = a.out, action == "add", a.remove or [], None
+    a.index, a.keep, a.paths, a.filter, a.parts = a.out, action == "add", a.remove or [], None, None
     run = {"remove": _remove, "": _build}.get(action, _update)
     return run(arguments, rest)
 
@@ -97,15 +98,59 @@ def _build(arguments: argparse.Namespace, _: list[str]) -> int:
 
     a = arguments
     for name, what in (
-        ("images", "the folder of the images to index"),
+        ("parts" if a.parts else "images", "the folder of the images to index"),
         ("workdir", "the training run whose model encodes"),
         ("out", "the folder of the index"),
     ):
         if not getattr(a, name):
             raise index.IndexFileError(f"--{name} is missing: {what}")
+    if a.parts:
+        return _join(a)
     done = index.build(a.workdir, a.images, a.out, which=a.checkpoint or "best", own_columns=a.columns)
     print(f"indexed {done.added:,} images: {a.out}")
     _print_skipped(done, a.out)
+    return 0
+
+
+def _join(a: argparse.Namespace) -> int:
+    from tcq.index import parts
+
+    if a.images:
+        raise parts.IndexFileError("--images and --parts do not go together: parts name their images")
+    images, skipped = parts.join(a.workdir, a.parts, a.out, which=a.checkpoint or "best", own_columns=a.columns)
+    print(f"indexed {images:,} images: {a.out}")
+    if skipped:
+        print(f"{skipped:,} files skipped, listed with reasons in {a.out}/skipped.jsonl")
+    return 0
+
+
+def add_encode(commands: flags.Commands) -> None:
+    """Adds the parser of `tcq encode`."""
+    help = (
+        "encode a large folder of images by several independent processes, in Parquet files that tcq index build joins"
+    )
+    parser = flags.add_command(commands, "encode", help, _encode, compiles=True)
+    parser.add_argument("--workdir", type=flags.path, required=True, help="workdir of the training run")
+    parser.add_argument("--checkpoint", default="best", help="best (by validation), latest, or a step (default: best)")
+    parser.add_argument("--images", type=flags.path, required=True, help="folder of images, with all folders below it")
+    parser.add_argument("--out", type=flags.path, required=True, help="folder of the parts, shared by all processes")
+    parser.add_argument(
+        "--share",
+        type=flags.share,
+        default=(0, 1),
+        metavar="I/N",
+        help="encode the I-th of N shares, from 0 (default: 0/1)",
+    )
+    parser.add_argument("--size", type=flags.positive, default=4096, help="files of a part (default: 4096)")
+
+
+def _encode(arguments: argparse.Namespace, _: list[str]) -> int:
+    from tcq.index import parts
+
+    a = arguments
+    done = parts.write(a.workdir, a.images, a.out, which=a.checkpoint, share=a.share, size=a.size)
+    print(f"{a.out}: {done.new:,} of {done.parts:,} parts of share {a.share[0]}/{a.share[1]} were missing")
+    print(f"encoded {done.images:,} images, skipped {done.skipped:,} files")
     return 0
 
 

@@ -53,6 +53,14 @@ def steps(text: str) -> tuple[int, int]:
     return int(first), int(stop)
 
 
+def share(text: str) -> tuple[int, int]:
+    """The number and the count of "0/8". Raises ArgumentTypeError."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} must have the form 0/8: a number from 0, and how many there are")
+    return int(number), int(count)
+
+
 def one_line(text: str) -> str:
     """Text for one field of a line: a tab or the end of a line in it as an escape."""
     return "".join(repr(c)[1:-1] if c in "\t\r\n\v\f\x1c\x1d\x1e\x85\u2028\u2029" else c for c in text)

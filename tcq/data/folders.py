@@ -90,10 +90,11 @@ def walk(root: Path, exclude: str = "") -> Listing:
 
 
 def _is_output(names: Sequence[str], subfolders: Sequence[str]) -> bool:
-    """Whether a folder is a workdir, an index, a sweep, or a folder of embeddings."""
+    """Whether a folder is a workdir, an index, parts of one, a sweep, or a folder of embeddings."""
     run = "config.json" in names and ("data.json" in names or "checkpoints" in subfolders)
-    index = "meta.json" in names and any(n.startswith("codes") and n.endswith(".npy") for n in names)
-    return run or index or ("table.csv" in names and "cells" in subfolders) or "img_emb" in subfolders
+    index = {"meta.json", "encoder.npz"} <= set(names)
+    parts = "manifest.json" in names and any(n.startswith("part-") and n.endswith(".parquet") for n in names)
+    return run or index or parts or ("table.csv" in names and "cells" in subfolders) or "img_emb" in subfolders
 
 
 def _matches(path: str, patterns: Sequence[str]) -> bool:

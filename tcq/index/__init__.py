@@ -101,7 +101,7 @@ def build(
         columns.places(own, [root], [items.join(root, name) for name in source.names])
     codes = encode.codes(encoder, source.images)
     ids = np.arange(len(codes))
-    index = changes.with_rows(_empty(encoder), root, source, ids.tolist(), ids, codes)
+    index = changes.with_rows(store.empty(encoder), root, source, ids.tolist(), ids, codes)
     index = columns.joined(index.replace(rows=ids, next_id=len(ids)), own)
 
     def write() -> None:
@@ -110,12 +110,6 @@ def build(
 
     processes.on_first(write)
     return Changes(len(codes), skipped=source.skipped)
-
-
-def _empty(encoder: encode.Encoder) -> Index:
-    q = encoder.config.quantizer
-    table = items.schema(q.num_codebooks, q.num_codewords).empty_table()
-    return Index(encoder.config, lambda: encoder, table, np.zeros(0, np.int64), (), 0, encoder.step)
 
 
 def add(path: str | Path, images: str | Path, *, own_columns: str | Path | None = None) -> Changes:

@@ -130,6 +130,13 @@ class Index:
         return column if whole else column[self.rows]
 
 
+def empty(encoder: encode.Encoder) -> Index:
+    """An index without images, which is not written yet."""
+    q = encoder.config.quantizer
+    table = items.schema(q.num_codebooks, q.num_codewords).empty_table()
+    return Index(encoder.config, lambda: encoder, table, np.zeros(0, np.int64), (), 0, encoder.step)
+
+
 def open_index(path: str | Path, *, verify: bool = True) -> Index:
     """Opens an index; its files are mapped. With `verify` their hashes are compared, as `verify` does.
 
