@@ -29,11 +29,14 @@ def version_of(name: str) -> str | None:
 
 
 def missing(version: Callable[[str], str | None] = version_of) -> list[str]:
-    """The requirements of setup.cfg that are not installed, or too old. Exits if one of them belongs to the runtime."""
+    """The requirements of tcq and its page that are not installed, or too old.
+
+    Exits if one of them belongs to the runtime.
+    """
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")
     found = []
-    for line in parser["options"]["install_requires"].split():
+    for line in (parser["options"]["install_requires"] + parser["options.extras_require"]["serve"]).split():
         requirement = Requirement(line)
         installed = version(requirement.name)
         if installed is not None and requirement.specifier.contains(installed, prereleases=True):

@@ -126,7 +126,7 @@ def _row(action: argparse.Action) -> str:
     values = action.metavar or (" or ".join(map(str, action.choices)) if action.choices else action.dest.upper())
     value = "" if action.nargs == 0 else f" {values}"
     many = " ..." if action.nargs == "+" else ""
-    required = " (required)" if action.required else ""
+    required = " (required)" if action.required and action.nargs != "*" else ""
     flag = f"{action.option_strings[0]}{value}" if action.option_strings else action.metavar
     many = " ..." if action.nargs == "*" else many
     help = (action.help or "").replace("%%", "%").replace("|", "\\|")

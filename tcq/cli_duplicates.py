@@ -5,7 +5,6 @@ import csv
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tcq import flags
@@ -22,7 +21,7 @@ def add_duplicates(commands: flags.Commands) -> None:
         "--kind",
         choices=("bytes", "pixels", "near"),
         default="near",
-        help="last kind to look for: same bytes, same pixels, or near (default: near)",
+        help="copies to list: bytes; pixels, and bytes; near, and both others (default: near)",
     )
     parser.add_argument(
         "--min_likeness",
@@ -61,9 +60,10 @@ def add_duplicates(commands: flags.Commands) -> None:
 def _duplicates(arguments: argparse.Namespace, _: list[str]) -> int:
     from tcq import index
     from tcq.index import duplicates, store
+    from tcq.runtime import storage
 
     a = arguments
-    verdicts = Path(a.index, store.VERDICTS)
+    verdicts = storage.join(a.index, store.VERDICTS)
     if a.not_copies:
         with store.changing(a.index):
             count = duplicates.add_verdicts(verdicts, index.open_index(a.index), a.not_copies)

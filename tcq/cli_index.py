@@ -17,7 +17,7 @@ def add_index(commands: flags.Commands) -> None:
     _add_build_flags(parser)
     _add_actions(parser)
     flags.add_distributed(parser)
-    actions = parser.add_subparsers(metavar="ACTION")
+    actions = parser.add_subparsers(metavar="ACTION", action=_Action)
     build = _add_action(actions, "build", "encode every image below a folder into a new index", _build)
     _add_build_flags(build)
     build.add_argument("--parts", type=flags.path, help="folder that tcq encode wrote, instead of --images")
@@ -26,7 +26,9 @@ def add_index(commands: flags.Commands) -> None:
     _add_index_flag(update)
     update.add_argument("--images", type=flags.path, help="folder of images (default: all folders of the index)")
     update.add_argument("--keep", action="store_true", help="keep images that are gone")
-    update.add_argument("--columns", type=flags.path, metavar="FILE", help=f"{COLUMNS_HELP}, for the same images anew")
+    update.add_argument(
+        "--columns", type=flags.path, metavar="FILE", help=f"{COLUMNS_HELP}; its rows replace those of the same images"
+    )
     update.add_argument("--root", metavar="[OLD=]NEW", help="only tell the index that a folder was moved")
     flags.add_distributed(update)
     remove = _add_action(actions, "remove", "remove images from an index", _remove)
@@ -70,6 +72,20 @@ def _add_actions(parser: Any) -> None:
     actions.add_argument("--root", metavar="[OLD=]NEW", help="as update --root=..., of the index --out")
 
 
+class _Action(argparse._SubParsersAction):
+    """An ACTION, which refuses the flags before it: the parser of the ACTION would not see them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        given = [
+            a.option_strings[0]
+            for a in parser._actions
+            if a.option_strings and a.dest != "help" and getattr(namespace, a.dest, a.default) != a.default
+        ]
+        if given:
+            parser.error(f"{given[0]} must stand after {values[0]}")
+        super().__call__(parser, namespace, values, option_string)
+
+
 def _index(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Without an ACTION: the one that the flags name, by default build."""
     from tcq import index
@@ -83,7 +99,8 @@ def _index(arguments: argparse.Namespace, rest: list[str]) -> int:
     }.get(action, ("workdir", "checkpoint"))
     for name in unused:
         if getattr(a, name):
-            raise index.IndexFileError(f"--{action} and --{name} do not go together: the index has its own model")
+            why = "the index has its own model" if name in ("workdir", "checkpoint") else f"--{action} needs no {name}"
+            raise index.IndexFileError(f"--{action} and --{name} do not go together: {why}")
     if not a.out:
         raise index.IndexFileError("--out is missing: the folder of the index")
     if action == "add" and not a.images:
@@ -141,7 +158,9 @@ def add_encode(commands: flags.Commands) -> None:
         metavar="I/N",
         help="encode the I-th of N shares, from 0 (default: 0/1)",
     )
-    parser.add_argument("--size", type=flags.positive, default=4096, help="files of a part (default: 4096)")
+    parser.add_argument(
+        "--size", type=flags.positive, default=4096, help="files of a part, the same for all processes (default: 4096)"
+    )
 
 
 def _encode(arguments: argparse.Namespace, _: list[str]) -> int:
@@ -149,7 +168,7 @@ def _encode(arguments: argparse.Namespace, _: list[str]) -> int:
 
     a = arguments
     done = parts.write(a.workdir, a.images, a.out, which=a.checkpoint, share=a.share, size=a.size)
-    print(f"{a.out}: {done.new:,} of {done.parts:,} parts of share {a.share[0]}/{a.share[1]} were missing")
+    print(f"wrote {done.new:,} of {done.parts:,} parts of share {a.share[0]}/{a.share[1]} to {a.out}; the others exist")
     print(f"encoded {done.images:,} images, skipped {done.skipped:,} files")
     return 0
 
@@ -219,7 +238,7 @@ def _info(arguments: argparse.Namespace, _: list[str]) -> int:
                 f"{key or 'embeddings'} ({v:,})" if isinstance(v, int) else f"{key} ({v})" for key, v in value.items()
             )
         print(f"{name.replace('_', ' '):<17}{text or '-'}")
-    print(f"scores of random pairs, with {'images' if readable else 'codes, as images are gone,'} as queries:")
+    print(f"scores of random pairs (queries: {'images' if readable else 'codes, because no images can be read'}):")
     for t in found:
         print(f"  one in {round(1 / t.share):<11,} {'needs more images' if t.score is None else f'{t.score:.6f}'}")
     return 0
@@ -235,8 +254,8 @@ def add_export(commands: flags.Commands) -> None:
         "--format",
         choices=("faiss", "npz", "parquet", "stablehlo", "onnx"),
         default="faiss",
-        help="of the file (default: faiss); stablehlo and onnx hold the encoder; all but npz write <out>.json beside, "
-        "with the scoring rule",
+        help="format of the file (default: faiss); stablehlo and onnx hold the encoder; all but npz write <out>.json "
+        "beside, with the scoring rule",
     )
 
 

@@ -102,12 +102,14 @@ def _verified(arguments: argparse.Namespace) -> Iterator[_Answers]:
         answers = _answers(opened, arguments)
         try:
             try:
-                first = next(answers)
+                first = next(answers, None)
             finally:  # a corrupted file explains any other error
                 verified.result()
         except index.CorruptedError:
             answers = _answers(index.open_index(path), arguments)  # falls back, or raises
-            first = next(answers)
+            first = next(answers, None)
+    if first is None:
+        raise index.IndexFileError("--query: no image of these folders can be read")
     yield first
     yield from answers
 
@@ -127,7 +129,7 @@ def _answers(opened: Any, arguments: argparse.Namespace) -> Iterator[_Answers]:
                 sums.append(tables.sum(axis=0, dtype=np.float64))
             else:
                 yield _Answers(names, pictures, search(tables))
-        if a.together:
+        if a.together and all_names:
             mean = (np.sum(sums, axis=0) / len(all_names)).astype(np.float32)
             yield _Answers([", ".join(all_names)], None, search(mean[None]))
 

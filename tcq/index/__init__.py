@@ -10,8 +10,9 @@ import numpy as np
 from tcq import encode
 from tcq.data.rows import take
 from tcq.data.source import Source
-from tcq.index import changes, columns, items, scan, store
+from tcq.index import changes, columns, contents, items, scan, store
 from tcq.index.columns import where
+from tcq.index.contents import CorruptedError, Index, IndexFileError
 from tcq.index.info import describe, thresholds
 from tcq.index.search import (
     Hit,
@@ -29,7 +30,7 @@ from tcq.index.search import (
     search_tables,
     tables,
 )
-from tcq.index.store import CorruptedError, Index, IndexFileError, open_index, verify
+from tcq.index.store import open_index, verify
 from tcq.runtime import processes, storage
 
 __all__ = [
@@ -101,7 +102,7 @@ def build(
         columns.places(own, [root], [items.join(root, name) for name in source.names])
     codes = encode.codes(encoder, source.images)
     ids = np.arange(len(codes))
-    index = changes.with_rows(store.empty(encoder), root, source, ids.tolist(), ids, codes)
+    index = changes.with_rows(contents.empty(encoder), root, source, ids.tolist(), ids, codes)
     index = columns.joined(index.replace(rows=ids, next_id=len(ids)), own)
 
     def write() -> None:
@@ -140,7 +141,7 @@ def _change(
     with processes.entered_by_first(lambda: store.changing(path)):
         index = open_index(path)
         if folders is None:
-            folders = [root for root in index.folders if root]
+            folders = [root for root in dict.fromkeys(index.folders or index.roots) if root]
             if not folders:
                 raise IndexFileError(
                     f"index {str(path)!r} holds embeddings, whose folder it does not know: use --images"
@@ -163,7 +164,7 @@ def _change(
 
 
 def _settled(index: Index) -> Index:
-    return store.compacted(index) if store.is_scattered(index) else index
+    return contents.compacted(index) if contents.is_scattered(index) else index
 
 
 def _with_folder(index: Index, root: str, source: Source, *, remove: bool) -> tuple[Index, Changes]:
@@ -195,7 +196,8 @@ def remove(path: str | Path, names: Sequence[str] = (), *, condition: str | None
             if keep.all():
                 raise IndexFileError(f"--filter {condition!r}: no image of index {str(path)!r} meets it")
         left = _settled(index.replace(rows=index.rows[keep]))
-        processes.on_first(lambda: store.write(path, left, []))
+        processes.require_same("images", list(index.paths))  # all have opened it before it changes
+        processes.on_first(lambda: store.write(path, left, None))
     return len(index.rows) - len(left.rows)
 
 
@@ -203,7 +205,8 @@ def compact(path: str | Path) -> tuple[int, int]:
     """Writes the rows of an index to one file, without removed ones; returns the numbers of rows before and after."""
     with processes.entered_by_first(lambda: store.changing(path)):
         index = open_index(path)
-        processes.on_first(lambda: store.write(path, store.compacted(index), []))
+        processes.require_same("images", list(index.paths))
+        processes.on_first(lambda: store.write(path, contents.compacted(index), None))
     return len(index.table), len(index.rows)
 
 
@@ -230,9 +233,12 @@ def move_root(path: str | Path, new: str, *, old: str | None = None) -> int:
             raise IndexFileError(
                 f"--root: index {str(path)!r} has the folders {', '.join(roots)}: write --root=OLD=NEW"
             )
+        if new in roots and new != old:
+            raise IndexFileError(f"--root={new}: the index has this folder already: use tcq index update")
         own = np.flatnonzero(np.array([root == old for root in index.roots])[index.paths.numbers]).tolist()
         if not storage.is_url(new) and not any(os.path.exists(os.path.join(new, index.paths.name(i))) for i in own):
             raise IndexFileError(f"--root={new}: none of the {len(own):,} images of {old} is there")
         moved = index.replace(roots=tuple(new if root == old else root for root in index.roots))
-        processes.on_first(lambda: store.write(path, moved, []))
+        processes.require_same("images", list(index.paths))
+        processes.on_first(lambda: store.write(path, moved, None))
     return len(own)

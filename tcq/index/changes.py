@@ -13,7 +13,7 @@ from jaxtyping import Int64
 from tcq.data.cache import DIGEST_BYTES
 from tcq.data.source import Source
 from tcq.index import items
-from tcq.index.store import Index
+from tcq.index.contents import Index
 from tcq.runtime import storage
 
 
@@ -63,8 +63,9 @@ def _moved(
     """Items whose file is gone, with the new image of the same contents."""
     wanted = {hashes[row] for row in added}
     elsewhere = [i for i in others if _hash(index, i) in wanted]
+    absent = _moved_roots(index, elsewhere)
     free: dict[bytes, list[int]] = {}
-    for i in [*gone, *(i for i in elsewhere if _is_dead(index.paths[i]))]:
+    for i in [*gone, *(i for i in elsewhere if _is_dead(index, i, absent))]:
         free.setdefault(_hash(index, i), []).append(i)
     moved = {}
     for row in added:
@@ -77,8 +78,27 @@ def _hash(index: Index, i: int) -> bytes:
     return index.hashes[i].tobytes()
 
 
-def _is_dead(path: str) -> bool:
-    return not storage.is_url(path) and not os.path.exists(path)
+def _moved_roots(index: Index, elsewhere: Sequence[int]) -> set[int]:
+    """Numbers of folders that are not there, most of whose images are in the new folder: they were moved.
+
+    Others may be on a disk that is not mounted now.
+    """
+    counts = np.bincount(index.paths.numbers, minlength=len(index.roots))
+    found = np.bincount(index.paths.numbers[np.array(elsewhere, np.int64)], minlength=len(index.roots))
+    return {n for n, root in enumerate(index.roots) if root and not _is_there(root) and 2 * found[n] > counts[n]}
+
+
+def _is_there(root: str) -> bool:
+    """Whether a folder is there and holds something: a mount point without its disk is empty."""
+    return storage.is_url(root) or (os.path.isdir(root) and bool(os.listdir(root)))
+
+
+def _is_dead(index: Index, i: int, moved_roots: set[int]) -> bool:
+    """Whether a file is gone from a folder that is there, or that was moved."""
+    number, path = int(index.paths.numbers[i]), index.paths[i]
+    if storage.is_url(path):
+        return False
+    return number in moved_roots or (_is_there(index.roots[number]) and not os.path.exists(path))
 
 
 def _unreadable(name: str, source: Source) -> bool:
@@ -107,15 +127,25 @@ def apply(index: Index, root: str, source: Source, plan: Plan, codes: np.ndarray
 
 
 def with_rows(
-    index: Index, root: str, source: Source, rows: Sequence[int], ids: Int64[np.ndarray, " n"], codes: np.ndarray
+    index: Index,
+    root: str,
+    source: Source,
+    rows: Sequence[int],
+    ids: Int64[np.ndarray, " n"],
+    codes: np.ndarray,
+    *,
+    files: items.Files | None = None,
 ) -> Index:
-    """The index with rows of the source at the end of its table; `index.rows` is as before."""
+    """The index with rows of the source at the end of its table; `index.rows` is as before.
+
+    `files` has names, hashes, sizes and dates if these are known already.
+    """
     if not len(rows):
         return index
     roots = index.roots if root in index.roots else (*index.roots, root)
     names = [source.names[row] for row in rows]
     hashes = [source.digests[row] for row in rows] if source.digests else [bytes(DIGEST_BYTES)] * len(rows)
-    files = items.files(root, names, hashes)
+    files = files or items.files(root, names, hashes)
     table = items.rows(ids, roots.index(root), files, codes, index.config.quantizer.num_codewords)
     return index.replace(table=pa.concat_tables([index.table, table]), roots=roots)
 
@@ -144,6 +174,8 @@ def matches(index: Index, path: str) -> list[int]:
 
 def _below(path: str, root: str) -> str | None:
     """The name of a path below a root, "." for the root itself or a folder above it; None if it is elsewhere."""
+    if not path:  # such as a variable of a shell that is not set
+        return None
     if not root:
         return path  # the name of an embedding
     if storage.is_url(root) or storage.is_url(path):

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, UInt
 
 from tcq import nearest
-from tcq.index.store import Index
+from tcq.index.contents import Index
 from tcq.runtime import log, signals
 
 BLOCK = 256  # codes that are searched together

@@ -11,10 +11,10 @@ import pyarrow.compute as pc
 from jaxtyping import Bool
 
 from tcq.index import items
-from tcq.index.store import Index, IndexFileError
+from tcq.index.contents import Index, IndexFileError
 
 PATH = "path"  # the column by which a file is joined
-RESERVED = re.compile(r"id|size|modified|hash|score|query|norm|code\d*|place__", re.IGNORECASE)
+RESERVED = re.compile(r"id|size|modified|hash|score|query|norm|code\d*|place__|tcq_version", re.IGNORECASE)
 
 
 def read(file: str | Path) -> pa.Table:
@@ -26,18 +26,30 @@ def read(file: str | Path) -> pa.Table:
         if str(file).endswith(".parquet"):
             table = pyarrow.parquet.read_table(file)
         else:
-            options = pyarrow.csv.ConvertOptions(column_types={PATH: pa.string()}, strings_can_be_null=True)
+            options = pyarrow.csv.ConvertOptions(
+                column_types={PATH: pa.string()}, strings_can_be_null=True, null_values=[""]
+            )
             table = pyarrow.csv.read_csv(file, convert_options=options)
     except (OSError, pa.ArrowInvalid) as error:
         raise IndexFileError(f"--columns {str(file)!r} cannot be read: {error}") from None
     names = table.column_names
-    bad = [name for name in names if RESERVED.fullmatch(name)] or sorted({n for n in names if names.count(n) > 1})
+    lower = [name.lower() for name in names]  # SQL does not tell A from a
+    bad = [name for name in names if RESERVED.fullmatch(name)] or [n for n in names if lower.count(n.lower()) > 1]
     if bad or PATH not in names:
-        reason = f"the name {bad[0]!r} is used by tcq or twice: rename it" if bad else f"it needs a column {PATH!r}"
+        reason = (
+            f"it needs a column {PATH!r}"
+            if not bad
+            else f"the name {bad[0]!r} is that of two columns: rename one"
+            if lower.count(bad[0].lower()) > 1
+            else f"the name {bad[0]!r} is used by tcq: rename it"
+        )
         raise IndexFileError(f"--columns {str(file)!r} has the columns {', '.join(names)}: {reason}")
     if len(names) == 1:
         raise IndexFileError(f"--columns {str(file)!r} has no column beside {PATH!r}")
-    paths = table[PATH].cast(pa.string())
+    try:
+        paths = table[PATH].cast(pa.string())
+    except pa.ArrowInvalid:
+        raise IndexFileError(f"--columns {str(file)!r}: column {PATH!r} must be text in UTF-8") from None
     twice = pc.filter((counts := pc.value_counts(paths)).field("values"), pc.greater(counts.field("counts"), 1))
     if len(twice):
         raise IndexFileError(f"--columns {str(file)!r}: path {twice[0].as_py()!r} is given twice")
@@ -74,6 +86,13 @@ def joined(index: Index, own: pa.Table | None) -> Index:
     new = own.take(pa.array(rows[rows >= 0])).drop_columns([PATH])
     new = new.add_column(0, "id", pa.array(index.ids[rows >= 0]))
     if index.columns is not None:
+        clash = {n.lower(): n for n in index.columns.column_names}
+        different = [n for n in new.column_names if clash.get(n.lower(), n) != n]
+        if different:
+            raise IndexFileError(
+                f"--columns: {different[0]!r} differs from {clash[different[0].lower()]!r} of the index in case alone: "
+                f"rename it"
+            )
         others = pc.invert(pc.is_in(index.columns["id"], new["id"]))
         try:
             new = pa.concat_tables([index.columns.filter(others), new], promote_options="permissive")

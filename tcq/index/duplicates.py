@@ -25,9 +25,9 @@ from tcq import plots
 from tcq.data.images import ImageError, Resize, decode, pixel_digest
 from tcq.index import changes
 from tcq.index.closeness import Codes, close_codes, different_codes
+from tcq.index.contents import Index, IndexFileError
 from tcq.index.search import find as find_item
 from tcq.index.search import image_of, thumbnail
-from tcq.index.store import Index, IndexFileError
 from tcq.runtime import log, signals, storage
 
 LIKENESS = 0.97  # least correlation of the small pictures of near images
@@ -93,7 +93,8 @@ def find(
             raise IndexFileError(f"--reference={name} not found in the index: give paths as tcq search prints them")
         reference[found] = True
     keys = [(row.tobytes(), path) for row, path in zip(index.hashes, index.paths, strict=True)]
-    items = sorted(range(len(keys)), key=keys.__getitem__)
+    images = np.flatnonzero(index.hashes.any(axis=1)).tolist()  # embeddings have no hash
+    items = sorted(images, key=keys.__getitem__)
     sets = [list(same) for _, same in itertools.groupby(items, key=lambda i: keys[i][0])]
     groups = [_group(index, KINDS[0], 1.0, same, reference) for same in sets if len(same) > 1]
     left = [_first(index, same, reference) for same in sets]
@@ -258,10 +259,11 @@ def _group(index: Index, kind: str, likeness: float, items: Sequence[int], refer
 
 def read_verdicts(file: str | Path) -> set[frozenset[bytes]]:
     """Pairs of hashes of images that are not copies; none if the file does not exist. Raises IndexFileError."""
-    if not Path(file).exists():
+    contents = storage.read(file)
+    if contents is None:
         return set()
     try:
-        rows = [json.loads(line) for line in Path(file).read_text().splitlines() if line]
+        rows = [json.loads(line) for line in contents.decode().splitlines() if line]
         return {frozenset(bytes.fromhex(digest) for digest in row["not_copies"]) for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IndexFileError(f"{str(file)!r} is not a file of verdicts: {error}") from None
@@ -278,8 +280,8 @@ def add_verdicts(file: str | Path, index: Index, names: Sequence[str]) -> int:
     if not pairs:
         raise IndexFileError(f"{', '.join(names)}: two images with different bytes are needed")
     new = [pair for pair in pairs if pair not in known]
-    with open(file, "a") as out:
-        out.writelines(json.dumps({"not_copies": sorted(d.hex() for d in pair)}) + "\n" for pair in new)
+    rows = sorted(sorted(d.hex() for d in pair) for pair in {*known, *new})
+    storage.write_text(Path(file), "".join(json.dumps({"not_copies": row}) + "\n" for row in rows))
     return len(new)
 
 

@@ -16,7 +16,8 @@ import pyarrow as pa
 from tcq import config as configs
 from tcq import quantizer
 from tcq.index import columns, items, programs
-from tcq.index.store import Index, open_index
+from tcq.index.contents import Index
+from tcq.index.store import open_index
 from tcq.runtime import storage
 
 ROWS = 2**17  # of a row group of a Parquet file

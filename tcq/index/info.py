@@ -9,8 +9,9 @@ from jaxtyping import Float
 from tcq import config as configs
 from tcq import encode, nearest
 from tcq.data.images import ImageError, decode, resize_of
+from tcq.index.contents import Index
 from tcq.index.search import build_engine, features_of_items, image_of, tables
-from tcq.index.store import Index, open_index, verify
+from tcq.index.store import open_index, verify
 from tcq.runtime import storage
 
 SHARES = (1e-3, 1e-6)  # of random pairs
@@ -71,8 +72,10 @@ def _read_features(index: Index, chosen: np.ndarray) -> tuple[np.ndarray, np.nda
     """Those of the images that can be read, and their features; None if they are few."""
     data = index.config.data
     found, pixels = [], []
-    for i in chosen.tolist() if index.roots[index.paths.numbers[0]] else []:  # embeddings have no files
+    for i in chosen.tolist():
         path = index.paths[i]
+        if not index.roots[index.paths.numbers[i]]:  # an embedding
+            continue
         try:
             pixels.append(
                 decode(image_of(path), size=data.image_size, resize=resize_of(data), max_pixels=data.max_pixels)
@@ -80,7 +83,7 @@ def _read_features(index: Index, chosen: np.ndarray) -> tuple[np.ndarray, np.nda
         except (ImageError, storage.BucketError):
             continue
         found.append(i)
-    if len(found) < min(FEW_IMAGES, len(chosen)):
+    if not found or len(found) < min(FEW_IMAGES, len(chosen)):
         return chosen, None
     return np.array(found), encode.encode(index.encoder, np.stack(pixels)).features
 
@@ -90,6 +93,8 @@ def _quantile(
 ) -> float | None:
     """The score that a share of the pairs of queries and random images reaches."""
     count = len(index.rows)
+    if not count:
+        return None
     size = min(count, int(np.ceil(BEYOND / share / len(queries))))
     others = np.arange(count) if size == count else np.sort(random.choice(count, size, replace=False))
     beyond = round(share * len(queries) * (size - 1))

@@ -39,7 +39,7 @@ class Files(NamedTuple):
     names: Sequence[str]
     hashes: Sequence[bytes]
     sizes: Sequence[int | None]
-    modified: Sequence[int | None]  # microseconds since 1970
+    modified: Sequence[Any]  # datetime, microseconds since 1970, or None
 
 
 def files(root: str, names: Sequence[str], hashes: Sequence[bytes]) -> Files:

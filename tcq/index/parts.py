@@ -23,9 +23,9 @@ from tcq import config as configs
 from tcq import encode
 from tcq.data import cache, folders
 from tcq.data.source import Source, SourceError
-from tcq.index import changes, columns, items, store
+from tcq.index import changes, columns, contents, items, store
+from tcq.index.contents import IndexFileError
 from tcq.index.scan import root_of
-from tcq.index.store import IndexFileError
 from tcq.models import retriever
 from tcq.runtime import log, storage
 
@@ -70,7 +70,9 @@ def write(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     manifest = {"root": str(root), "encoder": identity, "step": encoder.step, "parts": files}
-    storage.write_text(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    text = json.dumps(manifest, indent=1) + "\n"
+    if storage.read(out / MANIFEST) != text.encode():  # all processes write the same
+        storage.write_text(out / MANIFEST, text)
     own = list(zip(files, chunks, strict=True))[share[0] :: share[1]]
     missing = [(file, chunk) for file, chunk in own if not (out / file).is_file()]
     progress, counts = log.Progress(logger, "encoding parts", len(missing), unit="parts"), np.zeros(2, np.int64)
@@ -153,18 +155,26 @@ def join(
         )
     names: list[str] = []
     skipped: list[dict[str, str]] = []
-    codes, digests = [], []
+    codes, files = [], []
     for name in manifest["parts"]:
         table = _read_part(Path(folder, name))
         start = manifest["root"].rstrip("/") + "/"
         names += [os.fsdecode(path).removeprefix(start) for path in table["path"].to_pylist()]
-        digests += table["hash"].to_pylist()
+        files.append(table.select(["hash", "size", "modified"]))
         codes.append(_codes(table, encoder))
         skipped += json.loads(table.schema.metadata[KEY])["skipped"]
-    source = Source(None, None, names, [], skipped, digests=digests)
-    ids = np.arange(len(names))
-    empty = store.empty(encoder)
-    index = changes.with_rows(empty, manifest["root"], source, ids.tolist(), ids, np.concatenate(codes))
+    stored = pa.concat_tables(files)
+    digests, sizes, dates = (stored[c].to_pylist() for c in ("hash", "size", "modified"))
+    source, ids = Source(None, None, names, [], skipped, digests=digests), np.arange(len(names))
+    index = changes.with_rows(
+        contents.empty(encoder),
+        manifest["root"],
+        source,
+        ids.tolist(),
+        ids,
+        np.concatenate(codes),
+        files=items.Files(names, digests, sizes, dates),
+    )
     index = columns.joined(index.replace(rows=ids, next_id=len(ids)), own)
     with store.building(out):
         store.write(out, index, skipped)

@@ -14,7 +14,7 @@ from tcq import encode, nearest, plots, ranking
 from tcq.data import folders
 from tcq.data.images import ImageError, decode, resize_of
 from tcq.index import changes, columns
-from tcq.index.store import Index, IndexFileError
+from tcq.index.contents import Index, IndexFileError
 from tcq.models import retriever
 from tcq.runtime import storage
 
@@ -208,7 +208,9 @@ def find(index: Index, text: str) -> int:
     found = changes.matches(index, text)
     if len(found) != 1:
         what = f"{len(found):,} images" if found else "no image"
-        raise IndexFileError(f"{text!r} names {what} of the index: give an id or a path as tcq search prints them")
+        raise IndexFileError(
+            f"{text!r} names {what} of the index: give a path as tcq search prints it, or an id as with --json"
+        )
     return found[0]
 
 

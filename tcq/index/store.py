@@ -9,28 +9,26 @@ new index. The version before the last change is kept.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import pyarrow as pa
 from flax import traverse_util
-from jaxtyping import Float, Int64, UInt
 from ml_collections import ConfigDict
 
 from tcq import config as configs
-from tcq import encode, ranking
+from tcq import encode
 from tcq import workdir as workdirs
 from tcq.index import items
+from tcq.index.contents import CorruptedError, Index, IndexFileError, Segment
 from tcq.models import retriever
 from tcq.runtime import devices, locks, storage
 
@@ -45,96 +43,10 @@ ENCODER, CONFIG, SKIPPED, META, PREVIOUS, VERDICTS = (
 )
 KINDS = ("items", "removed", "columns")  # of the files that a change writes
 NEEDED = {"segments", "removed", "columns", "roots", "next_id", "step", "sha256"}  # of meta.json
-SEGMENTS = 64  # with which an index is compacted by itself
+TEXT = "text"  # key of meta.json as text, beside its values
 ATTEMPTS = 100  # to read an index that is being replaced
 
 logger = logging.getLogger(__name__)
-
-
-class IndexFileError(ValueError):
-    """The index cannot be built, opened or changed; the message says why."""
-
-
-class CorruptedError(IndexFileError):
-    """The files of the index are not what was written."""
-
-
-class Segment(NamedTuple):
-    """A file of rows."""
-
-    file: str
-    rows: int
-    sha256: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Index:
-    """N indexed images, in the order of their ids. The arrays are read when they are first used."""
-
-    config: ConfigDict
-    load_encoder: Callable[[], encode.Encoder]
-    table: pa.Table  # all rows that were written, as `items.schema` describes them
-    rows: Int64[np.ndarray, " N"]  # the row of each image
-    roots: tuple[str, ...]  # absolute paths or URLs of folders; "" for embeddings
-    next_id: int
-    step: int  # of the training
-    sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of config and encoder, once they are written
-    segments: tuple[Segment, ...] = ()  # the files of the first rows of the table; others are not written yet
-    columns: pa.Table | None = None  # own columns of some images, by "id"
-    columns_segment: Segment | None = None  # its file, once it is written
-
-    @cached_property
-    def encoder(self) -> encode.Encoder:
-        """The model of the index. Raises CorruptedError."""
-        return self.load_encoder()
-
-    @cached_property
-    def codes(self) -> UInt[np.ndarray, "N M"]:
-        """The code of each image."""
-        q = self.config.quantizer
-        return self._live(items.unpack(items.bytes_of(self.table["code"]), q.num_codebooks, q.num_codewords))
-
-    @cached_property
-    def ids(self) -> Int64[np.ndarray, " N"]:
-        """The id of each image, ascending."""
-        return self._live(self.table["id"].to_numpy())
-
-    @cached_property
-    def hashes(self) -> UInt[np.ndarray, "N 20"]:
-        """The hash of the contents of each file; 0 for embeddings."""
-        return self._live(items.bytes_of(self.table["hash"]))
-
-    @cached_property
-    def paths(self) -> items.Paths:
-        """The path of each image, or the name of each embedding."""
-        return items.Paths(self.roots, self._live(self.table["root"].to_numpy()), self.table["name"], self.rows)
-
-    @cached_property
-    def folders(self) -> tuple[str, ...]:
-        """The roots that have images."""
-        return tuple(dict.fromkeys(self.roots[i] for i in np.unique(self.paths.numbers).tolist()))
-
-    @cached_property
-    def norms(self) -> Float[np.ndarray, " N"] | None:
-        """The length of each decoded item, only for eval.score "cosine"."""
-        if self.config.eval.score != "cosine":
-            return None
-        return np.asarray(ranking.code_norms(self.codes, self.encoder.codebooks))
-
-    def replace(self, **fields: Any) -> "Index":
-        """A copy with other fields."""
-        return dataclasses.replace(self, **fields)
-
-    def _live(self, column: np.ndarray) -> np.ndarray:
-        whole = len(self.rows) == len(column) and not (np.diff(self.rows) != 1).any()
-        return column if whole else column[self.rows]
-
-
-def empty(encoder: encode.Encoder) -> Index:
-    """An index without images, which is not written yet."""
-    q = encoder.config.quantizer
-    table = items.schema(q.num_codebooks, q.num_codewords).empty_table()
-    return Index(encoder.config, lambda: encoder, table, np.zeros(0, np.int64), (), 0, encoder.step)
 
 
 def open_index(path: str | Path, *, verify: bool = True) -> Index:
@@ -218,6 +130,7 @@ def _open(path: Path, meta: dict[str, Any], verify: bool) -> Index:
         segments,
         _map_table(path / own.file, own.rows) if own else None,
         own,
+        meta[TEXT],
     )
 
 
@@ -272,7 +185,8 @@ def _read_meta(path: Path, name: str) -> dict[str, Any]:
     if not path.is_dir():
         raise CorruptedError(f"index {str(path)!r} {'is not a folder' if path.exists() else 'not found'}")
     try:
-        meta: dict[str, Any] = json.loads((path / name).read_text())
+        text = (path / name).read_text()
+        meta: dict[str, Any] = json.loads(text)
         version = meta["format"]
     except (OSError, ValueError, KeyError, TypeError):
         raise CorruptedError(f"{str(path)!r} is not an index: it has no readable {name}") from None
@@ -282,7 +196,7 @@ def _read_meta(path: Path, name: str) -> dict[str, Any]:
         )
     if not meta.keys() >= NEEDED:
         raise CorruptedError(f"{str(path)!r} is not an index: {name} is incomplete")
-    return meta
+    return meta | {TEXT: text}
 
 
 def _check_variables(like: Mapping[str, Any], variables: Mapping[str, Any], path: Path) -> None:
@@ -304,7 +218,8 @@ def refuse_existing(out: str | Path) -> None:
     else:
         folder = Path(out)
         files = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-        unfinished = META not in files and all(_is_own(name) for name in files)
+        marked = locks.NAME in files or not files & {CONFIG, ENCODER, SKIPPED, VERDICTS}
+        unfinished = META not in files and marked and all(_is_own(name) for name in files)
         exists = folder.exists() and not (folder.is_dir() and unfinished)
     if exists:
         raise IndexFileError(f"{str(out)!r} exists: choose another --out, or delete it first")
@@ -333,18 +248,7 @@ def changing(path: str | Path) -> Iterator[None]:
         yield
 
 
-def compacted(index: Index) -> Index:
-    """The same images in one segment, without rows that are out of date."""
-    table = index.table.take(pa.array(index.rows)).combine_chunks()
-    return index.replace(table=table, rows=np.arange(len(table)), segments=())
-
-
-def is_scattered(index: Index) -> bool:
-    """Whether an index has so many segments, or rows out of date, that it should be compacted."""
-    return len(index.segments) >= SEGMENTS or 2 * len(index.rows) < len(index.table)
-
-
-def write(out: str | Path, index: Index, skipped: Sequence[dict[str, str]]) -> None:
+def write(out: str | Path, index: Index, skipped: Sequence[dict[str, str]] | None) -> None:
     """Writes an index, or replaces one; in a bucket meta.json is the last file. Raises IndexFileError."""
     if storage.is_url(out):
         with tempfile.TemporaryDirectory(prefix="tcq-") as temporary:
@@ -363,7 +267,7 @@ def write(out: str | Path, index: Index, skipped: Sequence[dict[str, str]]) -> N
         raise IndexFileError(f"{str(out)!r} cannot be written: {error.strerror or error}") from None
 
 
-def _write_files(folder: Path, index: Index, skipped: Sequence[dict[str, str]]) -> None:
+def _write_files(folder: Path, index: Index, skipped: Sequence[dict[str, str]] | None) -> None:
     sha256 = dict(index.sha256) or _write_encoder(folder, index.encoder)
     done = sum(segment.rows for segment in index.segments)
     new = index.table.slice(done)
@@ -377,7 +281,8 @@ def _write_files(folder: Path, index: Index, skipped: Sequence[dict[str, str]]) 
     for name in named:
         if not (folder / name).is_file():
             raise IndexFileError(f"{str(folder / name)!r} is missing: the index was changed without its lock")
-    storage.write_text(folder / SKIPPED, workdirs.json_lines(skipped))
+    if skipped is not None:
+        storage.write_text(folder / SKIPPED, workdirs.json_lines(skipped))
     meta = {
         "format": FORMAT,
         "count": len(index.rows),
@@ -390,9 +295,8 @@ def _write_files(folder: Path, index: Index, skipped: Sequence[dict[str, str]]) 
         "columns": [own.file, own.rows] if own else None,
         "sha256": named | sha256,
     }
-    before = storage.read(folder / META)
-    if before is not None:
-        storage.write_text(folder / PREVIOUS, before.decode())
+    if index.version:  # of META, or of PREVIOUS if META is corrupted
+        storage.write_text(folder / PREVIOUS, index.version)
     storage.write_text(folder / META, json.dumps(meta, indent=2) + "\n")
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 import threading
@@ -62,7 +63,7 @@ def _warn_once(message: str) -> None:
 def atomic(path: str | Path) -> Iterator[Path]:
     """A temporary file beside `path`; it replaces `path`, flushed to disk, if the block ends without an error."""
     path = Path(path)
-    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")  # hosts share folders
     try:
         yield temporary
         with open(temporary, "rb") as file:

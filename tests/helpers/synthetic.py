@@ -6,7 +6,7 @@ import numpy as np
 
 from tcq import config as configs
 from tcq import encode
-from tcq.index import items, store
+from tcq.index import contents, items, store
 
 
 def index(score="ip", *, squared=True, normalize="none", count=500, codebooks=4, codewords=16, step=1):
@@ -27,7 +27,7 @@ def index(score="ip", *, squared=True, normalize="none", count=500, codebooks=4,
     table = items.rows(np.arange(count), 0, files, codes, codewords)
     digest = hashlib.sha256(words.tobytes()).hexdigest()
     own = {"id": np.arange(count), "year": 2000 + np.arange(count) % 20, "who": [f"é{i % 3}" for i in range(count)]}
-    return store.Index(
+    return contents.Index(
         config,
         lambda: encoder,
         table,

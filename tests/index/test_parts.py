@@ -42,7 +42,7 @@ def test_parts_join_to_the_index_of_one_run(run, folder, tmp_path):
     flags = [f"--workdir={run}", f"--images={folder}", f"--out={tmp_path / 'parts'}", "--size=16"]
     for share in ("1/3", "0/3"):
         done = small.main("encode", *flags, f"--share={share}")
-        assert done.returncode == 0 and "3 of 3 parts" in done.stdout, done.stderr
+        assert done.returncode == 0 and "wrote 3 of 3 parts" in done.stdout, done.stderr
     join = ["index", "build", f"--workdir={run}", f"--parts={tmp_path / 'parts'}", f"--out={tmp_path / 'index'}"]
     small.assert_refused(small.main(*join), "2 of 8 parts", "run tcq encode again")
     assert not (tmp_path / "index").exists()

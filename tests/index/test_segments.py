@@ -15,7 +15,7 @@ import pytest
 import small
 from tcq import encode
 from tcq import index as indexes
-from tcq.index import columns, items, store
+from tcq.index import columns, contents, items
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_a_change_writes_only_what_is_new(built, photos, images):
 
 
 def test_many_segments_and_many_removed_rows_are_compacted(built, photos, images, monkeypatch):
-    monkeypatch.setattr(store, "SEGMENTS", 3)
+    monkeypatch.setattr(contents, "SEGMENTS", 3)
     for i, file in enumerate(sorted((images / "class 8").glob("0*.png"))[:4]):
         shutil.copy(file, photos / f"new{i}.png")
         indexes.update(built)

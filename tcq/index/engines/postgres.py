@@ -11,10 +11,10 @@ from urllib.parse import urldefrag
 import numpy as np
 import pyarrow as pa
 
-from tcq.index import engines
-from tcq.index.engines import EngineError, Item, Pushed
+from tcq.index.contents import Index
+from tcq.index.engines import common
+from tcq.index.engines.common import EngineError, Item, Pushed
 from tcq.index.search import Hit
-from tcq.index.store import Index
 
 TABLE = "tcq"  # unless the address ends with "#table"
 STORED = {
@@ -64,7 +64,7 @@ def push(connection: Connection, index: Index) -> Pushed:
     from psycopg import sql
 
     client, table = connection.client, sql.Identifier(connection.table)
-    types = {name: _type(kind) for name, kind in engines.own_types(index).items()}
+    types = {name: _type(kind) for name, kind in common.own_types(index).items()}
     try:
         with client.transaction(), client.cursor() as cursor:
             _create(cursor, connection, index)
@@ -74,7 +74,7 @@ def push(connection: Connection, index: Index) -> Pushed:
             cursor.execute(sql.SQL("LOCK TABLE {} IN SHARE ROW EXCLUSIVE MODE").format(table))
             cursor.execute(sql.SQL("SELECT id, tcq_version FROM {}").format(table))
             versions = dict(cursor.fetchall())
-            written = [item for item in engines.items(index) if versions.pop(item.id, None) != item.version]
+            written = [item for item in common.items(index) if versions.pop(item.id, None) != item.version]
             delete = sql.SQL("DELETE FROM {} WHERE id = ANY(%s)").format(table)
             cursor.execute(delete, ([*versions, *(item.id for item in written)],))
             names = [*STORED, *types]
@@ -96,9 +96,9 @@ def _create(cursor: Any, connection: Connection, index: Index) -> None:
     if cursor.fetchone()[0] is None:
         columns = ", ".join(f"{name} {kind}" for name, kind in STORED.items())
         cursor.execute(sql.SQL("CREATE TABLE {} (" + columns + ")").format(table))
-        text = sql.Literal("tcq " + json.dumps(engines.about(index)))
+        text = sql.Literal("tcq " + json.dumps(common.about(index)))
         cursor.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(table, text))
-    engines.require_same(connection.address, _about(cursor, connection), index)
+    common.require_same(connection.address, _about(cursor, connection), index)
 
 
 def _about(cursor: Any, connection: Connection) -> dict[str, Any] | None:
@@ -117,7 +117,8 @@ def _type(kind: pa.DataType) -> str:
         (pa.types.is_integer, "bigint"),
         (pa.types.is_floating, "double precision"),
         (pa.types.is_boolean, "boolean"),
-        (pa.types.is_timestamp, "timestamptz"),
+        (lambda t: pa.types.is_timestamp(t) and t.tz is not None, "timestamptz"),
+        (pa.types.is_timestamp, "timestamp"),
         (pa.types.is_date, "date"),
         (lambda t: pa.types.is_string(t) or pa.types.is_large_string(t) or pa.types.is_null(t), "text"),
     )
@@ -154,7 +155,7 @@ def search(
             cursor.execute("SELECT to_regclass(%s)", (_quoted(connection.table),))
             if cursor.fetchone()[0] is None:
                 raise EngineError(f"{connection.address} not found: tcq push writes it")
-            engines.require_same(connection.address, _about(cursor, connection), index)
+            common.require_same(connection.address, _about(cursor, connection), index)
             statement = select(connection.table, index, condition)
             for table in tables:
                 cursor.execute(statement, [*(row.tolist() for row in table.astype(float)), float(min_score), k])

@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from tcq.index import engines
-from tcq.index.engines import EngineError, Item, Pushed
+from tcq.index.contents import Index
+from tcq.index.engines import common
+from tcq.index.engines.common import EngineError, Item, Pushed
 from tcq.index.search import Hit
-from tcq.index.store import Index
 
 VECTOR = "code"
 VERSION = "tcq_version"
@@ -63,23 +63,23 @@ def push(connection: Connection, index: Index) -> Pushed:
     with _reachable(address):
         if not client.collection_exists(collection):
             sparse = {VECTOR: models.SparseVectorParams()}
-            about = {"tcq": engines.about(index)}
+            about = {"tcq": common.about(index)}
             client.create_collection(collection, vectors_config={}, sparse_vectors_config=sparse, metadata=about)
-        engines.require_same(address, _about(connection), index)
+        common.require_same(address, _about(connection), index)
         versions = dict(_versions(connection))
         written, waiting = 0, []
-        for item in engines.items(index):
+        for item in common.items(index):
             if versions.pop(item.id, None) != item.version:
                 waiting.append(models.PointStruct(**point(item, index)))
                 written += 1
-            if len(waiting) == engines.BLOCK:
+            if len(waiting) == common.BLOCK:
                 client.upsert(collection, waiting, wait=True)
                 waiting = []
         if waiting:
             client.upsert(collection, waiting, wait=True)
         gone: list[Any] = list(versions)
-        for first in range(0, len(gone), engines.BLOCK):
-            client.delete(collection, models.PointIdsList(points=gone[first : first + engines.BLOCK]), wait=True)
+        for first in range(0, len(gone), common.BLOCK):
+            client.delete(collection, models.PointIdsList(points=gone[first : first + common.BLOCK]), wait=True)
     return Pushed(written, len(gone))
 
 
@@ -116,7 +116,7 @@ def search(
     with _reachable(address):
         if not client.collection_exists(collection):
             raise EngineError(f"{address} not found: tcq push writes it")
-        engines.require_same(address, _about(connection), index)
+        common.require_same(address, _about(connection), index)
         answers = []
         for table in tables:
             found = client.query_points(
@@ -156,7 +156,7 @@ def _versions(connection: Connection) -> Iterator[tuple[int, str]]:
     start: Any = None
     while True:
         points, start = connection.client.scroll(
-            connection.collection, limit=engines.BLOCK, offset=start, with_payload=[VERSION], with_vectors=False
+            connection.collection, limit=common.BLOCK, offset=start, with_payload=[VERSION], with_vectors=False
         )
         yield from ((int(p.id), (p.payload or {}).get(VERSION, "")) for p in points)
         if start is None:

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tcq.index.serve.guard import Guard
-from tcq.index.store import IndexFileError, open_index
+from tcq.index.contents import IndexFileError
+from tcq.index.serve.guard import NAMES, Guard
+from tcq.index.store import open_index
 from tcq.runtime import signals
 
 CONNECTIONS = 512  # open at once; others are answered 503
@@ -36,9 +37,10 @@ def serve(path: str | Path, *, host: str = "127.0.0.1", port: int = 8000, k: int
     with _listening(host, port) as listening:
         number = listening.getsockname()[1]
         beyond = not is_loopback(host)
-        guard = Guard(None if beyond else number, secrets.token_urlsafe(18) if beyond else None)
-        query = f"/?token={guard.token}" if guard.token else "/"
         shown = f"[{host}]" if ":" in host else host
+        token = secrets.token_urlsafe(18) if beyond else None
+        guard = Guard(None if beyond else number, token, tuple({*NAMES, shown}))
+        query = f"/?token={token}" if token else "/"
         ready = f"search page at http://{shown}:{number}{query} (Ctrl-C stops it)"
         asyncio.run(_run(make_server(path, index, guard, k=k), listening, ready))
     signals.check()

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import io
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -24,10 +25,10 @@ from starlette.routing import Route
 from tcq import config as configs
 from tcq.data.images import ImageError, decode, resize_of
 from tcq.index import columns
+from tcq.index.contents import Index
 from tcq.index.search import image_of
 from tcq.index.serve import guard as guards
-from tcq.index.serve.searches import BusyError, Query, Searcher
-from tcq.index.store import Index
+from tcq.index.serve.searches import BusyError, Query, QueryError, Searcher, place_of
 from tcq.models import retriever
 from tcq.runtime import storage
 
@@ -44,6 +45,7 @@ UPLOADS = 128  # images that are received or wait for decoding
 UPLOAD_BYTES = 256 * 2**20  # of all these together
 DECODING = 2  # images that are decoded at once
 MOST = 1000  # hits of an answer, and of the offset
+LARGEST = 1e15  # of the numbers of a feature; the squares of larger ones overflow
 SIDES = (160, 320, 640, 1280)  # pixels of thumbnails
 CACHED = 64 * 2**20  # bytes of thumbnails in memory
 THUMBNAILS_WAITING = 256
@@ -74,7 +76,13 @@ def make(path: str | Path, index: Index, guard: guards.Guard, *, k: int) -> Any:
         Route("/api/items/{id:int}", _item),
         Route("/api/thumbnails/{id:int}", _thumbnail),
     ]
-    handlers: Any = {HTTPException: _error, ImageError: _bad_image, BusyError: _busy, Exception: _failed}
+    handlers: Any = {
+        HTTPException: _error,
+        ImageError: _bad_image,
+        BusyError: _busy,
+        QueryError: _bad_query,
+        Exception: _failed,
+    }
     return guards.wrap(Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers), guard)
 
 
@@ -86,11 +94,16 @@ async def _bad_image(request: Request, error: ImageError) -> Response:
     return JSONResponse({"error": f"query: {error}"}, status_code=400)
 
 
+async def _bad_query(request: Request, error: QueryError) -> Response:
+    return JSONResponse({"error": str(error)}, status_code=error.status)
+
+
 async def _busy(request: Request, error: BusyError) -> Response:
     return JSONResponse({"error": "too many searches wait: try again"}, status_code=503, headers=RETRY_AFTER)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
+    logger.error(f"{request.method} {request.url.path} failed", exc_info=error)
     return JSONResponse({"error": "the search failed; the log of tcq serve says why"}, status_code=500)
 
 
@@ -132,13 +145,16 @@ async def _search(request: Request) -> Response:
             raise HTTPException(400, f"{given[0]} goes with GET")
         query = query._replace(picture=await _picture(request, searcher.index))
     elif given == ["item"]:
-        query = query._replace(item=_place(searcher.index, _number(request, "item", 0, 2**62)))
+        query = query._replace(item=_number(request, "item", 0, 2**62))
     elif given == ["features"]:
         query = query._replace(features=_features(request.query_params["features"], searcher.index))
     else:
         raise HTTPException(400, "GET needs item or features, and POST an image")
     answer = await searcher.search(query)
-    listed = [{"id": h.id, "path": _text(h.path), "score": h.score, "columns": _plain(h.columns)} for h in answer.hits]
+    listed = [
+        {"id": h.id, "path": _text(h.path), "score": _finite(h.score), "columns": _plain(h.columns)}
+        for h in answer.hits
+    ]
     features = base64.urlsafe_b64encode(answer.features.astype("<f4").tobytes()).decode().rstrip("=")
     return JSONResponse({"hits": listed, "more": answer.more, "hidden": answer.hidden, "features": features})
 
@@ -162,14 +178,15 @@ def _number(request: Request, name: str, least: int, most: int, default: int | N
     text = request.query_params.get(name, "")
     if not text and default is not None:
         return default
-    if not text.isdecimal() or not least <= int(text[:20]) <= most:
+    value = int(text) if text.isdecimal() and len(text) <= 20 else -1
+    if not least <= value <= most:
         raise HTTPException(400, f"{name} {text[:40]!r} must be a whole number from {least} to {most}")
-    return int(text)
+    return value
 
 
 def _place(index: Index, number: int) -> int:
-    place = int(np.searchsorted(index.ids, number))
-    if place == len(index.ids) or index.ids[place] != number:
+    place = place_of(index, number)
+    if place is None:
         raise HTTPException(404, f"no image of the index has the id {number}")
     return place
 
@@ -181,7 +198,7 @@ def _features(text: str, index: Index) -> np.ndarray:
         values = np.frombuffer(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)), "<f4")
     except (binascii.Error, ValueError):
         values = np.zeros(0, np.float32)
-    if values.shape != (width,) or not np.isfinite(values).all():
+    if values.shape != (width,) or not (np.abs(values) < LARGEST).all():
         raise HTTPException(400, f"features must be {width} finite numbers, float32 in little-endian base64")
     return values.astype(np.float32)
 
@@ -284,9 +301,16 @@ def _text(path: str) -> str:
     return path.encode("utf-8", "replace").decode()
 
 
-def _plain(own: Any) -> dict[str, Any]:
-    plain = (str, int, float, bool, type(None))
-    return {
-        name: value if isinstance(value, plain) and value == value else None if value != value else str(value)
-        for name, value in own.items()
-    }
+def _plain(columns: Any) -> dict[str, Any]:
+    """Own columns as JSON; null for numbers that are not finite."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, float):
+            return _finite(value)
+        return value if isinstance(value, str | int | None) else str(value)
+
+    return {name: one(value) for name, value in columns.items()}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

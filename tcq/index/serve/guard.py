@@ -1,7 +1,6 @@
 """Which requests are answered at all: by address, origin and token; and the headers of every answer."""
 
 import hmac
-from http.cookies import CookieError, SimpleCookie
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode
 
@@ -21,12 +20,18 @@ class Guard(NamedTuple):
 
     port: int | None  # on this machine only: the port of the page; None: on any address, with a token
     token: str | None
+    names: tuple[str, ...] = NAMES
 
 
-def refusal(guard: Guard, host: str, origin: str | None, token: str) -> tuple[int, str] | None:
-    """Status and reason if a request is refused: the name of another site may lead here (DNS rebinding)."""
+def refusal(guard: Guard, host: str, origin: str | None, site: str, token: str) -> tuple[int, str] | None:
+    """Status and reason if a request is refused: the name of another site may lead here (DNS rebinding).
+
+    `site` is what browsers send as Sec-Fetch-Site: pictures of other sites may be at addresses of this page.
+    """
+    if site in ("cross-site", "same-site"):
+        return 403, "this page is not served to other sites"
     if guard.port is not None:
-        hosts = [f"{name}:{guard.port}" for name in NAMES] + (list(NAMES) if guard.port == 80 else [])
+        hosts = [f"{name}:{guard.port}" for name in guard.names] + (list(guard.names) if guard.port == 80 else [])
         if host not in hosts or (origin is not None and origin not in [f"http://{h}" for h in hosts]):
             return 403, "this page is served to this machine only"
     elif origin is not None and origin.partition("://")[2] != host:
@@ -52,14 +57,15 @@ def wrap(app: Any, guard: Guard) -> Any:
             await send(message)
 
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        query = dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
-        refused = refusal(guard, headers.get("host", ""), headers.get("origin"), token_of(headers, query))
+        pairs = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+        query, site = dict(pairs), headers.get("sec-fetch-site", "") if scope["path"] != "/" else ""
+        refused = refusal(guard, headers.get("host", ""), headers.get("origin"), site, token_of(headers, query))
         answer: Any = app
         if refused:
             answer = JSONResponse({"error": refused[1]}, status_code=refused[0], headers={"connection": "close"})
         elif "token" in query and scope["path"] == "/" and guard.token:  # keep it out of the address
-            del query["token"]
-            answer = RedirectResponse("/?" + urlencode(query) if query else "/", status_code=303)
+            rest = urlencode([pair for pair in pairs if pair[0] != "token"])
+            answer = RedirectResponse(f"/?{rest}" if rest else "/", status_code=303)
             answer.set_cookie(COOKIE, guard.token, httponly=True, samesite="strict")
         await answer(scope, receive, send_with_headers)
 
@@ -71,8 +77,5 @@ def token_of(headers: dict[str, str], query: dict[str, str]) -> str:
     bearer = headers.get("authorization", "")
     if bearer.startswith("Bearer "):
         return bearer.removeprefix("Bearer ")
-    try:
-        cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-    except CookieError:
-        cookie = None
-    return query.get("token") or (cookie.value if cookie else "")
+    cookies = dict(part.strip().partition("=")[::2] for part in headers.get("cookie", "").split(";"))
+    return query.get("token") or cookies.get(COOKIE, "")

@@ -13,13 +13,15 @@ import pyarrow.compute as pc
 
 from tcq import encode, nearest
 from tcq.index import columns, duplicates
+from tcq.index.contents import Index, IndexFileError
 from tcq.index.search import Hit, build_engine, features_of_items, hits, search_tables, tables
-from tcq.index.store import META, Index, IndexFileError, open_index, verify
+from tcq.index.store import META, open_index, verify
+from tcq.runtime import storage
 
 TOGETHER = 16  # images that are encoded together
 WAITING = 128  # searches that wait
 FILTERS = 8  # conditions whose items are remembered
-FURTHER = 8  # times as many hits are looked at to replace hidden ones
+FURTHER, FURTHEST = 8, 500  # times as many hits, and at most how many, are looked at to replace hidden ones
 RELOAD_SECONDS = 2.0
 
 logger = logging.getLogger(__name__)
@@ -29,8 +31,16 @@ class BusyError(RuntimeError):
     """Too many searches wait."""
 
 
+class QueryError(ValueError):
+    """A query that cannot be answered; `status` is that of HTTP."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class Query(NamedTuple):
-    """One search: of a picture uint8 (S, S, 3), an embedding, the position of an item, or features."""
+    """One search: of a picture uint8 (S, S, 3), an image of the index by its id, or features."""
 
     picture: np.ndarray | None = None
     item: int | None = None
@@ -106,64 +116,91 @@ class Searcher:
                         future.set_exception(error)
                 continue
             for (_, future), answer in zip(waiting, answers, strict=True):
-                if not future.done():
+                if future.done():
+                    continue
+                if isinstance(answer, Exception):
+                    future.set_exception(answer)
+                else:
                     future.set_result(answer)
 
     async def watch(self) -> None:
         """Verifies the index, and opens it again whenever it has changed, for ever."""
-        seen = None
+        opened, verified = await asyncio.to_thread(self._read_meta), None
         while True:
             try:
-                now = await asyncio.to_thread(lambda: Path(self.path, META).read_bytes())
-                if now != seen:
-                    if seen is not None:
-                        self.opened = await asyncio.to_thread(self._open_again)
-                        logger.info(f"opened {self.path} again: {len(self.index.rows):,} images")
-                    seen = now
+                now = await asyncio.to_thread(self._read_meta)
+                if now != opened:
+                    self.opened = await asyncio.to_thread(self._open_again)
+                    logger.info(f"opened {self.path} again: {len(self.index.rows):,} images")
+                    opened = now
+                if now != verified:
                     await asyncio.to_thread(verify, self.path)
-                    self.problem = ""
-            except (OSError, IndexFileError) as error:
+                    verified = now
+                self.problem = ""
+            except Exception as error:  # such as a file system that is away: looked at again
                 if str(error) != self.problem:
                     logger.error(f"{error}")
-                self.problem = str(error)
-            await asyncio.sleep(RELOAD_SECONDS)
+                self.problem, verified = str(error), None
+            await asyncio.sleep(self._pause())
+
+    def _pause(self) -> float:
+        return RELOAD_SECONDS * (30 if storage.is_url(self.path) else 1)
+
+    def _read_meta(self) -> bytes:
+        found = storage.read(storage.join(self.path, META))
+        if found is None:
+            raise IndexFileError(f"index {str(self.path)!r} has no {META}")
+        return found
 
     def _open_again(self) -> Opened:
         return open_for_search(open_index(self.path, verify=False))
 
-    def _answer(self, queries: list[Query]) -> list[Answer]:
+    def _answer(self, queries: list[Query]) -> list[Answer | Exception]:
         opened = self.opened
         index = opened.index
         pictures = [query.picture for query in queries if query.picture is not None]
         encoded = iter(encode_padded(index, np.stack(pictures)) if pictures else ())
-        answers = []
+        answers: list[Answer | Exception] = []
         for query in queries:
-            if query.picture is not None:
-                features = next(encoded)
-            elif query.item is not None:
-                features = features_of_items(index, [query.item])[0]
-            else:
-                assert query.features is not None
-                features = query.features
-            answers.append(_search(opened, query, features))
+            try:
+                features = next(encoded) if query.picture is not None else _features(index, query)
+                answers.append(_search(opened, query, features))
+            except Exception as error:  # of this query alone
+                answers.append(error)
         return answers
+
+
+def place_of(index: Index, number: int) -> int | None:
+    """The position of the image with an id."""
+    place = int(np.searchsorted(index.ids, number))
+    return place if place < len(index.ids) and index.ids[place] == number else None
+
+
+def _features(index: Index, query: Query) -> np.ndarray:
+    """The features of a query by id, or its own."""
+    if query.features is not None:
+        q = index.config.quantizer
+        if query.features.shape != (q.num_codebooks * q.codeword_dim,):
+            raise QueryError("the features are those of another model", 400)
+        return query.features
+    assert query.item is not None
+    place = place_of(index, query.item)
+    if place is None:
+        raise QueryError(f"no image of the index has the id {query.item}", 404)
+    return features_of_items(index, [place])[0]
 
 
 def _search(opened: Opened, query: Query, features: np.ndarray) -> Answer:
     index, allowed = opened.index, _where(opened, query.path)
     table = tables(index, features[None])
     wanted = query.offset + query.k
-    reach = wanted
-    while True:
-        scores, items = search_tables(index, table, k=reach, allowed=allowed, engine=opened.engine)
-        found = hits(index, scores, items, min_score=query.min_score)[0]
-        shown = without_copies(index, found) if query.hide_copies else found
-        if len(shown) >= wanted or len(found) < reach or reach >= FURTHER * wanted:
-            break
-        reach *= 2
-    total = len(index.rows) if allowed is None else int(allowed.sum())
-    more = len(shown) > wanted or (len(found) == reach < total)
-    return Answer(shown[query.offset : wanted], features, len(found) - len(shown), more)
+    reach = min(FURTHER * wanted, max(FURTHEST, wanted)) if query.hide_copies else wanted + 1
+    scores, items = search_tables(index, table, k=reach, allowed=allowed, engine=opened.engine)
+    found = hits(index, scores, items, min_score=query.min_score)[0]
+    if not query.hide_copies:
+        return Answer(found[query.offset : wanted], features, 0, len(found) > wanted)
+    shown, looked = without_copies(index, found, wanted + 1)
+    return Answer(shown[query.offset : wanted], features, looked - len(shown), len(shown) > wanted)
 
 
 def _where(opened: Opened, text: str) -> np.ndarray | None:
@@ -190,23 +227,26 @@ _pictures: OrderedDict[bytes, np.ndarray | None] = OrderedDict()
 _lock = threading.Lock()
 
 
-def without_copies(index: Index, found: list[Hit]) -> list[Hit]:
-    """The hits without those that are copies of a better one."""
+def without_copies(index: Index, found: list[Hit], most: int) -> tuple[list[Hit], int]:
+    """The first hits that are not copies of a better one, at most so many, and how many were looked at for them."""
     kept: list[Hit] = []
-    seen: list[np.ndarray] = []
+    pictures, count = np.zeros((most, 3 * duplicates.SIDE**2), np.float32), 0
     digests: set[bytes] = set()
-    for hit in found:
+    for looked, hit in enumerate(found):
+        if len(kept) == most:
+            return kept, looked
         place = int(np.searchsorted(index.ids, hit.id))
         digest = index.hashes[place].tobytes()
         picture = _small_picture(index, place, digest)
-        alike = picture is not None and bool(seen) and float((np.stack(seen) @ picture).max()) >= duplicates.LIKENESS
+        alike = picture is not None and count and float((pictures[:count] @ picture).max()) >= duplicates.LIKENESS
         if alike or (digest in digests and any(digest)):
             continue
         kept.append(hit)
         digests.add(digest)
         if picture is not None:
-            seen.append(picture)
-    return kept
+            pictures[count] = picture
+            count += 1
+    return kept, len(found)
 
 
 def _small_picture(index: Index, place: int, digest: bytes) -> np.ndarray | None:
