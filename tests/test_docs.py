@@ -4,6 +4,7 @@ import doctest
 import importlib
 import importlib.util
 import re
+import shlex
 
 import jax
 import pytest
@@ -95,7 +96,10 @@ def test_commands_in_pages_parse():
         blocks = re.findall(r"^```\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
         blocks += re.findall(r"(?:^    .*\n)+", page.read_text(), re.MULTILINE)
         for line in re.sub(r"\\\n", " ", "".join(blocks)).splitlines():
-            words = re.sub(r"\s#.*", "", line).replace("'", "").split()
+            try:
+                words = shlex.split(line, comments=True)
+            except ValueError:  # no command
+                continue
             if words[:1] == ["tcq"] and "..." not in words and "=..." not in line:
                 _, overrides = parser.parse_known_args(words[1:])
                 assert all(o.startswith("--config.") or "=" in o for o in overrides), line

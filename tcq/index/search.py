@@ -196,7 +196,7 @@ def features_of_items(index: Index, which: Sequence[int]) -> Float[np.ndarray, "
     """Indexed images as queries: what their codes stand for, so that neither image nor model is needed."""
     codes, codebooks = index.codes[np.asarray(which, np.int64)], index.encoder.codebooks
     parts = codebooks[np.arange(len(codebooks)), codes.astype(np.int64)]  # (Q, M, d)
-    return parts.reshape(len(codes), -1)
+    return parts.reshape(len(codes), codebooks[:, 0].size)
 
 
 def find(index: Index, text: str) -> int:

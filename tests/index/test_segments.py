@@ -15,7 +15,7 @@ import pytest
 import small
 from tcq import encode
 from tcq import index as indexes
-from tcq.index import columns, contents, items
+from tcq.index import columns, contents, items, store
 
 
 @pytest.fixture
@@ -252,3 +252,107 @@ def test_the_rows_are_read_by_other_programs(built):
     assert duckdb.from_arrow(table).aggregate("count(*), max(id)").fetchall() == [
         (len(opened.paths), len(opened.paths) - 1)
     ]
+
+
+@pytest.mark.parametrize("damage", [b"{broken", b"\xff\xfe{}"])
+def test_a_corrupted_version_never_replaces_the_one_before(built, photos, images, damage, monkeypatch):
+    shutil.copy(sorted((images / "class 8").iterdir())[0], photos / "new.png")
+    before = list(indexes.open_index(built).paths)
+    indexes.update(built)
+    (built / "meta.json").write_bytes(damage)
+    with monkeypatch.context() as patch:
+        write_text = store.storage.write_text
+
+        def killed(path, text):
+            if path.name == "meta.json":
+                raise KeyboardInterrupt
+            write_text(path, text)
+
+        patch.setattr(store.storage, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            indexes.remove(built, [before[0]])
+    assert list(indexes.open_index(built).paths) == before
+    indexes.remove(built, [before[0]])
+    assert list(indexes.open_index(built, verify=True).paths) == before[1:]
+
+
+def test_an_empty_path_is_nothing(built, photos, monkeypatch):
+    monkeypatch.chdir(photos)
+    small.assert_refused(small.main("index", "remove", f"--index={built}", ""), "not found in index")
+    assert len(indexes.open_index(built).paths) > 0
+
+
+def test_images_of_a_folder_that_is_away_are_not_moved(run, images, tmp_path):
+    photos = shutil.copytree(images / "class 3", tmp_path / "disk")
+    indexes.build(run, photos, tmp_path / "index")
+    before = indexes.open_index(tmp_path / "index")
+    (tmp_path / "other").mkdir()
+    shutil.copy(photos / "003.png", tmp_path / "other" / "copy.png")
+    photos.rename(tmp_path / "away")
+    for empty in (False, True):  # not there, and a mount point without its disk
+        if empty:
+            photos.mkdir()
+        done = indexes.update(tmp_path / "index", tmp_path / "other", keep=True)
+        assert done.moved == 0
+    after = indexes.open_index(tmp_path / "index")
+    assert list(after.paths)[: len(before.paths)] == list(before.paths) and len(after.paths) == len(before.paths) + 1
+
+
+def test_an_index_without_images_is_described_and_updated(built, photos):
+    indexes.remove(built, [str(photos)])
+    done = small.main("index", "info", f"--index={built}")
+    assert done.returncode == 0 and "needs more images" in done.stdout, done.stderr
+    assert indexes.update(built).added > 0
+
+
+def test_what_is_skipped_stays_listed_and_removed_columns_go(run, photos, tmp_path):
+    (tmp_path / "own.csv").write_text("path,year\n003.png,1999\n013.png,2000\n")
+    indexes.build(run, photos, tmp_path / "index", own_columns=tmp_path / "own.csv")
+    skipped = (tmp_path / "index" / "skipped.jsonl").read_text()
+    assert skipped
+    indexes.remove(tmp_path / "index", [str(photos / "003.png")])
+    indexes.compact(tmp_path / "index")
+    assert (tmp_path / "index" / "skipped.jsonl").read_text() == skipped
+    assert indexes.open_index(tmp_path / "index").columns["year"].to_pylist() == [2000]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("path,year,Year\na,1,2\n", "two columns"),
+        ("path,Path\na,1\n", "two columns"),
+        ("path,TCQ_version\na,1\n", "used"),
+    ],
+)
+def test_names_that_differ_in_case_alone_are_refused(tmp_path, text, words):
+    (tmp_path / "own.csv").write_text(text)
+    with pytest.raises(indexes.IndexFileError, match=words):
+        columns.read(tmp_path / "own.csv")
+
+
+def test_words_that_look_like_null_are_text(tmp_path):
+    (tmp_path / "own.csv").write_text("path,country,n\nNA,NA,\nnull,None,2\n")
+    table = columns.read(tmp_path / "own.csv")
+    assert table.to_pydict() == {"path": ["NA", "null"], "country": ["NA", "None"], "n": [None, 2]}
+
+
+def test_flags_before_an_action_are_refused():
+    for flags in (["--quiet"], ["--workdir=w"], ["--distributed"]):
+        done = small.tcq("index", *flags, "build", "--images=i", "--out=o")
+        assert done.returncode == 2 and f"{flags[0].partition('=')[0]} must stand after build" in done.stderr
+
+
+def test_a_config_of_others_is_not_overwritten(run, photos, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("mine")
+    with pytest.raises(indexes.IndexFileError, match="exists"):
+        indexes.build(run, photos, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_text() == "mine"
+
+
+def test_a_folder_of_no_images_is_no_query(built, tmp_path):
+    (tmp_path / "queries").mkdir()
+    (tmp_path / "queries" / "a.txt").write_text("no image")
+    for flags in ([], ["--together"]):
+        done = small.main("search", f"--index={built}", f"--query={tmp_path / 'queries'}", *flags)
+        small.assert_refused(done, "no image of these folders can be read")

@@ -356,3 +356,82 @@ def test_the_description_of_the_api(address, index, body):
         content = description["paths"][route][method]["responses"][str(status)]["content"]
         schema = content["application/json"]["schema"] | {"components": description["components"]}
         jsonschema.validate(answer, schema)
+
+
+def test_an_own_column_that_is_not_finite_is_null(run, images, tmp_path):
+    folder = shutil.copytree(images / "class 3", tmp_path / "photos")
+    (tmp_path / "own.csv").write_text("path,weight,day\n003.png,inf,2020-01-02\n013.png,nan,\n")
+    indexes.build(run, folder, tmp_path / "index", own_columns=tmp_path / "own.csv")
+    with running(tmp_path / "index") as address:
+        hits = found(address, "/api/search?item=0&k=100")["hits"]
+        own = {os.path.basename(h["path"]): h["columns"] for h in hits}
+        assert own["003.png"] == {"weight": None, "day": "2020-01-02"}
+        assert own["013.png"] == {"weight": None, "day": None}
+        assert found(address, "/api/items/0")["columns"] == own["003.png"]
+
+
+def test_a_bad_query_fails_alone(index, monkeypatch):
+    monkeypatch.setattr(app, "LARGEST", np.inf)  # which refuses it earlier
+    searcher = searches.Searcher(index, indexes.open_index(index))
+    huge = np.full(8, 3e38, np.float32)
+    queries = [
+        searches.Query(item=3),
+        searches.Query(features=huge),
+        searches.Query(item=10**9),
+        searches.Query(item=4),
+    ]
+    queries.append(searches.Query(features=np.zeros(5, np.float32)))
+    with np.errstate(all="ignore"):
+        answers = searcher._answer(queries)
+    assert [isinstance(a, Exception) for a in answers] == [False, True, True, False, True]
+    assert answers[2].status == 404 and answers[4].status == 400
+    monkeypatch.undo()
+    with running(index) as address:
+        import base64
+
+        text = base64.urlsafe_b64encode(huge.tobytes()).decode().rstrip("=")
+        assert ask(address, f"/api/search?features={text}")[0] == 400
+
+
+def test_an_id_is_resolved_in_the_index_that_answers(run, images, tmp_path):
+    folder = shutil.copytree(images / "class 3", tmp_path / "photos")
+    indexes.build(run, folder, tmp_path / "index")
+    before = indexes.open_index(tmp_path / "index")
+    searcher = searches.Searcher(tmp_path / "index", before)
+    query, wanted = searches.Query(item=5), indexes.features_of_items(before, [5])[0]
+    indexes.remove(tmp_path / "index", [before.paths[0], before.paths[2]])
+    searcher.opened = searcher._open_again()
+    (answer,) = searcher._answer([query])
+    np.testing.assert_array_equal(answer.features, wanted)
+
+
+def test_health_recovers(run, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(searches, "RELOAD_SECONDS", 0.05)
+    indexes.build(run, images / "class 3", tmp_path / "index")
+    with running(tmp_path / "index") as address:
+        wait(lambda: ask(address, "/healthz")[0] == 200)
+        (tmp_path / "index").rename(tmp_path / "away")
+        wait(lambda: ask(address, "/healthz")[0] == 503)
+        (tmp_path / "away").rename(tmp_path / "index")
+        wait(lambda: ask(address, "/healthz")[0] == 200)
+
+
+def test_limits_cannot_be_passed_by_long_numbers(address):
+    for text in ("00000000000000000001000000", "1" * 5000):
+        assert ask(address, f"/api/search?item=1&k={text}")[0] == 400
+
+
+def test_pictures_of_other_sites_do_not_search(address):
+    for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)):
+        assert ask(address, "/api/search?item=1", None, {"Sec-Fetch-Site": site})[0] == status
+    assert ask(address, "/?item=1", None, {"Sec-Fetch-Site": "cross-site"})[0] == 200  # a link from elsewhere
+
+
+def test_a_cookie_beside_others_and_a_link_with_several_items(index):
+    with running(index, token="secret") as address:
+        cookies = 'a={"x": 1}; tcq_token=secret; b=2'
+        assert ask(address, "/api/info", None, {"Cookie": cookies})[0] == 200
+        connection = http.client.HTTPConnection(address.removeprefix("http://"))
+        connection.request("GET", "/?item=1&token=secret&item=2")
+        assert connection.getresponse().headers["location"] == "/?item=1&item=2"
+        connection.close()
