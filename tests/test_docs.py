@@ -97,7 +97,7 @@ def test_commands_in_pages_parse():
         blocks += re.findall(r"(?:^    .*\n)+", page.read_text(), re.MULTILINE)
         for line in re.sub(r"\\\n", " ", "".join(blocks)).splitlines():
             try:
-                words = shlex.split(line, comments=True)
+                words = shlex.split(line.partition(" | ")[0], comments=True)
             except ValueError:  # no command
                 continue
             if words[:1] == ["tcq"] and "..." not in words and "=..." not in line:
