@@ -14,6 +14,8 @@ import small
 from tcq import index as indexes
 from tcq.index import closeness, duplicates
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture
 def photos(images, tmp_path):

@@ -12,6 +12,7 @@ from tcq import index as indexes
 from tcq.index import engines
 from tcq.index.engines import postgres, qdrant
 
+pytestmark = pytest.mark.whole
 RULES = [("ip", True), ("l2", True), ("l2", False), ("cosine", True)]
 K = 40
 

@@ -16,6 +16,8 @@ from tcq import index as indexes
 from tcq.index import engines, parts
 from tcq.index.engines import postgres, qdrant
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture
 def folder(images, tmp_path):
@@ -103,7 +105,6 @@ def test_shares_are_numbers():
         assert done.returncode == 2 and "must have the form 0/8" in done.stderr
 
 
-@pytest.mark.whole
 def test_one_of_two_processes_is_killed_and_started_again(run, folder, tmp_path):
     """The parts of both then are an index, which two databases take and rank as tcq does."""
     import warnings

@@ -25,6 +25,8 @@ from tcq.index.serve import app, searches
 from tcq.index.serve.guard import Guard
 from tcq.runtime import signals
 
+pytestmark = pytest.mark.whole
+
 
 @contextlib.contextmanager
 def running(path, *, token=None, k=3):
@@ -258,14 +260,21 @@ def test_queries_that_come_together_have_the_answers_of_each(address, images, mo
 def test_too_many_searches_are_refused(index, body, monkeypatch):
     monkeypatch.setattr(searches, "WAITING", 2)
     monkeypatch.setattr(searches, "TOGETHER", 1)
-    answer, release = searches.Searcher._answer, threading.Event()
-    monkeypatch.setattr(searches.Searcher, "_answer", lambda self, queries: release.wait(30) and answer(self, queries))
+    answer, started, release = searches.Searcher._answer, threading.Event(), threading.Event()
+
+    def held(self, queries):
+        started.set()
+        return release.wait(30) and answer(self, queries)
+
+    monkeypatch.setattr(searches.Searcher, "_answer", held)
     with running(index) as address:
         results = []
         threads = [
             threading.Thread(target=lambda: results.append(ask(address, "/api/search?item=3"))) for _ in range(6)
         ]
-        for thread in threads:
+        threads[0].start()
+        assert started.wait(20)  # one is answered, so two may wait
+        for thread in threads[1:]:
             thread.start()
         end = time.monotonic() + 20
         while len(results) < 3 and time.monotonic() < end:

@@ -168,10 +168,8 @@ def test_long_loops_poll(loop, run, images, tmp_path):
 
     points = np.random.RandomState(0).randn(64, 2, 4).astype("f4")
     encoder = encode.load(run)
-    server = None
     if loop == "serve":
         indexes.build(run, images / "class 3", tmp_path / "index")
-        server = serve.make_server(tmp_path / "index", port=0)
     if loop == "download":
         import fsspec
 
@@ -183,17 +181,13 @@ def test_long_loops_poll(loop, run, images, tmp_path):
             lambda block: np.zeros((3, 4))[block], np.arange(3), np.arange(4), k=2, ks=[1]
         ),
         "download": lambda: storage.download("memory://polled"),
-        "serve": lambda: server.serve_forever(poll_interval=0.05),
+        "serve": lambda: serve.serve(tmp_path / "index", port=0),
         "kmeans": lambda: kmeans.kmeans(points, 4, spherical=False),
         "pq": lambda: baselines.faiss_pq(points[:, 0], [points[:, 0]], num_codebooks=2, num_codewords=4),
     }[loop]
     signals.handle(signal.SIGTERM, None)
-    try:
-        with pytest.raises(signals.Stopped):
-            work()
-    finally:
-        if server:
-            server.server_close()
+    with pytest.raises(signals.Stopped):
+        work()
     signals.reset()
     if loop == "decode":
         assert not list((tmp_path / "cache").glob("images/*.u8"))
