@@ -29,7 +29,7 @@ def site(tmp_path_factory):
     (wheel,) = where.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    assert {"tcq/configs/base.py", "tcq/index/page/page.html", "tcq/py.typed"} <= set(names)
+    assert {"tcq/configs/base.py", "tcq/index/page/page.js", "tcq/py.typed"} <= set(names)
     assert not [n for n in names if n.startswith(("tests", "configs", "build"))]
     install = [
         sys.executable,

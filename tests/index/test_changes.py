@@ -18,17 +18,6 @@ from tcq.index import items
 from tcq.runtime import locks
 
 
-@pytest.fixture
-def photos(images, tmp_path):
-    return shutil.copytree(images / "class 3", tmp_path / "photos")
-
-
-@pytest.fixture
-def built(run, photos, tmp_path):
-    indexes.build(run, photos, tmp_path / "index")
-    return tmp_path / "index"
-
-
 def by_name(path):
     opened = indexes.open_index(path)
     return {os.path.basename(p): c.tolist() for p, c in zip(opened.paths, opened.codes, strict=True)}

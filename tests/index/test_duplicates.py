@@ -17,11 +17,6 @@ from tcq.index import closeness, duplicates
 pytestmark = pytest.mark.whole
 
 
-@pytest.fixture
-def photos(images, tmp_path):
-    return shutil.copytree(images / "class 3", tmp_path / "photos")
-
-
 def found(path, *flags):
     done = small.main("duplicates", f"--index={path}", "--json", *flags)
     assert done.returncode == 0, done.stderr

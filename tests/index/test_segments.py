@@ -18,17 +18,6 @@ from tcq import index as indexes
 from tcq.index import columns, contents, items, store
 
 
-@pytest.fixture
-def photos(images, tmp_path):
-    return shutil.copytree(images / "class 3", tmp_path / "photos")
-
-
-@pytest.fixture
-def built(run, photos, tmp_path):
-    indexes.build(run, photos, tmp_path / "index")
-    return tmp_path / "index"
-
-
 def files(folder, kind):
     return sorted(p.name for p in folder.iterdir() if p.name.startswith(kind))
 

@@ -117,8 +117,7 @@ def test_an_index_in_a_bucket(run, bucket, images, tmp_path):
         f"--gallery={tmp_path / 'gallery.png'}",
     )
     assert done.returncode == 0 and query in done.stdout and (tmp_path / "gallery.png").is_file(), done.stderr
-    hit = indexes.Hit(query, 1.0)
-    assert indexes.image_of(hit) == bucket.cat(query)
+    assert indexes.image_of(query) == bucket.cat(query)
     again = small.main("index", f"--workdir={run}", "--images=gs://bucket/images", "--out=gs://bucket/index")
     assert again.returncode == 2 and "exists: choose another --out" in again.stderr
     for change in (["--add", "--images=gs://bucket/images"], ["--remove=gs://bucket/images"], ["--update"]):
