@@ -123,9 +123,9 @@ def test_an_index_in_a_bucket(run, bucket, images, tmp_path):
     for change in (["--add", "--images=gs://bucket/images"], ["--remove=gs://bucket/images"], ["--update"]):
         refused = small.main("index", "--out=gs://bucket/index", *change)
         assert refused.returncode == 2 and "an index in a bucket cannot be changed" in refused.stderr
-    (codes,) = bucket.glob("gs://bucket/index/codes-*.npy")
-    bucket.pipe(codes, bucket.cat(codes)[:-1] + b"\x7f")
-    with pytest.raises(indexes.CorruptedError, match=r"codes-.*npy' is corrupted"):
+    (rows,) = bucket.glob("gs://bucket/index/items-*.arrow")
+    bucket.pipe(rows, bucket.cat(rows)[:-1] + b"\x7f")
+    with pytest.raises(indexes.CorruptedError, match=r"items-.*arrow' is corrupted"):
         indexes.open_index("gs://bucket/index")
 
 
