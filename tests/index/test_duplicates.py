@@ -35,7 +35,7 @@ def picture(seed, size=(64, 48)):
 
 @pytest.fixture
 def collection(run, tmp_path):
-    """An index of nine pictures, and copies of some in all ways."""
+    """An index of nine pictures, of copies of some in all ways, and of pictures of one colour."""
     folder = tmp_path / "collection"
     for name in ("old", "new"):
         (folder / name).mkdir(parents=True)
@@ -50,6 +50,8 @@ def collection(run, tmp_path):
     shutil.copy(folder / "new" / "4 marked.png", folder / "new" / "4 marked again.png")
     Image.new("RGB", (64, 48), "red").save(folder / "new" / "red.png")
     Image.new("RGB", (64, 48), "blue").save(folder / "new" / "blue.png")
+    for gray in (100, 101):  # without contrast
+        Image.new("RGB", (64, 48), (gray,) * 3).save(folder / "new" / f"{gray}.png")
     indexes.build(run, folder, tmp_path / "index")
     return tmp_path / "index", folder
 

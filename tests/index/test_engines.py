@@ -194,7 +194,7 @@ def test_a_condition_cannot_change_a_table(server, tmp_path):
     index = synthetic.index()
     opened = postgres.connect(server + f"#safe {tmp_path.name}")
     postgres.push(opened, index)
-    for condition in ("true) AS x; DELETE FROM tcq; --", "(SELECT setval('x', 1)) = 1"):
+    for condition in ("true) AS x; DELETE FROM tcq; --", "lo_create(0) > 0"):
         with pytest.raises(engines.EngineError):
             postgres.search(opened, index, tables_of(index), k=1, condition=condition)
     assert_same(index, postgres.search(opened, index, tables_of(index), k=K))
