@@ -226,7 +226,7 @@ def _info(arguments: argparse.Namespace, _: list[str]) -> int:
     from tcq import index
 
     about = index.describe(arguments.index)
-    found, readable = index.thresholds(index.open_index(arguments.index))
+    found, readable = index.thresholds(index.open_index(arguments.index, verify=False))
     if arguments.json:
         scores = {f"{t.share:g}": t.score for t in found}
         print(json.dumps(about | {"random_pairs": scores, "queries": "images" if readable else "codes"}))

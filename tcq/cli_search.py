@@ -71,6 +71,8 @@ def _search(arguments: argparse.Namespace, _: list[str]) -> int:
     a = arguments
     if not a.query + a.item + a.features:
         raise index.IndexFileError("--query, --item or --features is missing: what to search for")
+    if a.gallery and (a.item or a.features or a.together):
+        raise index.IndexFileError("--gallery needs query images, each with its own hits")
     several = len(a.query + a.item + a.features) > 1 or any(os.path.isdir(path) for path in a.query)
     drawn: list[_Answers] = []
     for answers in _verified(a):
@@ -179,8 +181,10 @@ def _queries(opened: Any, arguments: argparse.Namespace) -> Iterator[tuple[list[
 
 def _print_answer(arguments: argparse.Namespace, title: str, name: str, hits: Sequence[Any]) -> None:
     if arguments.json:
-        listed = [{"path": hit.path, "score": hit.score, "id": hit.id, **hit.columns} for hit in hits]
-        print(json.dumps({"query": name, "hits": listed}, default=str))
+        from tcq.index import columns
+
+        listed = [columns.plain({"path": hit.path, "score": hit.score, "id": hit.id, **hit.columns}) for hit in hits]
+        print(json.dumps({"query": name, "hits": listed}))
     elif arguments.null:
         sys.stdout.buffer.write(b"".join(os.fsencode(hit.path) + b"\0" for hit in hits))
     else:

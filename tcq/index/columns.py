@@ -1,5 +1,7 @@
 """Own columns of an index: a CSV or Parquet file joined by path; and filters on them, on paths, sizes and dates."""
 
+import datetime
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,6 +115,19 @@ def of(index: Index, which: Sequence[int] | np.ndarray) -> pa.Table:
     rows = np.minimum(np.searchsorted(known, ids), max(len(known) - 1, 0))
     missing = known[rows] != ids if len(known) else np.ones(len(ids), bool)
     return index.columns.drop_columns(["id"]).take(pa.array(rows, mask=missing))
+
+
+def plain(value: Any) -> Any:
+    """A value of an own column as JSON: null for a number that is not finite, text for what JSON does not know."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, datetime.date):
+        return value.isoformat()
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(key): plain(v) for key, v in value.items()}
+    return value if isinstance(value, str | int | None) else str(value)
 
 
 def table(index: Index) -> pa.Table:

@@ -115,5 +115,5 @@ def compacted(index: Index) -> Index:
 
 
 def is_scattered(index: Index) -> bool:
-    """Whether an index has so many segments, or rows out of date, that it should be compacted."""
+    """Whether an index should be compacted: it has SEGMENTS segments, or most of its rows are out of date."""
     return len(index.segments) >= SEGMENTS or 2 * len(index.rows) < len(index.table)

@@ -33,7 +33,7 @@ from tcq.runtime import log, signals, storage
 LIKENESS = 0.97  # least correlation of the small pictures of near images
 OTHERS = 20  # nearest codes whose images an image is compared with
 SIDE = 16  # pixels of a small picture
-BLOCK = 256  # codes that are searched together
+BLOCK = 256  # images that are read between two looks at signals
 DRAWN = 10  # images of a group in a picture
 KINDS = ("same bytes", "same pixels", "near")
 
@@ -77,7 +77,7 @@ def find(
       index: whose images are compared.
       kind: the last of KINDS that is looked for. "same bytes" reads no file.
       likeness: least correlation of the small pictures of two near images.
-      others: an image is compared with those of the same code, and of so many nearest other codes.
+      others: number of nearest other codes; an image is compared with those of its own code and of these.
       references: images or folders that are kept. They are not compared with each other.
       verdicts: pairs of hashes of images that are not copies, as `read_verdicts` returns them.
 

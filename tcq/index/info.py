@@ -29,8 +29,8 @@ class Threshold(NamedTuple):
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Counts, sizes, folders, own columns, and how the index is searched. Raises as `open_index`."""
-    index = open_index(path)
+    """Counts, sizes, folders, own columns, and how the index is searched. Raises as `verify`."""
+    sizes, index = verify(path), open_index(path, verify=False)
     q, config = index.config.quantizer, index.config
     numbers, counts = np.unique(index.paths.numbers, return_counts=True)
     folders: dict[str, int] = {}
@@ -48,7 +48,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "columns": {field.name: str(field.type) for field in own if field.name != "id"},
         "segments": len(index.segments),
         "rows_out_of_date": len(index.table) - len(index.rows),
-        "bytes": sum(verify(path).values()),
+        "bytes": sum(sizes.values()),
         "search": nearest.name(build_engine(index)),
     }
 

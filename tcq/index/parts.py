@@ -25,7 +25,7 @@ from tcq.data import cache, folders
 from tcq.data.source import Source, SourceError
 from tcq.index import changes, columns, contents, items, store
 from tcq.index.contents import IndexFileError
-from tcq.index.scan import root_of
+from tcq.index.scan import is_embeddings, root_of
 from tcq.models import retriever
 from tcq.runtime import log, storage
 
@@ -59,9 +59,14 @@ def write(
     Raises SourceError if the folder holds no files, and as `encode.load`.
     """
     encoder, root = encode.load(workdir, which=which), Path(root_of(images))
-    if storage.is_url(images) or (retriever.takes_embeddings(encoder.model) and not encoder.config.model.embedder):
+    if (
+        storage.is_url(images)
+        or is_embeddings(images)
+        or (retriever.takes_embeddings(encoder.model) and not encoder.config.model.embedder)
+    ):
         raise SourceError(f"{images}: must be a folder of images on a shared file system")
-    names = folders.walk(root, encoder.config.data.exclude).files
+    listing = folders.walk(root, encoder.config.data.exclude)
+    names = listing.files
     if not names:
         raise SourceError(f"image folder {str(root)!r} holds no files")
     identity = encoder_hash(encoder)
@@ -69,7 +74,13 @@ def write(
     files = [f"part-{_hash(identity, root, chunk)}.parquet" for chunk in chunks]
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    manifest = {"root": str(root), "encoder": identity, "step": encoder.step, "parts": files}
+    manifest = {
+        "root": str(root),
+        "encoder": identity,
+        "step": encoder.step,
+        "parts": files,
+        "skipped": listing.skipped,
+    }
     text = json.dumps(manifest, indent=1) + "\n"
     if storage.read(out / MANIFEST) != text.encode():  # all processes write the same
         storage.write_text(out / MANIFEST, text)
@@ -154,7 +165,7 @@ def join(
             f"again, which writes only these"
         )
     names: list[str] = []
-    skipped: list[dict[str, str]] = []
+    skipped: list[dict[str, str]] = list(manifest["skipped"])
     codes, files = [], []
     for name in manifest["parts"]:
         table = _read_part(Path(folder, name))

@@ -201,7 +201,7 @@ def features_of_items(index: Index, which: Sequence[int]) -> Float[np.ndarray, "
 
 def find(index: Index, text: str) -> int:
     """The position of an image by its id or path. Raises IndexFileError if there is none, or several."""
-    if text.isdecimal():
+    if text.isdecimal() and len(text) <= 18:  # fits 64 bits
         place = int(np.searchsorted(index.ids, int(text)))
         if place < len(index.ids) and index.ids[place] == int(text):
             return place

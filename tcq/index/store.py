@@ -249,7 +249,10 @@ def changing(path: str | Path) -> Iterator[None]:
 
 
 def write(out: str | Path, index: Index, skipped: Sequence[dict[str, str]] | None) -> None:
-    """Writes an index, or replaces one; in a bucket meta.json is the last file. Raises IndexFileError."""
+    """Writes an index, or what is new in it; in a bucket meta.json is the last file.
+
+    `skipped` replaces skipped.jsonl, unless it is None. Raises IndexFileError.
+    """
     if storage.is_url(out):
         with tempfile.TemporaryDirectory(prefix="tcq-") as temporary:
             write(Path(temporary, "index"), index, skipped)

@@ -116,6 +116,20 @@ def test_a_push_writes_what_differs_and_removes_what_is_gone(connection):
     assert engine.search(opened, moved, tables_of(moved, 1), k=1)[0][0].path.startswith("/elsewhere/")
 
 
+def test_own_columns_of_all_kinds(connection):
+    engine, opened = connection
+    index = synthetic.index(count=20)
+    weights = np.where(np.arange(20) == 3, np.inf, np.arange(20) / 2)
+    days = np.array(["2020-01-02"] * 20, "datetime64[D]")
+    own = index.columns.append_column("weight", [weights]).append_column("day", [days])
+    index = index.replace(columns=own)
+    assert engine.push(opened, index) == (20, 0)
+    hits = {h.id: h.columns for h in engine.search(opened, index, tables_of(index, 1), k=20)[0]}
+    assert hits[4]["weight"] == 2 and str(hits[4]["day"])[:10] == "2020-01-02"
+    assert hits[3].get("weight") in (None, np.inf)
+    assert engine.push(opened, index) == (0, 0)
+
+
 def test_another_model_is_refused(connection):
     engine, opened = connection
     index, other = synthetic.index(), synthetic.index(step=2)

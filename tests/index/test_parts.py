@@ -99,6 +99,13 @@ def test_names_that_are_no_text(run, folder, tmp_path):
     assert columns == ["path", "hash", "size", "modified", "code0", "code1"]
 
 
+def test_embeddings_and_buckets_have_no_parts(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for images in ("embeddings:x", "gs://bucket/x"):
+        done = small.main("encode", f"--workdir={run}", f"--images={images}", f"--out={tmp_path / 'parts'}")
+        small.assert_refused(done, "must be a folder of images")
+
+
 def test_shares_are_numbers():
     for text in ("3/3", "x/3", "1", "-1/2"):
         done = small.tcq("encode", "--workdir=x", "--images=x", "--out=x", f"--share={text}")

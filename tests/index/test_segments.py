@@ -1,5 +1,6 @@
 """Rows, segments, ids and own columns of an index."""
 
+import datetime
 import json
 import os
 import shutil
@@ -345,3 +346,26 @@ def test_a_folder_of_no_images_is_no_query(built, tmp_path):
     for flags in ([], ["--together"]):
         done = small.main("search", f"--index={built}", f"--query={tmp_path / 'queries'}", *flags)
         small.assert_refused(done, "no image of these folders can be read")
+
+
+def test_own_columns_as_json():
+    day = datetime.datetime(2020, 1, 2, 3, tzinfo=datetime.UTC)
+    own = {"a": float("inf"), "b": float("nan"), "c": 1.5, "d": day, "e": None, "f": True, "g": [1, float("inf")]}
+    plain = columns.plain(own | {"h": {"x": day.date()}, "i": b"x", "j": "text"})
+    assert json.loads(json.dumps(plain, allow_nan=False)) == {
+        **{"a": None, "b": None, "c": 1.5, "d": "2020-01-02T03:00:00+00:00", "e": None, "f": True, "g": [1, None]},
+        **{"h": {"x": "2020-01-02"}, "i": "b'x'", "j": "text"},
+    }
+
+
+def test_json_of_a_search_has_no_words_beyond_json(run, photos, tmp_path):
+    (tmp_path / "own.csv").write_text("path,weight,day\n003.png,inf,2020-01-02\n")
+    indexes.build(run, photos, tmp_path / "index", own_columns=tmp_path / "own.csv")
+    done = small.main("search", f"--index={tmp_path / 'index'}", "--item", "0", "--json", "--k=99")
+    assert done.returncode == 0, done.stderr
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    hits = json.loads(done.stdout, parse_constant=refuse)["hits"]
+    assert next(h for h in hits if h["id"] == 0)["weight"] is None

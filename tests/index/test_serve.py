@@ -137,6 +137,9 @@ def test_an_item_is_a_query(address, index):
         ("/api/search?item=1&offset=-1", 400, "offset"),
         ("/api/search?item=1&min_score=high", 400, "must be a number"),
         ("/api/items/99999", 404, "no image"),
+        ("/api/items/" + "9" * 5000, 404, "no image"),
+        ("/api/items/x", 404, "no image"),
+        ("/api/thumbnails/" + "9" * 30, 404, "no image"),
         ("/api/items/../../etc/passwd", 404, "Not Found"),
         ("/api/thumbnails/99999", 404, "no image"),
         ("/api/thumbnails/1?side=5000", 400, "side"),
@@ -412,6 +415,27 @@ def test_an_id_is_resolved_in_the_index_that_answers(run, images, tmp_path):
     searcher.opened = searcher._open_again()
     (answer,) = searcher._answer([query])
     np.testing.assert_array_equal(answer.features, wanted)
+
+
+def test_an_index_that_changed_before_the_server_started_is_opened_again(run, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(searches, "RELOAD_SECONDS", 0.05)
+    indexes.build(run, images / "class 3", tmp_path / "index")
+    old, real = indexes.open_index(tmp_path / "index"), indexes.open_index
+    indexes.add(tmp_path / "index", images / "class 4")
+    monkeypatch.setattr(indexes, "open_index", lambda path: old)  # as it was opened just before the change
+    with running(tmp_path / "index") as address:
+        wait(lambda: found(address, "/api/info")["images"] == len(real(tmp_path / "index").paths) > len(old.paths))
+
+
+def test_pictures_that_cannot_be_encoded_fail_alone(index, monkeypatch):
+    searcher = searches.Searcher(index, indexes.open_index(index))
+    wrong = [searches.Query(picture=np.zeros((5, 5, 3), np.uint8)) for _ in range(2)]
+    answers = searcher._answer([wrong[0], searches.Query(item=3), wrong[1]])
+    assert [isinstance(a, Exception) for a in answers] == [True, False, True]
+    monkeypatch.setattr(app, "_takes_images", lambda index: False)
+    with running(index) as address:
+        status, _, answer = ask(address, "/api/search", b"x")
+        assert status == 400 and "takes embeddings, not images" in answer["error"]
 
 
 def test_health_recovers(run, images, tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ The table has a column for each own column, so that other tables can be joined a
 """
 
 import json
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urldefrag
 
@@ -199,6 +198,3 @@ def _hit(row: dict[str, Any]) -> Hit:
 def close(connection: Connection) -> None:
     """Closes the connection."""
     connection.client.close()
-
-
-__all__: Sequence[str] = ("Connection", "close", "connect", "push", "search", "select")

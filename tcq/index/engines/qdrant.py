@@ -5,14 +5,14 @@ ones are 1 / norm. Items with equal scores may come in any order.
 """
 
 import contextlib
-import datetime
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
 
+from tcq.index import columns
 from tcq.index.contents import Index
 from tcq.index.engines import common
 from tcq.index.engines.common import EngineError, Item, Pushed
@@ -88,7 +88,8 @@ def point(item: Item, index: Index) -> dict[str, Any]:
     num_codewords = index.config.quantizer.num_codewords
     positions = np.arange(len(item.code)) * num_codewords + item.code.astype(np.int64)
     value = 1.0 if item.norm is None else 1 / max(item.norm, 1e-12)
-    payload = {key: _plain(v) for key, v in item.values.items() if v is not None} | {VERSION: item.version}
+    values = columns.plain(item.values)
+    payload = {key: value for key, value in values.items() if value is not None} | {VERSION: item.version}
     vector = {"indices": positions.tolist(), "values": [value] * len(positions)}
     return {"id": item.id, "vector": {VECTOR: vector}, "payload": payload}
 
@@ -142,10 +143,6 @@ def _hit(number: Any, score: float, payload: Mapping[str, Any]) -> Hit:
     return Hit(str(payload.get("path", "")), score, int(number), own)
 
 
-def _plain(value: Any) -> Any:
-    return value.isoformat() if isinstance(value, datetime.date) else value
-
-
 def _about(connection: Connection) -> dict[str, Any] | None:
     metadata = connection.client.get_collection(connection.collection).config.metadata or {}
     found: dict[str, Any] | None = metadata.get("tcq")
@@ -176,6 +173,3 @@ def _reachable(address: str) -> Iterator[None]:
 def close(connection: Connection) -> None:
     """Closes the connection."""
     connection.client.close()
-
-
-__all__: Sequence[str] = ("Connection", "close", "connect", "point", "push", "query", "search")

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import io
 import logging
-import math
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -49,6 +48,8 @@ LARGEST = 1e15  # of the numbers of a feature; the squares of larger ones overfl
 SIDES = (160, 320, 640, 1280)  # pixels of thumbnails
 CACHED = 64 * 2**20  # bytes of thumbnails in memory
 THUMBNAILS_WAITING = 256
+DIGITS = 18  # of a number in a request: it fits 64 bits
+TOO_LARGE = "the image must have at most {:,} bytes"
 RETRY_AFTER = {"retry-after": "1"}
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,8 @@ def make(path: str | Path, index: Index, guard: guards.Guard, *, k: int) -> Any:
         Route("/healthz", _health),
         Route("/api/info", _info),
         Route("/api/search", _search, methods=["GET", "POST"]),
-        Route("/api/items/{id:int}", _item),
-        Route("/api/thumbnails/{id:int}", _thumbnail),
+        Route("/api/items/{id}", _item),
+        Route("/api/thumbnails/{id}", _thumbnail),
     ]
     handlers: Any = {
         HTTPException: _error,
@@ -121,7 +122,6 @@ async def _health(request: Request) -> Response:
 
 async def _info(request: Request) -> Response:
     index: Index = request.app.state.searcher.index
-    takes = retriever.takes_embeddings(index.encoder.model) and not index.config.model.embedder
     return JSONResponse(
         {
             "images": len(index.rows),
@@ -130,9 +130,13 @@ async def _info(request: Request) -> Response:
             "score": index.config.eval.score,
             "columns": columns.names(index),
             "k": request.app.state.k,
-            "takes_images": not takes,
+            "takes_images": _takes_images(index),
         }
     )
+
+
+def _takes_images(index: Index) -> bool:
+    return bool(index.config.model.embedder) or not retriever.takes_embeddings(index.encoder.model)
 
 
 async def _search(request: Request) -> Response:
@@ -143,6 +147,8 @@ async def _search(request: Request) -> Response:
     if request.method == "POST":
         if given:
             raise HTTPException(400, f"{given[0]} goes with GET")
+        if not _takes_images(searcher.index):
+            raise HTTPException(400, "the model takes embeddings, not images: search by item or features")
         query = query._replace(picture=await _picture(request, searcher.index))
     elif given == ["item"]:
         query = query._replace(item=_number(request, "item", 0, 2**62))
@@ -152,7 +158,7 @@ async def _search(request: Request) -> Response:
         raise HTTPException(400, "GET needs item or features, and POST an image")
     answer = await searcher.search(query)
     listed = [
-        {"id": h.id, "path": _text(h.path), "score": _finite(h.score), "columns": _plain(h.columns)}
+        {"id": h.id, "path": _text(h.path), "score": columns.plain(h.score), "columns": columns.plain(dict(h.columns))}
         for h in answer.hits
     ]
     features = base64.urlsafe_b64encode(answer.features.astype("<f4").tobytes()).decode().rstrip("=")
@@ -178,16 +184,16 @@ def _number(request: Request, name: str, least: int, most: int, default: int | N
     text = request.query_params.get(name, "")
     if not text and default is not None:
         return default
-    value = int(text) if text.isdecimal() and len(text) <= 20 else -1
+    value = int(text) if text.isdecimal() and len(text) <= DIGITS else -1
     if not least <= value <= most:
         raise HTTPException(400, f"{name} {text[:40]!r} must be a whole number from {least} to {most}")
     return value
 
 
-def _place(index: Index, number: int) -> int:
-    place = place_of(index, number)
+def _place(index: Index, text: str) -> int:
+    place = place_of(index, int(text)) if text.isdecimal() and len(text) <= DIGITS else None
     if place is None:
-        raise HTTPException(404, f"no image of the index has the id {number}")
+        raise HTTPException(404, f"no image of the index has the id {text[:40]}")
     return place
 
 
@@ -223,9 +229,10 @@ async def _picture(request: Request, index: Index) -> np.ndarray:
 def _declared_bytes(request: Request) -> int:
     """The size of the body; the largest one if it is not declared."""
     text = request.headers.get("content-length", str(MAX_BYTES))
-    if not text.isdecimal() or int(text[:20]) > MAX_BYTES:
-        raise HTTPException(413, f"an image may have {MAX_BYTES:,} bytes", {"connection": "close"})
-    return int(text)
+    size = int(text) if text.isdecimal() and len(text) <= DIGITS else MAX_BYTES + 1
+    if size > MAX_BYTES:
+        raise HTTPException(413, TOO_LARGE.format(MAX_BYTES), {"connection": "close"})
+    return size
 
 
 async def _body(request: Request) -> bytes:
@@ -236,7 +243,7 @@ async def _body(request: Request) -> bytes:
             async for part in request.stream():
                 size += len(part)
                 if size > MAX_BYTES:
-                    raise HTTPException(413, f"an image may have {MAX_BYTES:,} bytes", {"connection": "close"})
+                    raise HTTPException(413, TOO_LARGE.format(MAX_BYTES), {"connection": "close"})
                 parts.append(part)
     except TimeoutError:
         raise HTTPException(408, "the image did not arrive in time", {"connection": "close"}) from None
@@ -258,7 +265,7 @@ async def _item(request: Request) -> Response:
             "modified": row["modified"].isoformat() if row["modified"] else None,
             "hash": row["hash"].hex(),
             "code": index.codes[place].tolist(),
-            "columns": _plain(own),
+            "columns": columns.plain(own),
         }
     )
 
@@ -299,18 +306,3 @@ def _jpeg(path: str, side: int) -> bytes:
 def _text(path: str) -> str:
     """A path as text that JSON can hold: bytes that are not UTF-8 become "?"."""
     return path.encode("utf-8", "replace").decode()
-
-
-def _plain(columns: Any) -> dict[str, Any]:
-    """Own columns as JSON; null for numbers that are not finite."""
-
-    def one(value: Any) -> Any:
-        if isinstance(value, float):
-            return _finite(value)
-        return value if isinstance(value, str | int | None) else str(value)
-
-    return {name: one(value) for name, value in columns.items()}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

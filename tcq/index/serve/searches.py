@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,7 +126,7 @@ class Searcher:
 
     async def watch(self) -> None:
         """Verifies the index, and opens it again whenever it has changed, for ever."""
-        opened, verified = await asyncio.to_thread(self._read_meta), None
+        opened, verified = self.index.version, ""
         while True:
             try:
                 now = await asyncio.to_thread(self._read_meta)
@@ -140,17 +141,17 @@ class Searcher:
             except Exception as error:  # such as a file system that is away: looked at again
                 if str(error) != self.problem:
                     logger.error(f"{error}")
-                self.problem, verified = str(error), None
+                self.problem, verified = str(error), ""
             await asyncio.sleep(self._pause())
 
     def _pause(self) -> float:
         return RELOAD_SECONDS * (30 if storage.is_url(self.path) else 1)
 
-    def _read_meta(self) -> bytes:
+    def _read_meta(self) -> str:
         found = storage.read(storage.join(self.path, META))
         if found is None:
             raise IndexFileError(f"index {str(self.path)!r} has no {META}")
-        return found
+        return found.decode()
 
     def _open_again(self) -> Opened:
         return open_for_search(open_index(self.path, verify=False))
@@ -159,11 +160,13 @@ class Searcher:
         opened = self.opened
         index = opened.index
         pictures = [query.picture for query in queries if query.picture is not None]
-        encoded = iter(encode_padded(index, np.stack(pictures)) if pictures else ())
+        encoded: Iterator[Any] = iter(_encode_each(index, pictures))
         answers: list[Answer | Exception] = []
         for query in queries:
             try:
                 features = next(encoded) if query.picture is not None else _features(index, query)
+                if isinstance(features, Exception):
+                    raise features
                 answers.append(_search(opened, query, features))
             except Exception as error:  # of this query alone
                 answers.append(error)
@@ -216,6 +219,14 @@ def _where(opened: Opened, text: str) -> np.ndarray | None:
     return opened.allowed[text]
 
 
+def _encode_each(index: Index, pictures: list[np.ndarray]) -> list[np.ndarray] | list[Exception]:
+    """The features of each picture; the error instead if they cannot be encoded."""
+    try:
+        return list(encode_padded(index, np.stack(pictures))) if pictures else []
+    except Exception as error:
+        return [error] * len(pictures)
+
+
 def encode_padded(index: Index, pictures: np.ndarray) -> np.ndarray:
     """The features of queries, padded to a power of two: a program is compiled for each number of images."""
     count = len(pictures)
@@ -228,7 +239,7 @@ _lock = threading.Lock()
 
 
 def without_copies(index: Index, found: list[Hit], most: int) -> tuple[list[Hit], int]:
-    """The first hits that are not copies of a better one, at most so many, and how many were looked at for them."""
+    """The first `most` hits that are not copies of a better one, and the number of hits that it looked at."""
     kept: list[Hit] = []
     pictures, count = np.zeros((most, 3 * duplicates.SIDE**2), np.float32), 0
     digests: set[bytes] = set()
