@@ -40,7 +40,6 @@ def main() -> None:
 def _write(path: Path, count: int) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
     import synthetic
-
     from tcq.index import store
 
     index = synthetic.index(count=count, codebooks=8, codewords=256)

@@ -7,10 +7,11 @@ import shutil
 
 import numpy as np
 import pytest
-import synthetic
 from PIL import Image, ImageDraw
 
 import small
+import synthetic
+from tcq import cli
 from tcq import index as indexes
 from tcq.index import closeness, duplicates
 
@@ -209,3 +210,8 @@ def test_embeddings_have_no_copies():
     table = index.table.set_column(3, "hash", [[bytes(20)] * 500])
     with pytest.raises(indexes.IndexFileError, match="holds embeddings"):
         duplicates.find(index.replace(table=table.cast(index.table.schema)))
+
+
+def test_the_flags_have_the_defaults_of_the_function():
+    arguments = cli.make_parser().parse_args(["duplicates", "--index=x"])
+    assert (arguments.min_likeness, arguments.others) == (duplicates.LIKENESS, duplicates.OTHERS)

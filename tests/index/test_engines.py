@@ -5,9 +5,9 @@ import sys
 
 import numpy as np
 import pytest
-import synthetic
 
 import small
+import synthetic
 from tcq import index as indexes
 from tcq.index import engines
 from tcq.index.engines import postgres, qdrant

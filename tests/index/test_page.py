@@ -1,6 +1,5 @@
 """The search page in headless Chromium: by mouse and by keyboard, at three widths, in light and dark."""
 
-import importlib.util
 import os
 import shutil
 import sys
@@ -10,19 +9,12 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-import small
+from serving import running
 from tcq import index as indexes
 
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 AXE = Path(sys.prefix, "axe", "node_modules", "axe-core", "axe.min.js")
 WIDTHS = (360, 768, 1280)
-
-
-def running(*arguments, **options):
-    spec = importlib.util.spec_from_file_location("test_serve", small.ROOT / "tests" / "index" / "test_serve.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.running(*arguments, **options)
 
 
 @pytest.fixture(scope="module")

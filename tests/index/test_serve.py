@@ -1,7 +1,5 @@
 """The search page's server: real requests on the loopback interface."""
 
-import asyncio
-import contextlib
 import http.client
 import io
 import json
@@ -19,52 +17,19 @@ import pytest
 from PIL import Image
 
 import small
+from serving import ask, running
 from tcq import index as indexes
 from tcq.index import serve
 from tcq.index.serve import app, searches
 from tcq.index.serve.guard import Guard
-from tcq.runtime import signals
 
 pytestmark = pytest.mark.whole
-
-
-@contextlib.contextmanager
-def running(path, *, token=None, k=3):
-    """The address of a server of an index."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    port = listening.getsockname()[1]
-    server = serve.make_server(path, indexes.open_index(path), Guard(None if token else port, token), k=k)
-    thread = threading.Thread(target=lambda: asyncio.run(serve._run(server, listening)))
-    thread.start()
-    end = time.monotonic() + 20
-    while not server.started and time.monotonic() < end:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
-        listening.close()
-        signals.reset()
 
 
 @pytest.fixture(scope="module")
 def address(index):
     with running(index) as found:
         yield found
-
-
-def ask(address, path, body=None, headers=None):
-    """Status, headers and contents of an answer; JSON is parsed."""
-    request = urllib.request.Request(address + path, body, headers or {})
-    try:
-        answer = urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as error:
-        answer = error
-    with answer:
-        contents = answer.read()
-        is_json = answer.headers.get("content-type", "").startswith("application/json")
-        return answer.status, answer.headers, json.loads(contents) if is_json else contents
 
 
 def found(address, path, body=None):
