@@ -87,14 +87,14 @@ def write_onnx(encoder: encode.Encoder, path: Path) -> None:
     Raises ProgramError if jax2onnx or onnxruntime are missing, for a ResNet, which jax2onnx cannot write, and if the
     program differs from the encoder.
     """
+    if isinstance(getattr(encoder.model, "backbone", None), resnet.ResNet):
+        raise ProgramError(f"model {encoder.config.model.name}: jax2onnx cannot write ResNets: use --format=stablehlo")
     try:
         import onnx
         import onnxruntime
         from jax2onnx import to_onnx
     except ImportError as error:
         raise ProgramError(f"ONNX needs {error.name}: pip install 'tcq[onnx]'") from None
-    if isinstance(getattr(encoder.model, "backbone", None), resnet.ResNet):
-        raise ProgramError(f"model {encoder.config.model.name}: jax2onnx cannot write ResNets: use --format=stablehlo")
     shape, dtype = _input(encoder)
     lenient = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
     with lenient[0], lenient[1], contextlib.redirect_stdout(io.StringIO()):

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 import small
+from tcq import config as configs
 from tcq import encode
 from tcq import index as indexes
 from tcq.index import programs
+from tcq.models import retriever
 
 READER = """
 import json, sys
@@ -63,6 +65,15 @@ def test_onnx_without_its_library_is_one_message(index, tmp_path, monkeypatch):
     done = small.main("export", f"--index={index}", f"--out={tmp_path / 'x.onnx'}", "--format=onnx")
     small.assert_refused(done, "pip install 'tcq[onnx]'")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resnet_is_refused_as_onnx(index, tmp_path):
+    encoder = indexes.open_index(index).encoder
+    config = configs.from_json(configs.to_json(encoder.config))
+    config.model.name = "resnet18"
+    other = encoder._replace(config=config, model=retriever.from_config(config))
+    with pytest.raises(programs.ProgramError, match="model resnet18: jax2onnx cannot write ResNets"):
+        programs.write_onnx(other, tmp_path / "x.onnx")
 
 
 @pytest.mark.peers
