@@ -24,7 +24,7 @@ LOW, HIGH = -1.5, 1.5  # below and above all cosines
 STEPS = np.array([-32, -6, -2, -0.5, 0.5, 2, 6, 32], np.float32)
 LEAST_STEPS = np.array([4, 3, 2, 1, 1, 2, 3, 4], np.float32)
 EVEN = 1  # further ones, evenly over the interval
-FEW = 4  # the last anchors are searched without computing their similarities again: so many times rows_to_count
+FEW = 4  # times rows_to_count: as many of the last anchors are searched without computing their similarities again
 SAMPLE = 256  # anchors of a device, paired with one another
 SAMPLE_ERROR = 0.02  # of the sample's rank, as a share of it
 

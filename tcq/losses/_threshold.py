@@ -162,7 +162,7 @@ def _last_tie(values: Array, value: Array, room: Array) -> Array:
 
 
 def _cached_rows(num_rows: int, num_columns: int) -> int:
-    """A divisor of the number of rows: so many fit the cache of a CPU."""
+    """A divisor of the number of rows: the rows that fit the cache of a CPU."""
     return gcd(num_rows, 1 << max(CACHED // num_columns, 1).bit_length() - 1)
 
 
