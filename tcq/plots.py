@@ -15,6 +15,7 @@ from tcq.runtime import storage
 # Right and wrong differ in line style, symbol and lightness, not only in hue (colours of Okabe & Ito).
 RIGHT = {"color": "#0072B2", "linestyle": "solid", "symbol": "\N{HEAVY CHECK MARK}"}
 WRONG = {"color": "#E69F00", "linestyle": (0, (2, 2)), "symbol": "\N{MULTIPLICATION X}"}
+CELL, IMAGE, TITLE = (1.1, 1.25), 0.98, 0.35  # inches of a gallery: width and height of a cell, longer side of an image
 LINE_STYLES = ("solid", "dashed", "dotted", "dashdot", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 
@@ -34,34 +35,34 @@ def gallery(
     Raises OSError if the file cannot be written, ValueError for an unknown file format.
     """
     rows, columns = len(queries), 1 + max(len(n) for n in neighbours)
-    figure = _figure(columns * 1.1, rows * 1.25 + 0.6)
-    axes = figure.subplots(rows, columns, squeeze=False)
+    figure = _figure(columns * CELL[0], rows * CELL[1] + TITLE)
+    axis = figure.add_axes((0, 0, 1, 1))  # one for all: an axis for each image would take most of the time
+    axis.axis("off")
     for r in range(rows):
-        for c in range(columns):
-            if c > len(neighbours[r]):
-                axes[r, c].axis("off")
-            elif c == 0:
-                _image(axes[r, c], queries[r], name, None)
-            else:
-                caption = captions[r][c - 1] if captions is not None else ""
-                mark = None if right is None else RIGHT if right[r][c - 1] else WRONG
-                _image(axes[r, c], neighbours[r][c - 1], caption, mark)
+        _image(axis, queries[r], (r, 0), name, None)
+        for c, pixels in enumerate(neighbours[r]):
+            caption = captions[r][c] if captions is not None else ""
+            mark = None if right is None else RIGHT if right[r][c] else WRONG
+            _image(axis, pixels, (r, c + 1), caption, mark)
+    axis.set(xlim=(0, columns * CELL[0]), ylim=(rows * CELL[1], -TITLE), aspect="equal")
     if title:
-        figure.suptitle(_printable(title), fontsize=10, parse_math=False)
-    figure.tight_layout(rect=(0, 0, 1, 0.99))
+        figure.suptitle(_printable(title), fontsize=10, parse_math=False, y=1 - 0.1 / figure.get_figheight())
     _save(figure, path)
 
 
-def _image(axis: Any, pixels: np.ndarray, caption: str, mark: Mapping[str, Any] | None) -> None:
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.imshow(pixels, interpolation="nearest")
-    for spine in axis.spines.values():
-        spine.set(linewidth=3 if mark else 1, color=mark["color"] if mark else "black")
-        if mark:
-            spine.set_linestyle(mark["linestyle"])
+def _image(axis: Any, pixels: np.ndarray, place: tuple[int, int], caption: str, mark: Mapping[str, Any] | None) -> None:
+    """Draws an image with a frame and a caption in the cell of a row and a column."""
+    from matplotlib.patches import Rectangle
+
+    height, width = (side / max(pixels.shape[:2]) * IMAGE for side in pixels.shape[:2])
+    x, y = (place[1] + 0.5) * CELL[0], (place[0] + 1) * CELL[1] - IMAGE / 2 - 0.05  # of the centre, y downwards
+    left, top = x - width / 2, y - height / 2
+    axis.imshow(pixels, interpolation="nearest", extent=(left, left + width, top + height, top))
+    frame = {"edgecolor": mark["color"], "linestyle": mark["linestyle"], "linewidth": 3} if mark else {"linewidth": 1}
+    axis.add_patch(Rectangle((left, top), width, height, **{"fill": False, "edgecolor": "black", **frame}))
     text = f"{mark['symbol']} {caption}".strip() if mark else caption
-    axis.set_title(_printable(text), fontsize=8, pad=3, parse_math=False)
+    above = {"ha": "center", "va": "bottom", "fontsize": 8, "parse_math": False}
+    axis.text(x, y - IMAGE / 2 - 0.03, _printable(text), **above)
 
 
 def curves(path: str | Path, results: Mapping[str, Mapping[str, Any]], *, ks: Sequence[int], title: str = "") -> None:

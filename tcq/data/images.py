@@ -112,6 +112,12 @@ def read(source: str | Path | bytes, *, size: int, resize: Resize = WHOLE, max_p
         raise UnreadableError(f"cannot be read: {error.strerror or error}") from None
 
 
+def square(gray: UInt8[np.ndarray, "H W"], *, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """The pixels that `decode` gives for a lossless file of a gray image."""
+    image = Image.fromarray(gray)
+    return np.asarray(_to_square(_to_rgb(image, _steps(image.size, size, WHOLE), deep=False), size, WHOLE), np.uint8)
+
+
 def pixel_digest(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> bytes:
     """A hash of all pixels in 8-bit RGB and of their number: equal for files that show exactly the same.
 

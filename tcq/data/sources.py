@@ -3,17 +3,15 @@
 Images are decoded once to uint8 and cached. Embeddings are mapped from their files.
 """
 
-import io
 import logging
 import os
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
 from tcq.data import cache, embeddings, folders, protocols
-from tcq.data.images import decode
+from tcq.data.images import square
 from tcq.data.source import Source, SourceError
 from tcq.runtime import storage
 
@@ -105,12 +103,6 @@ def _digits(size: int) -> Source:
 
     scans = load_digits()
     images = np.round(scans.images / 16 * 255).astype(np.uint8)  # (1797, 8, 8), 0..16 -> 0..255
-    rgb = [decode(_png(image), size=size) for image in images]
+    rgb = [square(image, size=size) for image in images]
     names = [f"digit_{i:04d}" for i in range(len(images))]
     return Source(np.stack(rgb), scans.target.astype(np.int64), names, [str(i) for i in range(10)], [])
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(pixels.squeeze()).save(out, "PNG", compress_level=0)
-    return out.getvalue()

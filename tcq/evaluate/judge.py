@@ -212,7 +212,7 @@ def by_terminal(folder: Path, source: Source, read: Callable[[str], str] = input
     images = source.images if source.pictures is None else source.pictures
 
     def ask(i: int, j: int) -> bool | None:
-        plots.gallery(folder / PICTURE, [images[i]], [[images[j]]], captions=[["the same kind of thing?"]], name="")
+        plots.gallery(folder / PICTURE, [images[i]], [[images[j]]], title="the same kind of thing?", name="")
         while True:
             question = f"{folder / PICTURE}: {source.names[i]} and {source.names[j]}: same kind of thing? [y/n/q] "
             text = read(question).strip().lower()

@@ -20,6 +20,13 @@ def test_lossless_at_its_own_size(pixels):
     np.testing.assert_array_equal(images.decode(png(pixels), size=12), pixels)
 
 
+@pytest.mark.parametrize("shape", [(8, 8), (16, 20), (50, 7)])
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 9, 32])
+def test_a_gray_array_is_as_its_file(shape, size):
+    gray = np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)
+    np.testing.assert_array_equal(images.square(gray, size=size), images.decode(png(gray), size=size))
+
+
 def test_modes():
     gray = np.arange(144, dtype=np.uint8).reshape(12, 12)
     np.testing.assert_array_equal(images.decode(png(gray), size=12), np.repeat(gray[..., None], 3, 2))

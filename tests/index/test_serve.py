@@ -129,6 +129,12 @@ def test_bodies_that_are_no_images(address, monkeypatch, body):
     connection.request("POST", "/api/search", iter([body[:50], body[50:], body]), encode_chunked=True)
     assert connection.getresponse().status == 413
     connection.close()
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=20)
+    connection.putrequest("POST", "/api/search")
+    connection.putheader("Content-Length", str(len(body)))
+    connection.endheaders()  # nothing of the body is sent: its declared size alone is refused
+    assert connection.getresponse().status == 413
+    connection.close()
     monkeypatch.setattr(app, "MAX_BYTES", len(body))
     assert ask(address, "/api/search", body)[0] == 200
 
