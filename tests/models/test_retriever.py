@@ -40,12 +40,16 @@ def test_docs_list_every_named_model_with_its_parameter_count():
     assert {name: table[name] for name in PUBLISHED} == PUBLISHED
     for name, count in table.items():
         if name in vit.NAMED:
-            size, patch = vit.NAMED[name]
-            model, side = vit.ViT(*size, patch=patch), 224
+            (width, depth, heads), patch = vit.NAMED[name]
+            one, two = (_count(vit.ViT(width, blocks, heads, patch=patch)) for blocks in (1, 2))
+            assert one + (depth - 1) * (two - one) == count, name  # the blocks have the same parameters
         else:
-            model, side = resnet.ResNet(*resnet.NAMED[name]), 224
-        shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
-        assert sum(x.size for x in jax.tree.leaves(shapes["params"])) == count, name
+            assert _count(resnet.ResNet(*resnet.NAMED[name])) == count, name
+
+
+def _count(model):
+    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    return sum(x.size for x in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0), image)["params"]))
 
 
 def small_config(**quantizer_changes) -> ConfigDict:
