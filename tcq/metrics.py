@@ -14,6 +14,7 @@ denominator.
   ties scores higher, or lower; with "hits" a relevant item late in the list can lower the score.)
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -24,7 +25,9 @@ from jaxtyping import Bool, Float, Int, Num
 TIES = ("expected", "index", "best", "worst")
 DENOMINATORS = ("hits", "min", "all")
 EMPTY = ("zero", "skip")
-INTERVALS = 4096
+INTERVALS = 4096  # of the histogram of a row
+MANY = 10_000  # items of a row from which on it is worth its time
+BLOCK = 2**19  # scores that are counted together
 
 
 class Scores(NamedTuple):
@@ -116,14 +119,14 @@ def search(
             f"{scores.shape[1]}"
         )
     precision, hits_at = np.empty(len(scores)), np.empty((len(scores), cut.size))
-    relevant = relevance.sum(axis=1)
-    for q, (row, right) in enumerate(zip(scores, relevance, strict=True)):
-        if ties == "index":
+    relevant = np.array([np.count_nonzero(row) for row in relevance])
+    if ties == "index":
+        for q, (row, right) in enumerate(zip(scores, relevance, strict=True)):
             hit = right[_stable_order(row, max(k, int(cut.max(initial=0))))]
             hits_at[q] = np.cumsum(hit)[cut - 1]
             precision[q] = _ap_of_ranks(np.flatnonzero(hit[:k]), int(relevant[q]), k, denominator)
-            continue
-        hits_at[q], groups = _tie_groups(row, right, k, cut, ties)
+        return Scores(precision, hits_at, relevant)
+    for q, (hits_at[q], groups) in enumerate(_tie_groups(scores, relevance, k, cut, ties)):
         if ties == "expected":
             precision[q] = _expected_ap(groups, int(relevant[q]), k, denominator)
         else:
@@ -174,7 +177,7 @@ def _check_inputs(scores: ArrayLike, relevance: ArrayLike, k: int) -> tuple[np.n
         )
     if k < 1:
         raise ValueError(f"k {k} must be at least 1")
-    if np.isnan(scores).any():
+    if np.isnan(scores.min()):  # the minimum of scores with NaN is NaN
         raise ValueError(f"{np.isnan(scores).sum()} of {scores.size} scores are NaN: all must be numbers")
     return scores, relevance, min(k, scores.shape[1])
 
@@ -187,57 +190,99 @@ class _Groups(NamedTuple):
     relevant: np.ndarray
 
 
+class _Scratch(NamedTuple):
+    """Arrays (R, N) that are used again for each block of rows: new ones would cost more time than the work in them."""
+
+    below: np.ndarray  # floats
+    keys: np.ndarray  # integers
+    wanted: np.ndarray  # bool
+
+
+class _Block(NamedTuple):
+    """The items of R rows that have to be sorted: those of the intervals of the cut-offs, and all above the k-th."""
+
+    values: list[np.ndarray]  # negated scores of each row, ascending: best first
+    relevant: list[np.ndarray]  # those of relevant items, ascending
+    before: list[np.ndarray]  # for each cut-off, items of better intervals that are not in `values`
+    relevant_before: list[np.ndarray]
+
+
 def _tie_groups(
-    scores: np.ndarray, right: np.ndarray, k: int, cuts: np.ndarray, ties: str
-) -> tuple[np.ndarray, _Groups]:
-    """Hits at the cut-offs, and the groups of ties among the first k, without sorting all scores.
+    scores: np.ndarray, relevance: np.ndarray, k: int, cuts: np.ndarray, ties: str
+) -> Iterator[tuple[np.ndarray, _Groups]]:
+    """For each row hits at the cut-offs, and the groups of ties among the first k, without sorting all scores.
 
-    A histogram of the scores over `INTERVALS` intervals gives the interval of each cut-off. Only the items of these
-    intervals, and those above the k-th score, are sorted. A row of few items is one interval.
+    Rows are counted together: few long calls of NumPy let threads run side by side, many short ones do not.
     """
-    keys = _intervals(scores)
-    up_to = np.cumsum(np.bincount(keys, minlength=INTERVALS))
-    up_to_relevant = np.cumsum(np.bincount(keys.compress(right), minlength=INTERVALS))
-    cut_keys, last_key = np.searchsorted(up_to, cuts), int(np.searchsorted(up_to, k))
-    wanted = np.zeros(INTERVALS, bool)
-    wanted[cut_keys], wanted[: last_key + 1] = True, True
-    places = np.flatnonzero(wanted.take(keys))
-    values = -scores.take(places)  # ascending from here on: best first
-    order = np.argsort(values, kind="stable")
-    ordered, places = values[order], places[order]
-    ordered_keys, hit = keys.take(places), right.take(places)
-    relevant, relevant_keys = ordered[hit], ordered_keys[hit]
-
-    # `ordered` holds all items of these intervals, but not of all intervals before them: count those left out.
-    before_keys = cut_keys - 1
-    skipped = np.append(up_to, 0)[before_keys] - np.searchsorted(ordered_keys, cut_keys)
-    skipped_relevant = np.append(up_to_relevant, 0)[before_keys] - np.searchsorted(relevant_keys, cut_keys)
-    value = ordered[cuts - 1 - skipped]
-    start = np.searchsorted(ordered, value, "left") + skipped
-    size = np.searchsorted(ordered, value, "right") + skipped - start
-    first = np.searchsorted(relevant, value, "left")
-    inside = np.searchsorted(relevant, value, "right") - first
-    before, within = first + skipped_relevant, cuts - start
-    hits = {
-        "best": before + np.minimum(within, inside),
-        "worst": before + np.maximum(within - (size - inside), 0),
-        "expected": before + inside * (within / size),  # linear within a group of ties
-    }[ties]
-    return hits, _groups(ordered, relevant, k)
+    size = max(1, BLOCK // scores.shape[1])
+    scratch = _Scratch(*(np.empty((size, scores.shape[1]), dtype) for dtype in (scores.dtype, np.intp, bool)))
+    for first in range(0, len(scores), size):
+        block = _sort_near_cuts(scores[first : first + size], relevance[first : first + size], k, cuts, scratch)
+        for ordered, relevant, before, relevant_before in zip(*block, strict=True):
+            value = ordered[cuts - 1 - before]
+            start = np.searchsorted(ordered, value, "left") + before
+            size_of_group = np.searchsorted(ordered, value, "right") + before - start
+            better = np.searchsorted(relevant, value, "left")
+            inside = np.searchsorted(relevant, value, "right") - better
+            within, better = cuts - start, better + relevant_before
+            hits = {
+                "best": better + np.minimum(within, inside),
+                "worst": better + np.maximum(within - (size_of_group - inside), 0),
+                "expected": better + inside * (within / size_of_group),  # linear within a group of ties
+            }[ties]
+            yield hits, _groups(ordered, relevant, k)
 
 
-def _intervals(scores: np.ndarray) -> np.ndarray:
-    """The interval of each score, uint16, from 0 for the highest scores; a lower score never has a lower interval."""
-    low, high = scores.min(), scores.max()
-    if not (np.isfinite(low) and np.isfinite(high)):
-        finite = scores[np.isfinite(scores)]
-        low, high = (finite.min(), finite.max()) if len(finite) else (low, low)
+def _sort_near_cuts(scores: np.ndarray, relevance: np.ndarray, k: int, cuts: np.ndarray, scratch: _Scratch) -> _Block:
+    """Sorts only the items near the cut-offs and above the k-th, which a histogram of the scores tells."""
+    number, scratch = INTERVALS if scores.shape[1] >= MANY else 1, _Scratch(*(x[: len(scores)] for x in scratch))
+    keys = scratch.keys
+    _intervals(scores, number, scratch)
+    keys += number * np.arange(len(scores))[:, None]
+    keys *= 2
+    keys += relevance
+    counted = np.bincount(keys.ravel(), minlength=2 * number * len(scores))
+    counted = counted.reshape(len(scores), number, 2)
+    relevant_in, all_in = counted[:, :, 1], counted[:, :, 0] + counted[:, :, 1]
+    ends = [np.searchsorted(_before(row), np.append(cuts, k)) - 1 for row in all_in]
+    wanted = np.zeros(all_in.shape, bool)
+    for row, end in zip(wanted, ends, strict=True):
+        row[end], row[: end[-1]] = True, True
+    np.repeat(wanted, 2).take(keys, out=scratch.wanted, mode="clip")  # the mode, as "raise" would copy
+    places = np.flatnonzero(scratch.wanted)
+    values, hit = -scores.ravel().take(places), relevance.ravel().take(places)
+    edges = np.cumsum(np.where(wanted, all_in, 0).sum(axis=1))[:-1]
+    parts = list(zip(np.split(values, edges), np.split(hit, edges), strict=True))
+    return _Block(
+        [np.sort(part) for part, _ in parts],
+        [np.sort(part[right]) for part, right in parts],
+        *(
+            [_before(row)[end[:-1]] for row, end in zip(np.where(wanted, 0, x), ends, strict=True)]
+            for x in (all_in, relevant_in)
+        ),
+    )
+
+
+def _before(counts: np.ndarray) -> np.ndarray:
+    """The sums of the numbers before each, and of all."""
+    return np.concatenate([[0], np.cumsum(counts)])
+
+
+def _intervals(scores: np.ndarray, number: int, scratch: _Scratch) -> None:
+    """Sets `keys` to the interval of each score in its row, from 0 for the highest. Lower scores have no lower one."""
+    low, high = scores.min(axis=1, keepdims=True), scores.max(axis=1, keepdims=True)
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        finite = np.isfinite(scores)
+        low = np.where(finite, scores, np.inf).min(axis=1, keepdims=True)
+        high = np.where(finite, scores, -np.inf).max(axis=1, keepdims=True)
         scores = np.clip(scores, low, high)
-    with np.errstate(over="ignore", invalid="ignore"):
-        step = (INTERVALS - 1) / (high - low) if high > low else np.inf
-    if len(scores) < 10_000 or not 0 < step < np.inf:
-        return np.zeros(len(scores), np.uint16)
-    return ((high - scores) * step).astype(np.uint16)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        step = (number - 1) / (high - low)
+        usable = (high > low) & (step > 0) & (step < np.inf)
+        below = np.subtract(high, scores, out=scratch.below)
+        below *= np.where(usable, step, 0)
+        below[~usable[:, 0]] = 0
+        np.copyto(scratch.keys, below, casting="unsafe")
 
 
 def _groups(ordered: np.ndarray, relevant: np.ndarray, k: int) -> _Groups:

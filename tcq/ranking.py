@@ -57,14 +57,15 @@ def lookup_table(
 def code_norms(codes: UInt[ArrayLike, "N M"], codebooks: Float[ArrayLike, "M K d"]) -> Float[Array, " N"]:
     """The Euclidean norm of each decoded item, float32; for "cosine"."""
     squares = jnp.sum(jnp.asarray(codebooks, jnp.float32) ** 2, axis=-1)  # (M, K)
-    return jnp.sqrt(_sum_entries(squares[None], jnp.asarray(codes))[0])
+    return jnp.sqrt(_sum_columns(*_columns(squares[None], jnp.asarray(codes)), None)[0])
 
 
 def scores(
     tables: Float[ArrayLike, "Q M K"], codes: UInt[ArrayLike, "N M"], *, norms: Float[ArrayLike, " N"] | None = None
 ) -> Float[Array, "Q N"]:
     """Scores of all items for all queries, float32; divided by `norms` if given (see `lookup_table`)."""
-    return _scores(jnp.asarray(tables), jnp.asarray(codes), None if norms is None else jnp.asarray(norms))
+    columns = _columns(jnp.asarray(tables), jnp.asarray(codes))
+    return _sum_columns(*columns, None if norms is None else jnp.asarray(norms))
 
 
 def dense_scores(
@@ -117,18 +118,27 @@ def _best_columns(values: np.ndarray, k: int) -> np.ndarray:
     return np.stack(rows)
 
 
-def _sum_entries(tables: Float[Array, "Q M K"], codes: UInt[Array, "N M"]) -> Float[Array, "Q N"]:
-    """The sum of the entries that each code selects."""
-    codes = codes.astype(jnp.int32)
+@jax.jit
+def _columns(tables: Float[Array, "Q M K"], codes: UInt[Array, "N M"]) -> tuple[Array, Array]:
+    """Tables (Q, C, W) and codes (C, N) of columns: pairs of codebooks if these give a byte, for half as many gathers.
+
+    A program of its own: in that of the sum, XLA would make the pairs again for each query.
+    """
     queries, num_codebooks, num_codewords = tables.shape
-    if num_codewords <= 16 and num_codebooks % 2 == 0:  # half as many gathers from tables of pairs of codewords
-        pairs = tables[:, 0::2, :, None] + tables[:, 1::2, None, :]
-        tables = pairs.reshape(queries, num_codebooks // 2, num_codewords**2)
-        codes = codes[:, 0::2] * num_codewords + codes[:, 1::2]
-    total = jnp.zeros((queries, codes.shape[0]), jnp.float32)
-    for m in range(tables.shape[1]):  # one gather at a time keeps memory at Q * N
-        total = total + jnp.take(tables[:, m], codes[:, m], axis=1, mode="clip")
-    return total
+    if num_codewords > 16 or num_codebooks % 2:
+        return tables, codes.T
+    pairs = tables[:, 0::2, :, None] + tables[:, 1::2, None, :]
+    tables = pairs.reshape(queries, num_codebooks // 2, num_codewords**2)
+    return tables, (codes[:, 0::2] * num_codewords + codes[:, 1::2]).astype(jnp.uint8).T
+
+
+@jax.jit
+def _sum_columns(tables: Float[Array, "Q C W"], codes: UInt[Array, "C N"], norms: Array | None) -> Float[Array, "Q N"]:
+    total = jnp.zeros((tables.shape[0], codes.shape[1]), jnp.float32)
+    for c in range(tables.shape[1]):  # one gather at a time keeps memory at Q * N
+        total = total + jnp.take(tables[:, c], codes[c], axis=1, mode="clip")
+    # Not a quotient: XLA would choose between one and this product, which rounds differently.
+    return total if norms is None else total * (1 / jnp.maximum(norms, 1e-12))[None]
 
 
 @partial(jax.jit, static_argnames=("metric", "squared", "normalize"))
@@ -172,10 +182,3 @@ def _in_chunks(function: Callable[[Array], Array], rows: Float[Array, "Q D"]) ->
 def _check_metric(metric: str) -> None:
     if metric not in METRICS:
         raise ValueError(f"metric {metric!r} is unknown: use one of {', '.join(METRICS)}")
-
-
-@jax.jit
-def _scores(tables: Array, codes: Array, norms: Array | None) -> Array:
-    total = _sum_entries(tables, codes)
-    # Not a quotient: XLA would choose between one and this product, which rounds differently.
-    return total if norms is None else total * (1 / jnp.maximum(norms, 1e-12))[None]

@@ -117,7 +117,7 @@ def test_without_ties_all_rules_agree():
         )
 
 
-@pytest.mark.parametrize("kind", ["smooth", "few values", "outlier", "infinite", "constant", "huge"])
+@pytest.mark.parametrize("kind", ["smooth", "few values", "outlier", "infinite", "a row", "constant", "huge"])
 def test_many_items_give_what_a_full_sort_gives(kind, monkeypatch):
     """Rows of 10,000 items and more are not sorted as a whole."""
     random = np.random.RandomState(0)
@@ -127,6 +127,7 @@ def test_many_items_give_what_a_full_sort_gives(kind, monkeypatch):
         "few values": np.round(scores, 1),
         "outlier": np.where(scores > 3.5, 1e30, scores),
         "infinite": np.where(scores > 3, np.inf, np.where(scores < -3, -np.inf, scores)),
+        "a row": np.where(np.arange(4)[:, None] == 1, -np.inf, scores),  # beside others in the same block
         "constant": np.zeros_like(scores),
         "huge": scores * 3e307,
     }[kind]
@@ -135,9 +136,10 @@ def test_many_items_give_what_a_full_sort_gives(kind, monkeypatch):
     for dtype in (np.float64, np.float32) if kind != "huge" else (np.float64,):
         for ties in metrics.TIES:
             options = {"k": 700, "cuts": cuts, "ties": ties}
-            ours = metrics.search(scores.astype(dtype), relevance, **options)
             with monkeypatch.context() as patch:
-                patch.setattr(metrics, "_intervals", lambda row: np.zeros(len(row), np.uint16))
+                patch.setattr(metrics, "BLOCK", 36_000)  # three rows, and one
+                ours = metrics.search(scores.astype(dtype), relevance, **options)
+                patch.setattr(metrics, "MANY", 10**9)
                 whole = metrics.search(scores.astype(dtype), relevance, **options)
             for a, b in zip(ours, whole, strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-12)
