@@ -69,7 +69,7 @@ def measure(count: int, shape: tuple[int, int], *, k: int, queries: int, scan: b
     found = nearest.top_k(engine, tables, k)
     if scan and not all(map(np.array_equal, found, ranking.top_k(tables, codes, k))):
         raise SystemExit("the answers differ from those of the scan")
-    rows = [{"method": f"tcq, {nearest.name(engine)}", "recall": 1.0, "build_s": built}]
+    rows = [{"method": f"tcq, {nearest.name(engine)}", "recall": 1.0, "build_s": built, "bytes": size(engine) / count}]
     rows[0] |= timed(lambda t: nearest.top_k(engine, t, k), tables, queries)
     for name, index in faiss_indexes(codes, shape[1]).items():
         ids = index.search(tables.reshape(len(tables), -1), k)[1]
@@ -85,6 +85,14 @@ def measure(count: int, shape: tuple[int, int], *, k: int, queries: int, scan: b
     for row in rows:
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
     return rows
+
+
+def size(engine: Any) -> int:
+    """Bytes of the arrays of an engine, and of its index of FAISS."""
+    return sum(
+        x.nbytes if isinstance(x, np.ndarray) else x.sa_code_size() * x.ntotal if hasattr(x, "sa_code_size") else 0
+        for x in engine
+    )
 
 
 def faiss_indexes(codes: np.ndarray, num_codewords: int) -> dict[str, Any]:

@@ -1,10 +1,15 @@
 """Ranking a database for queries, and AP, precision and recall of the rankings. Used during and after training."""
 
+import functools
+import itertools
 import os
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -53,13 +58,14 @@ def retrieve(
       k, ks: cut-offs.
       conventions: see `metrics`.
       own: for each query its own position in the database, which is excluded from its answers; -1 if it is not there.
-      max_scores: scores in memory at once. Two blocks of queries are in memory, of at least `ranking.ROWS` queries: one
-        is scored on the device while the one before it is evaluated in threads.
+      max_scores: scores in memory at once. Blocks of queries, of at least `ranking.ROWS`, are in memory: one is scored
+        on each accelerator, or on the CPU, while the one before them is evaluated in threads.
 
     The results have the same bits for any block size, and for any number of processes, which share the blocks.
     Raises Stopped if a process of the run was asked to stop.
     """
-    size = max(1, max_scores // 2 // max(len(database_labels), 1) // ranking.ROWS) * ranking.ROWS
+    at_once = 1 + len(devices.scorers())
+    size = max(1, max_scores // at_once // max(len(database_labels), 1) // ranking.ROWS) * ranking.ROWS
     begin, end = (edge * ranking.ROWS for edge in processes.share(-(-len(query_labels) // ranking.ROWS)))
     end = min(end, len(query_labels))
     blocks = [slice(start, min(start + size, end)) for start in range(begin, end, size)]
@@ -83,18 +89,18 @@ def retrieve(
 def _evaluate_blocks(
     score: Scorer, evaluate: Callable[[np.ndarray, slice], metrics.Scores], blocks: list[slice]
 ) -> list[metrics.Scores]:
-    """Evaluates blocks in threads, each while the next one is scored; stops early when the process is asked to."""
-    threads = os.cpu_count() or 1
+    """Evaluates blocks in threads, each while the next ones are scored; stops early when the process is asked to."""
+    threads, scored = os.cpu_count() or 1, len(devices.scorers())
     parts: list[metrics.Scores] = []
-    with ThreadPoolExecutor(threads + 1) as pool:
-        ahead = pool.submit(score, blocks[0])
+    with ThreadPoolExecutor(threads + scored) as pool:
+        ahead = deque(pool.submit(score, block) for block in blocks[:scored])
         for i, block in enumerate(blocks):
             signals.advance()
-            scores = np.asarray(ahead.result())
+            scores = np.asarray(ahead.popleft().result())
             if signals.requested():
                 break
-            if i + 1 < len(blocks):
-                ahead = pool.submit(score, blocks[i + 1])
+            if i + scored < len(blocks):
+                ahead.append(pool.submit(score, blocks[i + scored]))
             edges = np.linspace(block.start, block.stop, min(threads, block.stop - block.start) + 1).astype(int)
             pieces = [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
             parts += pool.map(evaluate, [scores[p.start - block.start : p.stop - block.start] for p in pieces], pieces)
@@ -122,16 +128,23 @@ def scorers(encoder: encode.Encoder, queries: encode.Encoded, database: encode.E
     decoded = np.asarray(quantizer.decode(queries.codes, codebooks))
 
     def by_codes(rows: Float[np.ndarray, "Q D"]) -> Scorer:
-        return lambda block: np.asarray(
-            ranking.scores(
-                ranking.lookup_table(rows[block], codebooks, metric=c.score, squared=c.squared, normalize=normalize),
-                database.codes,
-                norms=norms,
-            )
-        )
+        def score(block: slice, codes: Any, norms: Any) -> np.ndarray:
+            table = ranking.lookup_table(rows[block], codebooks, metric=c.score, squared=c.squared, normalize=normalize)
+            return np.asarray(ranking.scores(table, codes, norms=norms))
+
+        return _in_turn(score, database.codes, norms)
+
+    def by_features(block: slice, features: Any) -> np.ndarray:
+        return ranking.dense_scores(queries.features[block], features, metric=c.score)
 
     return {
         "asymmetric": by_codes(queries.features),
         "symmetric": by_codes(decoded),
-        "float": lambda block: ranking.dense_scores(queries.features[block], database.features, metric=c.score),
+        "float": _in_turn(by_features, database.features),
     }
+
+
+def _in_turn(score: Callable[..., np.ndarray], *database: Any) -> Scorer:
+    """A scorer that takes the devices in turn, each with a copy of the database."""
+    copy_on, turns = functools.cache(partial(jax.device_put, database)), itertools.cycle(devices.scorers())
+    return lambda block: score(block, *copy_on(next(turns)))

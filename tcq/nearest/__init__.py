@@ -4,6 +4,7 @@
 
 * buckets: of many items of up to 32 bits, and of all such where FAISS does not rank as we do (norms, or K above 256).
 * candidates: FAISS, with FastScan if K is at most 16, and a proof.
+* shards: of very many items of more than 16 bits on all accelerators of this machine, if it has any.
 * scan: the scores of all items; also where few of them are allowed, or k is a large part of them.
 """
 
@@ -13,16 +14,19 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt
 
-from tcq.nearest import buckets, candidates, columns, scan
+from tcq.nearest import buckets, candidates, columns, scan, shards
 from tcq.nearest.buckets import Buckets
 from tcq.nearest.candidates import Candidates
 from tcq.nearest.scan import Scan
+from tcq.nearest.shards import Shards
+from tcq.runtime import devices
 
 __all__ = ["Engine", "build", "name", "top_k"]
 
-Engine = Scan | Buckets | Candidates
+Engine = Scan | Buckets | Candidates | Shards
 FEW = 2**15  # items that are scanned
 MANY_BY_CODE, MANY_BY_HALF = 2**17, 2**19  # items from which on buckets are faster than FAISS's IndexPQ
+MANY_ON_DEVICES = 2**20  # items from which on accelerators share them; not timed
 FASTER = 8  # FastScan is faster than IndexPQ up to this many times these numbers
 
 
@@ -35,6 +39,8 @@ def build(
     if count <= FEW:
         return scan.build(codes, num_codewords, norms=norms)
     by_faiss = candidates.fits(num_codebooks, num_codewords, norms)
+    if bits > buckets.BITS and count >= MANY_ON_DEVICES and devices.accelerated():
+        return shards.build(codes, num_codewords, norms=norms)
     many = MANY_BY_CODE if bits <= buckets.BITS else MANY_BY_HALF
     if bits <= 2 * buckets.BITS and (not by_faiss or count >= many * (FASTER if num_codewords <= 16 else 1)):
         return buckets.build(codes, num_codewords, norms=norms)
@@ -49,6 +55,8 @@ def name(engine: Engine) -> str:
         return f"buckets by {'half of the code' if len(engine.rest) else 'code'}, {len(engine.keys):,} not empty"
     if isinstance(engine, Candidates):
         return f"candidates of FAISS {'FastScan' if engine.fast else 'IndexPQ'}, and a proof"
+    if isinstance(engine, Shards):
+        return f"scan of all items on {len(engine.allowed)} devices"
     return "scan of all items"
 
 
@@ -70,9 +78,11 @@ def top_k(
     if k == 0 or not len(tables):
         return np.zeros((len(tables), k), np.float32), np.zeros((len(tables), k), np.int64)
     answers: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(tables)
-    if isinstance(engine, Candidates) and count * scan.SPARSE > _count(engine):
+    if count * scan.SPARSE > _count(engine) and isinstance(engine, Candidates):
         answers = candidates.search(engine, tables, k, allowed)
-    one_by_one = Scan(engine.columns, None) if isinstance(engine, Candidates) else engine
+    elif count * scan.SPARSE > _count(engine) and isinstance(engine, Shards):
+        answers = list(shards.search(engine, columns.of_tables(tables), k, allowed))
+    one_by_one = engine if isinstance(engine, Buckets | Scan) else Scan(engine.columns, _norms(engine))
     search = buckets.search if isinstance(one_by_one, Buckets) else scan.search
     left = [query for query, answer in enumerate(answers) if answer is None]
     by_column = columns.of_tables(tables[left])
@@ -92,3 +102,7 @@ def top_k(
 
 def _count(engine: Engine) -> int:
     return len(engine.ids) if isinstance(engine, Buckets) else engine.columns.shape[1]
+
+
+def _norms(engine: Candidates | Shards) -> np.ndarray | None:
+    return engine.norms if isinstance(engine, Shards) else None

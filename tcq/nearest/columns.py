@@ -45,7 +45,12 @@ def scores(
 
 def divided(total: Float[np.ndarray, " n"], norms: Float[np.ndarray, " n"] | None) -> Float[np.ndarray, " n"]:
     """Scores from sums."""
-    return total if norms is None else total * (np.float32(1) / np.maximum(norms, TINY))
+    return total if norms is None else total * inverse(norms)
+
+
+def inverse(norms: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """What sums are multiplied by."""
+    return np.float32(1) / np.maximum(norms, TINY)
 
 
 def best(

@@ -29,7 +29,7 @@ def cache_compilations() -> None:
     It does nothing on CPUs: a cache saves only seconds there, and XLA rejects some of its own cached programs
     (https://github.com/jax-ml/jax/issues/38445).
     """
-    if getattr(jax.config, "jax_compilation_cache_dir", None) is None and jax.default_backend() != "cpu":
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None and accelerated():
         folder = storage.cache_home() / "compiled" / f"jaxlib-{jaxlib.__version__}"
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
@@ -43,6 +43,16 @@ def _standard(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*arguments)
 
     return traced
+
+
+def accelerated() -> bool:
+    """Whether JAX computes on accelerators, such as GPUs and TPUs."""
+    return jax.default_backend() != "cpu"
+
+
+def scorers() -> list[jax.Device]:
+    """The devices that work on blocks of queries in turn: all local accelerators, or one CPU, which has all cores."""
+    return jax.local_devices() if accelerated() else jax.local_devices()[:1]
 
 
 def pmap_step(body: Step) -> Step:
@@ -76,7 +86,7 @@ def place(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def shard(batch: Batch) -> Batch:
+def shard(batch: Any) -> Any:
     """Arrays (local devices, b, ...) placed on the local devices, one slice on each."""
     sharding = NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec(AXIS))
     return jax.device_put(batch, sharding)

@@ -1,18 +1,44 @@
 import numpy as np
 import pytest
 
-from tcq import encode
+from tcq import encode, ranking
 from tcq.data import sources
 from tcq.evaluate import baselines, retrieval
+from tcq.runtime import devices
 
 
 @pytest.fixture(scope="module")
-def world(run):
-    """The labels of all images, and scores of each against all."""
+def encoded(run):
+    """The encoder, the labels of all images, and their features and codes."""
     encoder = encode.load(run)
     source = sources.open_source(encoder.config.data)
-    both = encode.encode(encoder, source.images)
-    return source.labels, retrieval.scorers(encoder, both, both)
+    return encoder, source.labels, encode.encode(encoder, source.images)
+
+
+@pytest.fixture(scope="module")
+def world(encoded):
+    """The labels of all images, and scores of each against all."""
+    encoder, labels, both = encoded
+    return labels, retrieval.scorers(encoder, both, both)
+
+
+def test_accelerators_score_in_turn_and_give_the_same(encoded, world, monkeypatch):
+    encoder, labels, both = encoded
+    used, scores = set(), ranking.scores
+
+    def recorded(tables, codes, *, norms=None):
+        used.update(codes.devices())
+        return scores(tables, codes, norms=norms)
+
+    monkeypatch.setattr(ranking, "scores", recorded)
+    monkeypatch.setattr(devices, "accelerated", lambda: True)
+    spread = retrieval.scorers(encoder, both, both)
+    for name in ("asymmetric", "symmetric", "float"):
+        wanted = retrieval.retrieve(world[1][name], labels, labels, k=50, ks=[1, 50])
+        found = retrieval.retrieve(spread[name], labels, labels, k=50, ks=[1, 50], max_scores=1)
+        for a, b in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert len(used) == -(-len(labels) // ranking.ROWS) > 1  # as many as there are blocks
 
 
 def test_the_block_size_does_not_matter(world):

@@ -1,12 +1,14 @@
 """Exact search against the scores of all items."""
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcq import nearest, ranking
-from tcq.nearest import buckets, candidates, scan
+from tcq.nearest import buckets, candidates, scan, shards
+from tcq.runtime import devices
 
 SHAPES = [
     (1, 2),
@@ -195,3 +197,48 @@ def test_queries_that_are_not_numbers_and_a_k_below_one():
     np.testing.assert_array_equal(nearest.top_k(engine, tables, 5)[1], truth(tables, codes, None, 5)[1])
     scores, ids = nearest.top_k(engine, tables[:0], 5)
     assert scores.shape == ids.shape == (0, 5)
+
+
+@pytest.mark.parametrize(("shape", "count", "k"), [((16, 16), 1000, 30), ((3, 5), 7, 20), ((4, 300), 601, 64)])
+@pytest.mark.parametrize("cosine", [False, True])
+def test_devices_that_share_the_items_give_the_same(monkeypatch, shape, count, k, cosine):
+    """In blocks of a few items on 8 devices; fewer items than devices; more answers than items."""
+    monkeypatch.setattr(shards, "BLOCK", 16)
+    monkeypatch.setattr(shards, "QUERIES", 2)
+    for coarse in (False, True):
+        tables, codes, norms = world(3, shape, count, distinct=count // 3, coarse=coarse, cosine=cosine)
+        engine = shards.build(codes, shape[1], norms=norms)
+        assert nearest.name(engine) == "scan of all items on 8 devices"
+        assert {s.device for s in engine.on_devices["columns"].addressable_shards} == set(jax.local_devices())
+        for share in (None, 0.0, 0.02, 0.3, 0.9):
+            allowed = None if share is None else np.random.RandomState(0).rand(count) < share
+            wanted = truth(tables, codes, norms, k, allowed)
+            scores, ids = nearest.top_k(engine, tables, k, allowed=allowed)
+            np.testing.assert_array_equal(ids, wanted[1])
+            np.testing.assert_array_equal(scores, wanted[0])
+
+
+def test_items_below_every_number_come_before_those_not_allowed():
+    """Scores of -inf and inf, and 0 and -0, which are equal."""
+    assert len(set(shards._numbers(np.array([0.0, -0.0], np.float32)).tolist())) == 1
+    tables = np.array([[[-np.inf, -0.0, 0.0, 1.0, -1.0, np.inf]]], np.float32)
+    codes = np.tile(np.arange(6, dtype=np.uint8), 20)[:, None]
+    allowed = np.arange(len(codes)) % 2 == 0
+    wanted = truth(tables, codes, None, 70, allowed)
+    engine = shards.build(codes, 6)
+    scores, ids = nearest.top_k(engine, tables, 70, allowed=allowed)
+    np.testing.assert_array_equal(ids, wanted[1])
+    np.testing.assert_array_equal(scores, wanted[0])
+
+
+def test_accelerators_share_very_many_items(monkeypatch):
+    monkeypatch.setattr(nearest, "MANY_ON_DEVICES", nearest.FEW + 1)
+    codes = np.zeros((nearest.FEW + 1, 8), np.uint8)
+    assert isinstance(nearest.build(codes, 16), candidates.Candidates)
+    monkeypatch.setattr(devices, "accelerated", lambda: True)
+    engine = nearest.build(codes, 16)
+    assert isinstance(engine, shards.Shards)
+    scores, ids = nearest.top_k(engine, np.ones((1, 8, 16), np.float32), 3)
+    assert ids.tolist() == [[0, 1, 2]] and scores.tolist() == [[8, 8, 8]]
+    assert isinstance(nearest.build(codes[:, :4], 16), buckets.Buckets | candidates.Candidates)
+    assert isinstance(nearest.build(codes[:-1], 16), scan.Scan)
