@@ -1,6 +1,7 @@
 """Exact search against the scores of all items."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -220,7 +221,7 @@ def test_devices_that_share_the_items_give_the_same(monkeypatch, shape, count, k
 
 def test_items_below_every_number_come_before_those_not_allowed():
     """Scores of -inf and inf, and 0 and -0, which are equal."""
-    assert len(set(shards._numbers(np.array([0.0, -0.0], np.float32)).tolist())) == 1
+    assert len(set(shards._numbers(jnp.array([0.0, -0.0])).tolist())) == 1
     tables = np.array([[[-np.inf, -0.0, 0.0, 1.0, -1.0, np.inf]]], np.float32)
     codes = np.tile(np.arange(6, dtype=np.uint8), 20)[:, None]
     allowed = np.arange(len(codes)) % 2 == 0
