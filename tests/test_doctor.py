@@ -23,6 +23,7 @@ def test_a_workdir_with_another_config(run, images):
     )
 
 
+@pytest.mark.whole
 def test_it_accepts_what_train_accepts(tmp_path):
     """A run whose weights were deleted can be resumed, and doctor says so."""
     folder = recorded.write(recorded.families()["timm ViT"], tmp_path / "weights")

@@ -103,6 +103,7 @@ def test_recorded_figures_are_shown_beside(scored, tmp_path):
         evaluate.read_recorded(tmp_path / "none.json")
 
 
+@pytest.mark.whole
 def test_few_images_have_no_faiss_baselines(tmp_path):
     write_images(tmp_path / "images", [f"{c}/{i}.png" for c in "ab" for i in range(10)])
     flags = ["data.batch_size=8", "train.total_steps=1", "eval.every_steps=0", "quantizer.num_codewords=32"]

@@ -26,6 +26,7 @@ def test_ranked_paths_with_scores(index, images, tmp_path):
         assert picture.size[0] > 200
 
 
+@pytest.mark.whole
 def test_output_for_programs(run, images, tmp_path):
     folder = tmp_path / "names"
     folder.mkdir()

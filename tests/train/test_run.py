@@ -145,6 +145,7 @@ class TestFolder:
         finally:
             added.unlink()
 
+    @pytest.mark.whole
     def test_no_labels_and_no_validation(self, folder):
         flags = [f"data.source=folder:{folder / 'images' / 'a'}", *self.CONFIG, "data.query=0"]
         values = train.train(small.config(*flags, "data.validation=0.2"), folder / "unlabelled")

@@ -10,6 +10,8 @@ from tcq import encode, evaluate, train
 from tcq import workdir as workdirs
 from write_images import write_images
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture
 def photos(images, tmp_path):
