@@ -1,5 +1,7 @@
 import shutil
 
+import pytest
+
 import recorded
 import small
 
