@@ -26,11 +26,11 @@ def noisy_views(
     """
 
     def pair(key: Key[Array, ""], row: Float[Array, " F"]) -> Float[Array, "2 F"]:
-        kept = jnp.stack([row, row])
+        both = jnp.stack([row, row])
         if strengths["drop"]:
-            dropped = jax.random.bernoulli(jax.random.fold_in(key, 1), jnp.float32(strengths["drop"]), kept.shape)
-            kept = jnp.where(dropped, mean[None], kept)
-        return kept + strengths["noise"] * std[None] * jax.random.normal(key, kept.shape, jnp.float32)
+            dropped = jax.random.bernoulli(jax.random.fold_in(key, 1), jnp.float32(strengths["drop"]), both.shape)
+            both = jnp.where(dropped, mean[None], both)
+        return both + strengths["noise"] * std[None] * jax.random.normal(key, both.shape, jnp.float32)
 
     pairs = jax.vmap(pair)(keys, rows)
     return pairs[:, 0], pairs[:, 1]

@@ -226,9 +226,9 @@ def _info(arguments: argparse.Namespace, _: list[str]) -> int:
     from tcq import index
 
     about = index.describe(arguments.index)
-    found, readable = index.thresholds(index.open_index(arguments.index, verify=False))
+    thresholds, readable = index.thresholds(index.open_index(arguments.index, verify=False))
     if arguments.json:
-        scores = {f"{t.share:g}": t.score for t in found}
+        scores = {f"{t.share:g}": t.score for t in thresholds}
         print(json.dumps(about | {"random_pairs": scores, "queries": "images" if readable else "codes"}))
         return 0
     for name, value in about.items():
@@ -239,7 +239,7 @@ def _info(arguments: argparse.Namespace, _: list[str]) -> int:
             )
         print(f"{name.replace('_', ' '):<17}{text or '-'}")
     print(f"scores of random pairs (queries: {'images' if readable else 'codes, because no images can be read'}):")
-    for t in found:
+    for t in thresholds:
         print(f"  one in {round(1 / t.share):<11,} {'needs more images' if t.score is None else f'{t.score:.6f}'}")
     return 0
 

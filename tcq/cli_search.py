@@ -150,8 +150,8 @@ def _searcher(opened: Any, arguments: argparse.Namespace) -> Iterator[Callable[[
         def search(tables: Any) -> list[list[Any]]:
             nonlocal engine
             engine = engine or (index.build_engine(opened) if len(tables) == BLOCK else None)
-            found = index.search_tables(opened, tables, k=a.k, allowed=allowed, engine=engine)
-            return index.hits(opened, *found, min_score=a.min_score)
+            answers = index.search_tables(opened, tables, k=a.k, allowed=allowed, engine=engine)
+            return index.hits(opened, *answers, min_score=a.min_score)
 
         yield search
         return

@@ -87,14 +87,14 @@ def remember(key: str, names: Sequence[str], digests: Sequence[bytes], arrays: b
 def recall(key: str, rule: Rule) -> tuple[Entry, bytes] | None:
     """A stored list and its arrays; None if there is none, or one of its images is not in the cache any more."""
     with shards.open_database(rule.folder) as database:
-        found = database.execute("SELECT names, digests, arrays FROM lists WHERE key = ?", (key,)).fetchone()
-        if found is None:
+        row = database.execute("SELECT names, digests, arrays FROM lists WHERE key = ?", (key,)).fetchone()
+        if row is None:
             return None
-        names, joined = json.loads(found[0]), found[1]
+        names, joined = json.loads(row[0]), row[1]
         digests: list[bytes | None] = [joined[i : i + DIGEST_BYTES] for i in range(0, len(joined), DIGEST_BYTES)]
         if set(digests) - shards.known(database, rule):
             return None
-        return _entry(database, [Item(n, Path()) for n in names], digests, {}, rule), found[2]
+        return _entry(database, [Item(n, Path()) for n in names], digests, {}, rule), row[2]
 
 
 def digest(source: Path | bytes) -> bytes:
@@ -147,10 +147,8 @@ def _remembered(database: sqlite3.Connection, items: Sequence[Item]) -> dict[byt
     paths = [os.fsencode(item.source) for item in items if isinstance(item.source, Path)]
     if not paths:
         return {}
-    found = database.execute(
-        "SELECT path, stat, digest FROM files WHERE path BETWEEN ? AND ?", (min(paths), max(paths))
-    )
-    return {path: (stat, digest) for path, stat, digest in found}
+    rows = database.execute("SELECT path, stat, digest FROM files WHERE path BETWEEN ? AND ?", (min(paths), max(paths)))
+    return {path: (stat, digest) for path, stat, digest in rows}
 
 
 def _stat(source: Path | Callable[[], bytes]) -> str | None:
@@ -231,7 +229,7 @@ def _entry(
 ) -> Entry:
     rows = database.execute("SELECT digest, shard, row, note FROM images WHERE rule = ?", (rule.key,))
     places = {digest: (shard, row, note) for digest, shard, row, note in rows}
-    names, found, skipped, repaired, used, numbers = [], [], [], [], [], []
+    names, hashes, skipped, repaired, used, numbers = [], [], [], [], [], []
     for i, (item, digest) in enumerate(zip(items, digests, strict=True)):
         if digest is None:
             skipped.append({"path": item.name, "reason": unreadable[i]})
@@ -243,13 +241,13 @@ def _entry(
         if note:
             repaired.append({"path": item.name, "reason": note})
         names.append(item.name)
-        found.append(digest)
+        hashes.append(digest)
         used.append(shard)
         numbers.append(row)
     return Entry(
         shards.open_rows(database, rule, np.array(used, np.int64), np.array(numbers, np.int64)),
         names,
-        found,
+        hashes,
         skipped,
         [items[i].name for i in unreadable],
         repaired,

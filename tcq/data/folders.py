@@ -147,7 +147,7 @@ def _of_file(names: Sequence[str], path: Path, root: Path) -> Labels:
             f".jsonl file"
         ) from None
     rows = _csv_rows(text, path) if path.suffix == ".csv" else _json_rows(text, path)
-    known = {os.path.relpath(os.path.join(root, p), root): [x for x in found if x] for p, found in rows}
+    known = {os.path.relpath(os.path.join(root, p), root): [x for x in labels if x] for p, labels in rows}
     missing = [n for n in names if not known.get(n)]
     if missing:
         raise SourceError(
@@ -182,10 +182,10 @@ def _json_rows(text: str, path: Path) -> Iterable[tuple[str, list[str]]]:
         if line.strip():
             try:
                 row = json.loads(line)
-                found = row["labels"] if "labels" in row else [row["label"]]
-                if not isinstance(row["path"], str) or not isinstance(found, list):
-                    raise TypeError(f"path {row['path']!r}, labels {found!r}")
-                yield row["path"], [str(label) for label in found]
+                labels = row["labels"] if "labels" in row else [row["label"]]
+                if not isinstance(row["path"], str) or not isinstance(labels, list):
+                    raise TypeError(f"path {row['path']!r}, labels {labels!r}")
+                yield row["path"], [str(label) for label in labels]
             except (ValueError, KeyError, TypeError) as error:
                 raise SourceError(
                     f"{path}, line {number}: {type(error).__name__}: {error}: it must be "

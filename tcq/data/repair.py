@@ -93,15 +93,15 @@ def _complete_png(data: bytes) -> Iterator[tuple[bytes, str]]:
 
 def _jpeg_without_metadata(data: bytes) -> bytes:
     """A JPEG without comments and applications' segments but JFIF, Exif and Adobe's color transform."""
-    kept, place = [JPEG], 2
+    parts, place = [JPEG], 2
     while place + 4 <= len(data) and data[place] == 0xFF and data[place + 1] != 0xDA:
         marker, length = data[place + 1], struct.unpack(">H", data[place + 2 : place + 4])[0]
         segment = data[place : place + 2 + length]
         metadata = marker == 0xFE or 0xE1 <= marker <= 0xEF
         if not metadata or marker == 0xEE or segment[4:8] == b"Exif":
-            kept.append(segment)
+            parts.append(segment)
         place += 2 + length
-    return b"".join([*kept, data[place:]])
+    return b"".join([*parts, data[place:]])
 
 
 def _complete_jpeg(data: bytes, decode: Decode) -> Iterator[tuple[bytes, str]]:

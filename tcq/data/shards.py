@@ -149,14 +149,14 @@ def append(database: sqlite3.Connection, new: Sequence[NewImage], rule: Rule) ->
     """Appends images to the newest shard, or to a new one if that is full; returns how many. Within a transaction."""
     width = _row_bytes(rule)
     most = max(SHARD_BYTES // width, 1)
-    found = database.execute(
+    place = database.execute(
         "SELECT id, rows FROM shards WHERE rule = ? AND rows < ? ORDER BY id DESC LIMIT 1", (rule.key, most)
     ).fetchone()
-    if found is None:
+    if place is None:
         row = rule.key, 0, 0, time.time()
         database.execute("INSERT INTO shards (rule, rows, bytes, used) VALUES (?, ?, ?, ?)", row)
-        found = database.execute("SELECT last_insert_rowid(), 0").fetchone()
-    shard, rows = found
+        place = database.execute("SELECT last_insert_rowid(), 0").fetchone()
+    shard, rows = place
     part = new[: most - rows]
     with open(_path(rule.folder, shard), "ab") as file:
         file.truncate(max(rows * width, 0))  # what a killed run has left

@@ -77,16 +77,16 @@ def folder(path: str | Path, rule: cache.Rule, *, labels: str = "auto", exclude:
             f"image folder {str(root)!r} holds no image among its {len(listing.files)} files; the first is "
             f"{first['path']}: {first['reason']}"
         )
-    found = folders.labels(entry.names, labels, root)
+    labelling = folders.labels(entry.names, labels, root)
     if listing.excluded:
         logger.info(f"{path}: left out {_first(listing.excluded)} (data.exclude)")
     if labels != "none":
-        logger.info(f"{path}: {found.note}")
+        logger.info(f"{path}: {labelling.note}")
     return Source(
         entry.images,
-        found.labels,
+        labelling.labels,
         entry.names,
-        found.classes,
+        labelling.classes,
         listing.skipped + entry.skipped,
         digests=entry.digests,
         unreadable=(*(s["path"] for s in listing.skipped), *entry.unreadable),

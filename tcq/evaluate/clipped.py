@@ -52,9 +52,9 @@ def write(folder: Path, encoder: encode.Encoder, source: Source, split: protocol
 def around_the_border(similarity: Float[np.ndarray, " B"], clipped: Bool[np.ndarray, " B"]) -> Int[np.ndarray, " n"]:
     """The most similar negatives of an anchor, half of them clipped and half kept where there are enough of each."""
     order = np.argsort(-similarity, kind="stable")[:-1]  # the last one is the anchor itself
-    gone, kept = order[clipped[order]], order[~clipped[order]]
-    num_kept = min(len(kept), max(NEGATIVES // 2, NEGATIVES - len(gone)))
-    return np.concatenate([gone[: NEGATIVES - num_kept], kept[:num_kept]])
+    absent, present = order[clipped[order]], order[~clipped[order]]
+    num_present = min(len(present), max(NEGATIVES // 2, NEGATIVES - len(absent)))
+    return np.concatenate([absent[: NEGATIVES - num_present], present[:num_present]])
 
 
 def similarities(encoder: encode.Encoder, encoded: encode.Encoded) -> Float[np.ndarray, "B B"]:

@@ -198,13 +198,13 @@ def _query_lines(evaluation: Evaluation, average_precision: np.ndarray) -> Itera
     for first in range(0, len(split.query), block):
         rows = np.arange(first, min(first + block, len(split.query)))
         scores, nearest, relevant = _nearest(evaluation, rows, NEAREST + own)
-        for row, *found in zip(rows, scores, nearest, relevant, strict=True):
+        for row, *columns in zip(rows, scores, nearest, relevant, strict=True):
             yield {
                 "query": source.names[split.query[row]],
                 "average_precision": float(average_precision[row]),
                 "nearest": [
                     {"name": source.names[split.database[n]], "score": float(s), "relevant": bool(r)}
-                    for s, n, r in zip(*found, strict=True)
+                    for s, n, r in zip(*columns, strict=True)
                     if not own or split.database[n] != split.query[row]
                 ][:NEAREST],
             }

@@ -183,14 +183,14 @@ def remove(path: str | Path, names: Sequence[str] = (), *, condition: str | None
     """
     with processes.entered_by_first(lambda: store.changing(path)):
         index = open_index(path)
-        found = {name: changes.matches(index, name) for name in names}
-        missing = [name for name, places in found.items() if not places]
+        places_of = {name: changes.matches(index, name) for name in names}
+        missing = [name for name, places in places_of.items() if not places]
         if missing:
             raise IndexFileError(
                 f"{', '.join(missing)} not found in index {str(path)!r}: give paths as tcq search prints them"
             )
         keep = np.ones(len(index.rows), bool)
-        keep[[i for places in found.values() for i in places]] = False
+        keep[[i for places in places_of.values() for i in places]] = False
         if condition is not None:
             keep &= ~where(index, condition)
             if keep.all():

@@ -84,8 +84,8 @@ def _moved_roots(index: Index, elsewhere: Sequence[int]) -> set[int]:
     Others may be on a disk that is not mounted now.
     """
     counts = np.bincount(index.paths.numbers, minlength=len(index.roots))
-    found = np.bincount(index.paths.numbers[np.array(elsewhere, np.int64)], minlength=len(index.roots))
-    return {n for n, root in enumerate(index.roots) if root and not _is_there(root) and 2 * found[n] > counts[n]}
+    here = np.bincount(index.paths.numbers[np.array(elsewhere, np.int64)], minlength=len(index.roots))
+    return {n for n, root in enumerate(index.roots) if root and not _is_there(root) and 2 * here[n] > counts[n]}
 
 
 def _is_there(root: str) -> bool:
@@ -118,12 +118,12 @@ def apply(index: Index, root: str, source: Source, plan: Plan, codes: np.ndarray
     edited, new = codes[: len(plan.edited)], codes[len(plan.edited) :]
     moved = index.codes[np.array([*plan.moved], np.int64)]
     changed = with_rows(index, root, source, rows, ids, np.concatenate([edited, moved, new]))
-    kept = index.rows.copy()
-    kept[old] = len(index.table) + np.arange(len(old))
-    keep = np.ones(len(kept), bool)
+    places = index.rows.copy()
+    places[old] = len(index.table) + np.arange(len(old))
+    keep = np.ones(len(places), bool)
     keep[plan.gone if remove else []] = False
     added = np.arange(len(index.table) + len(old), len(changed.table))
-    return changed.replace(rows=np.concatenate([kept[keep], added]), next_id=index.next_id + len(plan.new))
+    return changed.replace(rows=np.concatenate([places[keep], added]), next_id=index.next_id + len(plan.new))
 
 
 def with_rows(
@@ -155,21 +155,21 @@ def matches(index: Index, path: str) -> list[int]:
 
     Links are not followed below the root of an item.
     """
-    found = []
+    places = []
     for number, root in enumerate(index.roots):
         name = _below(path, root)
         if name is None:
             continue
         near = np.flatnonzero(index.paths.numbers == number)
         if name == ".":
-            found += near.tolist()
+            places += near.tolist()
             continue
         own, wanted = index.table["name"].take(pa.array(index.rows[near])), os.fsencode(name)
         same = pc.equal(own, pa.scalar(wanted, own.type))
         if root:
             same = pc.or_(same, pc.starts_with(own, wanted + b"/"))
-        found += near[same.to_numpy()].tolist()
-    return sorted(found)
+        places += near[same.to_numpy()].tolist()
+    return sorted(places)
 
 
 def _below(path: str, root: str) -> str | None:

@@ -58,8 +58,8 @@ def close_codes(
     for first in range(0, len(queries), BLOCK):
         block = queries[first : first + BLOCK]
         signals.poll()
-        _, found = nearest.top_k(engine, tables(words[block]), nearest_others + 1)
-        for query, others in zip(block.tolist(), found.tolist(), strict=True):
+        _, neighbours = nearest.top_k(engine, tables(words[block]), nearest_others + 1)
+        for query, others in zip(block.tolist(), neighbours.tolist(), strict=True):
             for other in [o for o in others if o != query][:nearest_others]:
                 pair = int(used[min(query, other)]), int(used[max(query, other)])
                 if pair not in seen:

@@ -65,16 +65,16 @@ def places(own: pa.Table, roots: Sequence[str], paths: Sequence[str]) -> np.ndar
     """
     numbers = {path: row for row, path in enumerate(own[PATH].to_pylist())}
     starts = [root.rstrip("/") + "/" for root in roots if root]
-    found = np.full(len(paths), -1, np.int64)
+    rows = np.full(len(paths), -1, np.int64)
     for place, path in enumerate(paths):
         names = [path, *(path.removeprefix(start) for start in starts if path.startswith(start))]
-        found[place] = next((numbers[name] for name in names if name in numbers), -1)
-    if len(found) and (found < 0).all():
+        rows[place] = next((numbers[name] for name in names if name in numbers), -1)
+    if len(rows) and (rows < 0).all():
         raise IndexFileError(
             f"--columns: none of its {len(own):,} paths is in the index; the first are {own[PATH][0].as_py()!r} and "
             f"{paths[0]!r}: write paths as tcq search prints them, or below the folder of the images"
         )
-    return found
+    return rows
 
 
 def joined(index: Index, own: pa.Table | None) -> Index:
@@ -165,10 +165,10 @@ def where(index: Index, condition: str) -> Bool[np.ndarray, " N"]:
     rows = rows.append_column("place__", pa.array(np.arange(len(rows))))
     with duckdb.connect(config={"enable_external_access": False, "lock_configuration": True}) as database:
         try:
-            found: Any = database.from_arrow(rows).filter(condition).project("place__").fetchnumpy()["place__"]
+            places: Any = database.from_arrow(rows).filter(condition).project("place__").fetchnumpy()["place__"]
         except duckdb.Error as error:
             columns = ", ".join(rows.column_names[:-1])
             raise IndexFileError(f"--filter {condition!r}: {error}; the columns are {columns}") from None
     allowed = np.zeros(len(rows), bool)
-    allowed[np.asarray(found, np.int64)] = True
+    allowed[np.asarray(places, np.int64)] = True
     return allowed

@@ -110,8 +110,8 @@ def compacted(index: Index) -> Index:
     index = index.replace(table=table, rows=np.arange(len(table)), segments=())
     if index.columns is None:
         return index
-    kept = index.columns.filter(pc.is_in(index.columns["id"], table["id"].combine_chunks()))
-    return index.replace(columns=kept.combine_chunks(), columns_segment=None)
+    columns = index.columns.filter(pc.is_in(index.columns["id"], table["id"].combine_chunks()))
+    return index.replace(columns=columns.combine_chunks(), columns_segment=None)
 
 
 def is_scattered(index: Index) -> bool:

@@ -88,10 +88,10 @@ def find(
         raise IndexFileError("this index holds embeddings: duplicates are found among images")
     reference = np.zeros(len(index.rows), bool)
     for name in references:
-        found = changes.matches(index, name)
-        if not found:
+        places = changes.matches(index, name)
+        if not places:
             raise IndexFileError(f"--reference={name} not found in the index: give paths as tcq search prints them")
-        reference[found] = True
+        reference[places] = True
     keys = [(row.tobytes(), path) for row, path in zip(index.hashes, index.paths, strict=True)]
     images = np.flatnonzero(index.hashes.any(axis=1)).tolist()  # embeddings have no hash
     items = sorted(images, key=keys.__getitem__)
@@ -118,10 +118,10 @@ def find(
 def _of_codes(codes: Codes, items: Sequence[int]) -> list[list[int]]:
     """The items of each code, in their order."""
     number = {i: code for code, members in enumerate(codes.items) for i in members.tolist()}
-    found: list[list[int]] = [[] for _ in codes.items]
+    by_code: list[list[int]] = [[] for _ in codes.items]
     for i in items:
-        found[number[i]].append(i)
-    return found
+        by_code[number[i]].append(i)
+    return by_code
 
 
 def _same_pixels(index: Index, by_code: Sequence[Sequence[int]], verdicts: Verdicts) -> list[list[int]]:

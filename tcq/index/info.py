@@ -71,7 +71,7 @@ def thresholds(index: Index, *, seed: int = 0) -> tuple[list[Threshold], bool]:
 def _read_features(index: Index, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Those of the images that can be read, and their features; None if they are few."""
     data = index.config.data
-    found, pixels = [], []
+    places, pixels = [], []
     for i in chosen.tolist():
         path = index.paths[i]
         if not index.roots[index.paths.numbers[i]]:  # an embedding
@@ -82,10 +82,10 @@ def _read_features(index: Index, chosen: np.ndarray) -> tuple[np.ndarray, np.nda
             )
         except (ImageError, storage.BucketError):
             continue
-        found.append(i)
-    if not found or len(found) < min(FEW_IMAGES, len(chosen)):
+        places.append(i)
+    if not places or len(places) < min(FEW_IMAGES, len(chosen)):
         return chosen, None
-    return np.array(found), encode.encode(index.encoder, np.stack(pixels)).features
+    return np.array(places), encode.encode(index.encoder, np.stack(pixels)).features
 
 
 def _quantile(

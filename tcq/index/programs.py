@@ -114,9 +114,9 @@ def check(encoder: encode.Encoder, run: Run) -> None:
     values = random.randn(IMAGES, *shape) if dtype == np.float32 else random.randint(0, 256, (IMAGES, *shape))
     images = values.astype(dtype)
     features, codes = encode.encode(encoder, images)
-    found, found_codes = run(images)
-    difference = float(np.abs(found - features).max() / max(np.abs(features).max(), 1e-12))
-    different = float((found_codes != codes).mean())
+    other, other_codes = run(images)
+    difference = float(np.abs(other - features).max() / max(np.abs(features).max(), 1e-12))
+    different = float((other_codes != codes).mean())
     if not difference <= TOLERANCE or different > TIES:
         raise ProgramError(
             f"the program differs from the encoder: features by up to {difference:.1e} of their largest, and "

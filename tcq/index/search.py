@@ -88,10 +88,10 @@ def _images_below(path: str | Path) -> list[str]:
     """The files below a folder; "" for what is not a folder."""
     if not Path(path).is_dir():
         return [""]
-    found = folders.walk(Path(path), "").files
-    if not found:
+    files = folders.walk(Path(path), "").files
+    if not files:
         raise IndexFileError(f"query {str(path)!r}: the folder holds no files")
-    return [str(Path(path, name)) for name in found]
+    return [str(Path(path, name)) for name in files]
 
 
 def read_features(index: Index, path: str | Path) -> Float[np.ndarray, "Q D"]:
@@ -132,8 +132,8 @@ def search(
     Raises ValueError as `encode.encode` and `nearest.top_k`.
     """
     features = encode.encode(index.encoder, images).features
-    found = search_features(index, features, k=k, allowed=allowed, engine=engine)
-    return hits(index, *found, min_score=min_score)
+    answers = search_features(index, features, k=k, allowed=allowed, engine=engine)
+    return hits(index, *answers, min_score=min_score)
 
 
 def hits(
@@ -205,13 +205,13 @@ def find(index: Index, text: str) -> int:
         place = int(np.searchsorted(index.ids, int(text)))
         if place < len(index.ids) and index.ids[place] == int(text):
             return place
-    found = changes.matches(index, text)
-    if len(found) != 1:
-        what = f"{len(found):,} images" if found else "no image"
+    places = changes.matches(index, text)
+    if len(places) != 1:
+        what = f"{len(places):,} images" if places else "no image"
         raise IndexFileError(
             f"{text!r} names {what} of the index: give a path as tcq search prints it, or an id as with --json"
         )
-    return found[0]
+    return places[0]
 
 
 def image_of(path: str) -> str | bytes:

@@ -94,9 +94,9 @@ def top_k(
         answers[left[0]] = answer(0)
     elif left:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for query, found in zip(left, pool.map(answer, range(len(left))), strict=True):
-                answers[query] = found
-    scores, ids = zip(*(found for found in answers if found is not None), strict=True)
+            for query, best in zip(left, pool.map(answer, range(len(left))), strict=True):
+                answers[query] = best
+    scores, ids = zip(*(best for best in answers if best is not None), strict=True)
     return np.stack(scores), np.stack(ids)
 
 

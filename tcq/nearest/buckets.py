@@ -70,21 +70,21 @@ def search(
         places = np.flatnonzero(allowed[items.ids])
         values = _scores(items, table, places, sums[np.searchsorted(items.starts, places, side="right") - 1])
         return columns.best(values, items.ids[places].astype(np.int64), k)
-    found, ids = np.empty(0, np.float32), np.empty(0, np.int64)
+    best, ids = np.empty(0, np.float32), np.empty(0, np.int64)
     size = max(FIRST, FIRST_ITEMS * k * len(bound) // max(len(items.ids), 1))
     above = np.float32(np.inf)
     while above > -np.inf:
-        least = found[-1] if len(found) == k else -np.float32(np.inf)
+        least = best[-1] if len(best) == k else -np.float32(np.inf)
         now = np.flatnonzero((bound >= least) & (bound < above))
         if len(now) > size:
             least = max(least, _reached_by(bound, size))
             now = now[bound[now] >= least]
         for part in _blocks(items, now):
-            found, ids = _merge(items, table, k, allowed, part, sums, found, ids)
+            best, ids = _merge(items, table, k, allowed, part, sums, best, ids)
         above, size = min(above, least), size * GROWTH  # fewer groups may give a higher value than before
-        if len(found) == k and found[-1] >= above:
+        if len(best) == k and best[-1] >= above:
             break
-    return found, ids
+    return best, ids
 
 
 def _reached_by(bound: Float[np.ndarray, " B"], size: int) -> np.float32:
@@ -125,7 +125,7 @@ def _merge(
     allowed: Bool[np.ndarray, " N"] | None,
     buckets: Int[np.ndarray, " b"],
     sums: Float[np.ndarray, " B"],
-    found: Float[np.ndarray, " n"],
+    best: Float[np.ndarray, " n"],
     ids: Int[np.ndarray, " n"],
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k best of those found and of the items of some buckets."""
@@ -133,14 +133,14 @@ def _merge(
     ends = np.cumsum(counts)
     places = np.arange(ends[-1]) + np.repeat(items.starts[buckets] - (ends - counts), counts)
     values = _scores(items, table, places, np.repeat(sums[buckets], counts))
-    if len(found) == k:
-        kept = np.flatnonzero(values >= found[-1])
+    if len(best) == k:
+        kept = np.flatnonzero(values >= best[-1])
         values, places = values[kept], places[kept]
     new = items.ids[places].astype(np.int64)
     if allowed is not None:
         kept = np.flatnonzero(allowed[new])
         values, new = values[kept], new[kept]
-    return columns.best(np.concatenate([found, values]), np.concatenate([ids, new]), k)
+    return columns.best(np.concatenate([best, values]), np.concatenate([ids, new]), k)
 
 
 def _scores(

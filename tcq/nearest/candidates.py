@@ -91,8 +91,8 @@ def _proven(
         ids = ids[allowed[ids]]
     if len(ids) < k:
         return None
-    found, numbers = columns.best(columns.scores(table, items.columns[:, ids], None), ids, k)
-    return (found, numbers) if found[-1] > bound else None
+    best, numbers = columns.best(columns.scores(table, items.columns[:, ids], None), ids, k)
+    return (best, numbers) if best[-1] > bound else None
 
 
 def _error(items: Candidates, tables: Float[np.ndarray, "Q M K"]) -> Float[np.ndarray, " Q"]:

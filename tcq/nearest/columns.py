@@ -54,11 +54,11 @@ def inverse(norms: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
 
 
 def best(
-    found: Float[np.ndarray, " n"], ids: Shaped[np.ndarray, " n"], k: int
+    values: Float[np.ndarray, " n"], ids: Shaped[np.ndarray, " n"], k: int
 ) -> tuple[Float[np.ndarray, " _"], Shaped[np.ndarray, " _"]]:
     """The k largest scores, best first, and their ids; the lowest ids first among ties."""
-    if len(found) > k:
-        reached = np.flatnonzero(found >= np.partition(found, len(found) - k)[len(found) - k])
-        found, ids = found[reached], ids[reached]
-    order = np.lexsort((ids, -found))[:k]
-    return found[order], ids[order]
+    if len(values) > k:
+        reached = np.flatnonzero(values >= np.partition(values, len(values) - k)[len(values) - k])
+        values, ids = values[reached], ids[reached]
+    order = np.lexsort((ids, -values))[:k]
+    return values[order], ids[order]

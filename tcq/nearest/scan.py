@@ -29,14 +29,14 @@ def search(
     """Scores and ids of the k best items that are allowed, best first."""
     ids = None if allowed is None else np.flatnonzero(allowed)
     count = items.columns.shape[1] if ids is None else len(ids)
-    found, numbers = np.empty(0, np.float32), np.empty(0, np.int64)
+    best, numbers = np.empty(0, np.float32), np.empty(0, np.int64)
     for first in range(0, count, BLOCK):
         last = min(first + BLOCK, count)
         here = slice(first, last) if ids is None else ids[first:last]
         norms = None if items.norms is None else items.norms[here]
         values = columns.scores(table, items.columns[:, here], norms)
         # Later items with the k-th score are not among the best: ties go to lower ids.
-        better = np.flatnonzero(values > found[-1]) if len(found) == k else np.arange(len(values))
+        better = np.flatnonzero(values > best[-1]) if len(best) == k else np.arange(len(values))
         new = better + first if ids is None else ids[first:last][better]
-        found, numbers = columns.best(np.concatenate([found, values[better]]), np.concatenate([numbers, new]), k)
-    return found, numbers
+        best, numbers = columns.best(np.concatenate([best, values[better]]), np.concatenate([numbers, new]), k)
+    return best, numbers

@@ -92,15 +92,15 @@ class NusWide(tfds.core.GeneratorBasedBuilder):
         if self.verify and len(concepts) != 81:
             raise archives.ArchiveError(f"{str(root)!r}, Concepts81.txt: lists {len(concepts)} concepts, expected 81")
         names, labels = _ground_truth(root, concepts, verify=self.verify)
-        kept = np.arange(len(names))
+        places = np.arange(len(names))
         if self.builder_config.num_concepts == 21:
             by_count = sorted(range(len(concepts)), key=lambda c: (-int(labels[:, c].sum()), concepts[c]))
             frequent = sorted(by_count[:21], key=lambda c: concepts[c])
             concepts, labels = [concepts[c] for c in frequent], labels[:, frequent]
-            kept = np.flatnonzero(labels.any(axis=1))
-            if self.verify and len(kept) != NUM_IMAGES_21:
+            places = np.flatnonzero(labels.any(axis=1))
+            if self.verify and len(places) != NUM_IMAGES_21:
                 raise archives.ArchiveError(
-                    f"{str(root)!r}: {len(kept):,} images have one of the 21 most frequent concepts, expected "
+                    f"{str(root)!r}: {len(places):,} images have one of the 21 most frequent concepts, expected "
                     f"{NUM_IMAGES_21:,}"
                 )
         if len(concepts) != self.builder_config.num_concepts:
@@ -108,27 +108,27 @@ class NusWide(tfds.core.GeneratorBasedBuilder):
                 f"{str(root)!r} has {len(concepts)} concepts, expected {self.builder_config.num_concepts}"
             )
         self.info.features["labels"].feature.names = concepts
-        files = _locate(root, [names[row] for row in kept])
-        missing = [names[row] for row, file in zip(kept, files, strict=True) if file is None]
+        files = _locate(root, [names[row] for row in places])
+        missing = [names[row] for row, file in zip(places, files, strict=True) if file is None]
         if missing and self.verify:
             raise archives.ArchiveError(
-                f"{str(root)!r}: {len(missing):,} of {len(kept):,} images are missing, the first is {missing[0]!r}; "
+                f"{str(root)!r}: {len(missing):,} of {len(places):,} images are missing, the first is {missing[0]!r}; "
                 f"the protocols need all of them"
             )
-        if len(missing) == len(kept):
+        if len(missing) == len(places):
             raise archives.ArchiveError(
-                f"{str(root)!r}: none of the {len(kept):,} images found; the first, "
-                f"{names[kept[0]] if len(kept) else 'of an empty list'!r}, is in none of the folders "
+                f"{str(root)!r}: none of the {len(places):,} images found; the first, "
+                f"{names[places[0]] if len(places) else 'of an empty list'!r}, is in none of the folders "
                 f"{', '.join(IMAGE_FOLDERS)}"
             )
         self.info.metadata["excluded"] += [{"id": name, "reason": "the file is missing"} for name in missing]
-        return {"train": self._generate_examples(names, labels, kept, files)}
+        return {"train": self._generate_examples(names, labels, places, files)}
 
     def _generate_examples(
-        self, names: list[str], labels: np.ndarray, kept: np.ndarray, files: list[Path | None]
+        self, names: list[str], labels: np.ndarray, places: np.ndarray, files: list[Path | None]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         index = 0
-        for row, file in zip(kept.tolist(), files, strict=True):
+        for row, file in zip(places.tolist(), files, strict=True):
             if file is None:
                 continue
             signals.poll()

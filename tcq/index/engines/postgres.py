@@ -106,8 +106,8 @@ def _about(cursor: Any, connection: Connection) -> dict[str, Any] | None:
     name = sql.Identifier(connection.table).as_string(None)
     cursor.execute("SELECT obj_description(to_regclass(%s))", (name,))
     text = cursor.fetchone()[0] or ""
-    found: dict[str, Any] | None = json.loads(text.removeprefix("tcq ")) if text.startswith("tcq {") else None
-    return found
+    about: dict[str, Any] | None = json.loads(text.removeprefix("tcq ")) if text.startswith("tcq {") else None
+    return about
 
 
 def _type(kind: pa.DataType) -> str:

@@ -120,7 +120,7 @@ def search(
         common.require_same(address, _about(connection), index)
         answers = []
         for table in tables:
-            found = client.query_points(
+            response = client.query_points(
                 collection,
                 query=models.SparseVector(**query(table)),
                 using=VECTOR,
@@ -128,7 +128,7 @@ def search(
                 query_filter=chosen,
                 score_threshold=None if min_score == -np.inf else float(min_score),
             )
-            hits = [_hit(p.id, p.score, p.payload or {}) for p in found.points]
+            hits = [_hit(p.id, p.score, p.payload or {}) for p in response.points]
             answers.append(sorted(hits, key=lambda hit: (-hit.score, hit.id)))
     return answers
 
@@ -145,8 +145,8 @@ def _hit(number: Any, score: float, payload: Mapping[str, Any]) -> Hit:
 
 def _about(connection: Connection) -> dict[str, Any] | None:
     metadata = connection.client.get_collection(connection.collection).config.metadata or {}
-    found: dict[str, Any] | None = metadata.get("tcq")
-    return found
+    about: dict[str, Any] | None = metadata.get("tcq")
+    return about
 
 
 def _versions(connection: Connection) -> Iterator[tuple[int, str]]:

@@ -148,10 +148,10 @@ class Searcher:
         return RELOAD_SECONDS * (30 if storage.is_url(self.path) else 1)
 
     def _read_meta(self) -> str:
-        found = storage.read(storage.join(self.path, META))
-        if found is None:
+        text = storage.read(storage.join(self.path, META))
+        if text is None:
             raise IndexFileError(f"index {str(self.path)!r} has no {META}")
-        return found.decode()
+        return text.decode()
 
     def _open_again(self) -> Opened:
         return open_for_search(open_index(self.path, verify=False))
@@ -199,10 +199,10 @@ def _search(opened: Opened, query: Query, features: np.ndarray) -> Answer:
     wanted = query.offset + query.k
     reach = min(FURTHER * wanted, max(FURTHEST, wanted)) if query.hide_copies else wanted + 1
     scores, items = search_tables(index, table, k=reach, allowed=allowed, engine=opened.engine)
-    found = hits(index, scores, items, min_score=query.min_score)[0]
+    answers = hits(index, scores, items, min_score=query.min_score)[0]
     if not query.hide_copies:
-        return Answer(found[query.offset : wanted], features, 0, len(found) > wanted)
-    shown, looked = without_copies(index, found, wanted + 1)
+        return Answer(answers[query.offset : wanted], features, 0, len(answers) > wanted)
+    shown, looked = without_copies(index, answers, wanted + 1)
     return Answer(shown[query.offset : wanted], features, looked - len(shown), len(shown) > wanted)
 
 
@@ -238,26 +238,26 @@ _pictures: OrderedDict[bytes, np.ndarray | None] = OrderedDict()
 _lock = threading.Lock()
 
 
-def without_copies(index: Index, found: list[Hit], most: int) -> tuple[list[Hit], int]:
+def without_copies(index: Index, answers: list[Hit], most: int) -> tuple[list[Hit], int]:
     """The first `most` hits that are not copies of a better one, and the number of hits that it looked at."""
-    kept: list[Hit] = []
+    originals: list[Hit] = []
     pictures, count = np.zeros((most, 3 * duplicates.SIDE**2), np.float32), 0
     digests: set[bytes] = set()
-    for looked, hit in enumerate(found):
-        if len(kept) == most:
-            return kept, looked
+    for looked, hit in enumerate(answers):
+        if len(originals) == most:
+            return originals, looked
         place = int(np.searchsorted(index.ids, hit.id))
         digest = index.hashes[place].tobytes()
         picture = _small_picture(index, place, digest)
         alike = picture is not None and count and float((pictures[:count] @ picture).max()) >= duplicates.LIKENESS
         if alike or (digest in digests and any(digest)):
             continue
-        kept.append(hit)
+        originals.append(hit)
         digests.add(digest)
         if picture is not None:
             pictures[count] = picture
             count += 1
-    return kept, len(found)
+    return originals, len(answers)
 
 
 def _small_picture(index: Index, place: int, digest: bytes) -> np.ndarray | None:

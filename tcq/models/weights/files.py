@@ -78,13 +78,13 @@ def _parts(index: Path) -> dict[str, np.ndarray]:
         raise WeightsError(
             f"{str(index)!r} lists {', '.join(outside or absent)}, not found beside it: copy all its files"
         )
-    found = {name: tensors(index.parent / name) for name in names}
-    missing = [k for k, name in places.items() if k not in found[name]]
+    weights = {name: tensors(index.parent / name) for name in names}
+    missing = [k for k, name in places.items() if k not in weights[name]]
     if missing:
         raise WeightsError(
             f"{str(index)!r}: {missing[0]} is not in {places[missing[0]]}: the files do not belong together"
         )
-    return {k: found[name][k] for k, name in places.items()}
+    return {k: weights[name][k] for k, name in places.items()}
 
 
 def _float32(tensor: np.ndarray) -> np.ndarray:
