@@ -37,10 +37,10 @@ test-tensorflow: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'tensorflow-cpu>=2.21' dill
 	$(BIN)/python -m pytest -m tensorflow
 
-# timm and open_clip are installed without torchvision, whose builds need CUDA on some platforms.
+# Without what they require: torchvision, whose builds need CUDA on some platforms, and what Lance does not need here.
 $(VENV)/installed-peers: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu' transformers==5.23.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31 open_clip_torch==3.3.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31 open_clip_torch==3.3.0 pylance==14.0.2
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check onnx==1.23.2 onnxruntime==1.32.0 ai-edge-litert==2.3.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements-test.txt jax2onnx==0.13.0
 	touch $@

@@ -158,6 +158,23 @@ def test_a_folder_that_is_missing_is_one_message(index, tmp_path):
 
 
 @pytest.mark.peers
+@pytest.mark.parametrize("score", ["ip", "l2"])
+def test_the_page_ranks_with_lance_as_tcq_does(ruled, score, tmp_path, monkeypatch):
+    pytest.importorskip("lance")
+    path, opened, feature = ruled(score, True, "none")
+    export.export(path, tmp_path / "items.parquet", format="parquet")
+    monkeypatch.chdir(tmp_path)
+    np.save("feature.npy", feature)
+    (code,) = [b for b in blocks("python") if "import lance" in b]
+    if score == "l2":
+        code = code.replace('metric="dot"', 'metric="L2"').replace("1 - answer", "-answer")
+    names = {}
+    exec(code, names)
+    assert len(names["hits"]) == 10
+    assert_ranked(opened, feature, *zip(*names["hits"], strict=True))
+
+
+@pytest.mark.peers
 @pytest.mark.parametrize("rule", RULES)
 def test_node_ranks_as_tcq(ruled, rule, tmp_path, tmp_path_factory):
     if not shutil.which("npm"):
