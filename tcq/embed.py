@@ -1,11 +1,13 @@
 """Embeds a collection and its views once, with a user's function or a backbone, into a folder that training reads."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tcq import augment, encode
+from tcq import config as configs
 from tcq.data import embeddings, sources, splits
 from tcq.data.source import Source, SourceError
 from tcq.models import embedder, retriever
-from tcq.runtime import devices, log, processes, signals, storage
+from tcq.runtime import devices, locks, log, processes, signals, storage
 
 BLOCK = 64  # images embedded at a time
 SHARD = 2**16  # rows of a file
 SEED = 0  # of the views: runs with other seeds share them
 DONE = "done.json"
+PARTIAL = "-partial"  # of the name of a folder that is being written
+STATE = "state.json"  # of a folder that is being written: what it holds, and how many images are embedded
+EVERY = 10.0  # seconds between two records of the state
 
 Run = Callable[[np.ndarray], np.ndarray]  # uint8 images (N, S, S, 3) to float32 embeddings (N, F)
 
@@ -52,16 +58,29 @@ def write(config: ConfigDict, out: str | Path) -> int:
     """Writes the embeddings of the source of a config, and `data.views` views of each image, to a new folder.
 
     They are those of `model.embedder`, or of the backbone that `model.weights` names, before any projection.
-    Returns the number of images. Raises SourceError, also if `out` exists, EmbedderError and WeightsError.
+    If it is stopped, the same call goes on in `<out>-partial`. Returns the number of images. Raises SourceError, also
+    if `out` exists, EmbedderError and WeightsError.
     """
     if Path(out).exists():
         raise SourceError(f"{out} exists: give another folder")
     run = _run_of(config)
     source = sources.open_source(config.data)
-    with storage.temporary_folder(out) as folder:
-        _write(folder, config, run, source, np.arange(len(source.images)))
+    identity = hashlib.blake2b(configs.to_json(config).encode() + _contents(source)).hexdigest()
+    with _partial(Path(out)) as folder:
+        if Path(out).exists():
+            raise SourceError(f"{out} was written meanwhile by another process: give another folder")
+        _write(folder, config, run, source, np.arange(len(source.images)), identity)
         folder.rename(out)
     return len(source.images)
+
+
+@contextlib.contextmanager
+def _partial(folder: Path) -> Iterator[Path]:
+    """The folder that becomes `folder`, for one process at a time. What a stopped one has written to it stays."""
+    partial = folder.with_name(folder.name + PARTIAL)
+    with locks.lock(partial, wait=True):
+        yield partial
+        (folder / locks.NAME).unlink(missing_ok=True)
 
 
 def _run_of(config: ConfigDict) -> Run:
@@ -100,14 +119,20 @@ def _cache(config: ConfigDict, source: Source) -> Path:
         [data.protocol, data.split_seed, data.query, data.validation],
         [data.max_pixels, data.labels],
     ]
-    digest = hashlib.blake2b(json.dumps(parts).encode())
+    digest = hashlib.blake2b(json.dumps(parts).encode() + _contents(source)).hexdigest()
+    home = Path(data.cache_dir).expanduser() if data.cache_dir else storage.cache_home()
+    return home / "embedded" / digest[:32]
+
+
+def _contents(source: Source) -> bytes:
+    """The digests of all images; one of all pixels if there are none."""
     if source.digests is not None:
-        digest.update(b"".join(source.digests))
-    for first in range(0, len(source.images) if source.digests is None else 0, BLOCK):
+        return b"".join(source.digests)
+    digest = hashlib.blake2b()
+    for first in range(0, len(source.images), BLOCK):
         signals.poll()
         digest.update(np.ascontiguousarray(source.images[first : first + BLOCK]).data)
-    home = Path(data.cache_dir).expanduser() if data.cache_dir else storage.cache_home()
-    return home / "embedded" / digest.hexdigest()[:32]
+    return digest.digest()
 
 
 def _fill(folder: Path, config: ConfigDict, source: Source) -> None:
@@ -115,52 +140,81 @@ def _fill(folder: Path, config: ConfigDict, source: Source) -> None:
         return
     split = splits.of_source(source, config.data)
     viewed = np.union1d(split.train, split.validation)
-    shutil.rmtree(folder, ignore_errors=True)
-    if folder.parent.is_dir():
-        storage.delete_abandoned(folder.parent)
-    with storage.temporary_folder(folder) as temporary:
-        _write(temporary, config, _run_of(config), source, viewed)
-        storage.write_text(temporary / DONE, json.dumps({"images": len(source.images)}))
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not (folder / DONE).is_file():  # else another process has written the same meanwhile
-                raise
+    with _partial(folder) as partial:
+        if (folder / DONE).is_file():  # by another process, meanwhile
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        _write(partial, config, _run_of(config), source, viewed, folder.name)
+        storage.write_text(partial / DONE, json.dumps({"images": len(source.images)}))
+        partial.rename(folder)
 
 
-def _write(folder: Path, config: ConfigDict, run: Run, source: Source, viewed: np.ndarray) -> None:
-    """Writes items, the views of the images at `viewed` (zeros for others), and metadata."""
+def _write(folder: Path, config: ConfigDict, run: Run, source: Source, viewed: np.ndarray, identity: str) -> None:
+    """Writes items, the views of the images at `viewed` (zeros for others), and metadata; goes on where it stopped."""
     images, views = source.images, config.data.views
-    progress = log.Progress(logger, f"embedding images and {views} views each", len(images))
+    names = (embeddings.ITEMS, embeddings.VIEWS)[: 2 if views else 1]
+    begin = _begin(folder, names, identity)
+    progress = log.Progress(logger, f"embedding images and {views} views each", len(images), done=begin)
     has_views = np.isin(np.arange(len(images)), viewed)
     draw = _compiled_views(tuple(sorted(config.data.augment.items())))
-    for name in (embeddings.ITEMS, embeddings.VIEWS)[: 2 if views else 1]:
-        (folder / name).mkdir(parents=True)
+    recorded = time.monotonic()
     for number, first in enumerate(range(0, len(images), SHARD)):
-        items: Any = None
-        rows_of_views: Any = None
+        shards: list[np.ndarray] = []
         stop = min(first + SHARD, len(images))
-        for start in range(first, stop, BLOCK):
+        for start in range(max(first, begin), stop, BLOCK):
             signals.poll()
             rows = np.arange(start, min(start + BLOCK, stop))
             block = np.asarray(images[rows])
             plain = run(block)
-            if items is None:
-                items = _shard(folder, embeddings.ITEMS, number, (stop - first, plain.shape[1]))
-                if views:
-                    rows_of_views = _shard(folder, embeddings.VIEWS, number, (stop - first, views, plain.shape[1]))
-            items[rows - first] = plain
+            if not shards:
+                shapes = (stop - first, plain.shape[1]), (stop - first, views, plain.shape[1])
+                new = start == first
+                shards = [_shard(folder, n, number, of, new=new) for n, of in zip(names, shapes, strict=False)]
+            shards[0][rows - first] = plain
             here = has_views[rows]
             for view in range(views) if here.any() else ():
                 pixels = np.asarray(draw(block, rows.astype(np.int32), np.int32(view)))[here]
-                rows_of_views[rows[here] - first, view] = run(pixels)
+                shards[1][rows[here] - first, view] = run(pixels)
             progress.update(int(rows[-1]) + 1)
+            if time.monotonic() - recorded >= EVERY or rows[-1] + 1 == stop:
+                _record(folder, shards, identity, int(rows[-1]) + 1)
+                recorded = time.monotonic()
     embeddings.write_metadata(folder, source.names, source.labels, source.classes)
+    (folder / STATE).unlink()
 
 
-def _shard(folder: Path, name: str, number: int, shape: tuple[int, ...]) -> np.ndarray:
+def _begin(folder: Path, names: Sequence[str], identity: str) -> int:
+    """The number of images that are embedded already; of other images, or in another way, all files are deleted."""
+    try:
+        state = json.loads((folder / STATE).read_text())
+    except (OSError, ValueError):
+        state = {"identity": "", "images": 0}
+    files = [_file(folder, name, number) for name in names for number in range(-(-state["images"] // SHARD))]
+    if state["identity"] == identity and all(file.is_file() for file in files):
+        logger.info(f"{folder}: going on after {state['images']:,} images")
+        return int(state["images"])
+    for name in names:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).mkdir()
+    return 0
+
+
+def _record(folder: Path, shards: Sequence[Any], identity: str, count: int) -> None:
+    """Writes that so many images are on the disk."""
+    for shard in shards:
+        shard.flush()
+    storage.write_text(folder / STATE, json.dumps({"identity": identity, "images": count}))
+
+
+def _file(folder: Path, name: str, number: int) -> Path:
+    return folder / name / f"{name}_{number}.npy"
+
+
+def _shard(folder: Path, name: str, number: int, shape: tuple[int, ...], *, new: bool) -> np.ndarray:
     """A mapped file, whose place on the disk is reserved: a full disk is an OSError here, and not a bus error later."""
-    path = folder / name / f"{name}_{number}.npy"
+    path = _file(folder, name, number)
+    if not new:
+        return np.lib.format.open_memmap(path, mode="r+")
     rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     if hasattr(os, "posix_fallocate"):
         with open(path, "r+b") as file:

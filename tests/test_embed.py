@@ -1,5 +1,6 @@
 """A user's function as backbone, and embeddings from a folder, from training to search."""
 
+import contextlib
 import json
 import shutil
 
@@ -12,7 +13,7 @@ import small
 import tiny_embedder
 from tcq import config as configs
 from tcq import embed, encode, evaluate, index, train
-from tcq.data import embeddings, sources
+from tcq.data import embeddings, sources, splits
 from tcq.models import embedder, retriever
 from tcq.train import optimizer, step
 
@@ -47,6 +48,47 @@ def test_it_is_embedded_once_for_all_seeds(run, monkeypatch):
     config = small.config(*HEAD, f"data.cache_dir={run[1]}", "train.seed=3", "loss.temperature=0.1")
     monkeypatch.setattr(embedder, "run", None)
     embed.open_source(config)
+
+
+class Counted:
+    """The function, which fails at a number of calls; counts the images."""
+
+    def __init__(self, at):
+        self.at, self.calls, self.images, self.run = at, 0, 0, embedder.run
+
+    def __call__(self, spec, images):
+        self.calls += 1
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+        self.images += len(images)
+        return self.run(spec, images)
+
+
+def stopped(function, config, *more, at=None):
+    """The number of images that were embedded until a call failed, or to the end."""
+    with pytest.MonkeyPatch.context() as patch:
+        counted = Counted(at)
+        patch.setattr(embedder, "run", counted)
+        patch.setattr(embed, "EVERY", 0)
+        with pytest.raises(KeyboardInterrupt) if at else contextlib.nullcontext():
+            function(config, *more)
+    return counted.images
+
+
+@pytest.mark.parametrize("at", [2, 50, 76])  # calls of 4 for each block of 64: in the first shard, and in later ones
+def test_an_embedding_that_is_stopped_goes_on(run, tmp_path, monkeypatch, logs, at):
+    whole = embed.open_source(small.config(*HEAD, f"data.cache_dir={run[1]}"))
+    monkeypatch.setattr(embed, "SHARD", 640)
+    config = small.config(*HEAD, f"data.cache_dir={tmp_path}")
+    images = stopped(embed.open_source, config, at=at) + stopped(embed.open_source, config)
+    resumed = embed.open_source(config)
+    split = splits.of_source(whole, config.data)
+    total = len(whole.images) + 3 * len(np.union1d(split.train, split.validation))
+    assert total <= images < total + 4 * embed.BLOCK
+    for a, b in ((resumed.images, whole.images), (resumed.views, whole.views)):
+        np.testing.assert_array_equal(a[:], b[:])
+    assert ("going on after" in logs.text) == (at > 2)
+    assert [p.name for p in (tmp_path / "embedded").iterdir() if "partial" in p.name] == []
 
 
 def test_the_cache_depends_on_all_that_embeddings_depend_on(run):
@@ -179,6 +221,21 @@ def test_embed_writes_what_training_reads(tmp_path):
     assert train.train(config, tmp_path / "run")["mAP"] > 0.2
     again = small.main("embed", "--config=configs/digits.py", *flags, f"--out={tmp_path / 'e'}")
     small.assert_refused(again, "exists: give another folder")
+
+
+def test_tcq_embed_goes_on_and_of_other_settings_starts_anew(tmp_path, logs):
+    config = small.config(*HEAD, f"data.cache_dir={tmp_path / 'cache'}")
+    stopped(embed.write, config, tmp_path / "e", at=50)
+    assert not (tmp_path / "e").exists() and (tmp_path / "e-partial").is_dir()
+    assert stopped(embed.write, config, tmp_path / "e", at=50) == 49 * embed.BLOCK
+    assert "going on after 768 images" in logs.text
+    other = small.config(*HEAD, f"data.cache_dir={tmp_path / 'cache'}", "data.views=2")
+    logs.clear()
+    embed.write(other, tmp_path / "e")
+    assert "going on" not in logs.text
+    assert sorted(p.name for p in (tmp_path / "e").iterdir()) == ["img_emb", "metadata", "view_emb"]
+    assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == ["e"]
+    assert embeddings.open_folder(tmp_path / "e").views.shape[:2] == (1797, 2)
 
 
 def test_a_backbone_of_ours_embeds_too(digits_run, tmp_path):

@@ -34,11 +34,11 @@ class _Formatter(logging.Formatter):
 class Progress:
     """Logs the progress of a long task at most every `EVERY` seconds, and its end if it took that long.
 
-    Lines read "<task>: <done> of <total> <unit>, <rate>/s, <h:mm:ss> left".
+    Lines read "<task>: <done> of <total> <unit>, <rate>/s, <h:mm:ss> left". A task that goes on starts with `done`.
     """
 
-    def __init__(self, logger: logging.Logger, task: str, total: int, *, unit: str = "images") -> None:
-        self._logger, self._task, self._total, self._unit = logger, task, total, unit
+    def __init__(self, logger: logging.Logger, task: str, total: int, *, unit: str = "images", done: int = 0) -> None:
+        self._logger, self._task, self._total, self._unit, self._before = logger, task, total, unit, done
         self._start = self._last = time.monotonic()
 
     def update(self, done: int) -> None:
@@ -48,7 +48,7 @@ class Progress:
         if now - self._last < EVERY and not complete:
             return
         self._last = now
-        rate = done / max(now - self._start, 1e-9)
+        rate = (done - self._before) / max(now - self._start, 1e-9)
         left = f"{duration((self._total - done) / rate)} left" if rate else "time left unknown"
         self._logger.info(f"{self._task}: {done:,} of {self._total:,} {self._unit}, {rate:,.0f}/s, {left}")
 

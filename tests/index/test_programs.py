@@ -19,6 +19,7 @@ import json, sys
 import numpy as np
 from jax import export
 program = export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
+assert program.platforms == ("cpu", "cuda", "tpu")
 features, codes = program.call(np.load(sys.argv[2]))
 np.savez(sys.argv[3], features=features, codes=codes)
 assert not [m for m in sys.modules if m.startswith(("tcq", "flax"))]
