@@ -191,6 +191,19 @@ def test_thumbnails_are_encoded_anew(run, images, tmp_path):
         assert str(tmp_path) not in json.dumps(answer)
 
 
+def test_thumbnails_in_memory_are_bounded(address, monkeypatch):
+    """None is kept above the limit."""
+    jpeg, encoded = app._jpeg, []
+    monkeypatch.setattr(app, "_jpeg", lambda path, side: encoded.append(path) or jpeg(path, side))
+    for i in (1, 2, 2):
+        assert ask(address, f"/api/thumbnails/{i}?side=1280")[0] == 200
+    assert len(encoded) == 2
+    monkeypatch.setattr(app, "CACHED", 100)
+    for i in (1, 2, 1):
+        assert ask(address, f"/api/thumbnails/{i}?side=320")[0] == 200
+    assert len(encoded) == 2 + 3
+
+
 def test_near_copies_are_hidden(run, images, tmp_path):
     folder = shutil.copytree(images / "class 3", tmp_path / "photos")
     for i in range(4):

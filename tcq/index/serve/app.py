@@ -280,7 +280,8 @@ async def _thumbnail(request: Request) -> Response:
     headers = {"etag": tag, "cache-control": "private, max-age=600"}
     if request.headers.get("if-none-match") == tag:
         return Response(status_code=304, headers=headers)
-    if key not in state.thumbnails:
+    jpeg = state.thumbnails.get(key)
+    if jpeg is None:
         if state.thumbnails_waiting >= THUMBNAILS_WAITING:
             raise BusyError
         state.thumbnails_waiting += 1
@@ -293,8 +294,9 @@ async def _thumbnail(request: Request) -> Response:
         state.thumbnails[key] = jpeg
         while sum(map(len, state.thumbnails.values())) > CACHED:
             state.thumbnails.popitem(last=False)
-    state.thumbnails.move_to_end(key)
-    return Response(state.thumbnails[key], media_type="image/jpeg", headers=headers)
+    else:
+        state.thumbnails.move_to_end(key)
+    return Response(jpeg, media_type="image/jpeg", headers=headers)
 
 
 def _jpeg(path: str, side: int) -> bytes:
