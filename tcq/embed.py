@@ -193,6 +193,7 @@ def _begin(folder: Path, names: Sequence[str], identity: str) -> int:
     if state["identity"] == identity and all(file.is_file() for file in files):
         logger.info(f"{folder}: going on after {state['images']:,} images")
         return int(state["images"])
+    (folder / STATE).unlink(missing_ok=True)
     for name in names:
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir()

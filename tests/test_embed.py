@@ -230,7 +230,10 @@ def test_tcq_embed_goes_on_and_of_other_settings_starts_anew(tmp_path, logs):
     assert stopped(embed.write, config, tmp_path / "e", at=50) == 49 * embed.BLOCK
     assert "going on after 768 images" in logs.text
     other = small.config(*HEAD, f"data.cache_dir={tmp_path / 'cache'}", "data.views=2")
+    stopped(embed.write, other, tmp_path / "e", at=2)  # in the first block, so that nothing is recorded
     logs.clear()
+    stopped(embed.write, config, tmp_path / "e", at=50)
+    assert "going on" not in logs.text
     embed.write(other, tmp_path / "e")
     assert "going on" not in logs.text
     assert sorted(p.name for p in (tmp_path / "e").iterdir()) == ["img_emb", "metadata", "view_emb"]
