@@ -241,8 +241,7 @@ def _sort_near_cuts(scores: np.ndarray, relevance: np.ndarray, k: int, cuts: np.
     keys += number * np.arange(len(scores))[:, None]
     keys *= 2
     keys += relevance
-    counted = np.bincount(keys.ravel(), minlength=2 * number * len(scores))
-    counted = counted.reshape(len(scores), number, 2)
+    counted = np.bincount(keys.ravel(), minlength=2 * keys.shape[0] * number).reshape(len(scores), number, 2)
     relevant_in, all_in = counted[:, :, 1], counted[:, :, 0] + counted[:, :, 1]
     ends = [np.searchsorted(_before(row), np.append(cuts, k)) - 1 for row in all_in]
     wanted = np.zeros(all_in.shape, bool)
