@@ -1,4 +1,4 @@
-"""Every key of a tcq config, with its unit and default. The other files change some of them.
+"""Every key of a tcq config, with its unit and default. Other files change some of them.
 
 The allowed values of each key are in tcq/config/checks.py.
 """
@@ -32,7 +32,10 @@ def set_bits(c: ConfigDict, bits: str) -> None:
 
 
 def set_backbone(c: ConfigDict, backbone: str, weights: str, *, image_size: int) -> None:
-    """Sets a named backbone or published weights, and its fine-tuning: our choice after DeiT and BEiT."""
+    """Sets a named backbone or published weights, and its fine-tuning.
+
+    This is our choice after DeiT and BEiT.
+    """
     c.model.name, c.model.weights = backbone, weights
     c.model.pooling = "cls"
     c.data.image_size = image_size
@@ -44,10 +47,11 @@ def set_backbone(c: ConfigDict, backbone: str, weights: str, *, image_size: int)
 
 
 def train_on_embeddings(c: ConfigDict, kinds: str = "") -> None:
-    """Only projection and codebooks are trained. `kinds` is about how many kinds of things there are, "" if unknown.
+    """Only projection and codebooks are trained.
 
-    Temperature and clip follow the validation images of three sets (docs/clipping.md): without `kinds` few pairs are
-    clipped, at a high temperature, which lost 0.01 to 0.08 of mAP against the best. The rest is our choice.
+    `kinds` is about how many kinds of things there are, "" if unknown. Temperature and clip follow the validation
+    images of three sets (docs/clipping.md): without `kinds` few pairs are clipped, at a high temperature, which lost
+    0.01 to 0.08 of mAP against the best. The rest is our choice.
     """
     if kinds and (not kinds.isdecimal() or int(kinds) < 2):
         raise ValueError(
@@ -85,7 +89,10 @@ def count_or_share(value: float) -> FieldReference:
 
 
 def get_config() -> ConfigDict:
-    """The defaults: a small ViT from scratch. `data.source` and the length of the run have to be set."""
+    """The defaults: a small ViT from scratch.
+
+    `data.source` and the length of the run have to be set.
+    """
     c = ConfigDict()
     c.data = _data()
     c.model = _model()

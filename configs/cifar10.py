@@ -1,4 +1,6 @@
-"""CIFAR-10 under SPQ's protocol: the 10,000 test images are queries, the 50,000 training images the database.
+"""CIFAR-10 under SPQ's protocol.
+
+The 10,000 test images are queries, the 50,000 training images the database.
 
     python -m tcq train --config=configs/cifar10.py:bits=32 --workdir=runs/cifar10
     python -m tcq train --config=configs/cifar10.py:bits=32,weights=/models/dinov2-small --workdir=runs/cifar10-s14
@@ -16,7 +18,10 @@ from tcq.config import base
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """A small ViT from scratch, or another backbone; a ResNet from scratch has the CIFAR stem and 32 pixels."""
+    """A small ViT from scratch, or another backbone.
+
+    A ResNet from scratch has the CIFAR stem and 32 pixels.
+    """
     a = base.arguments(arg, bits="32", backbone="", weights="")
     c = base.get_config()
     base.set_bits(c, a["bits"])

@@ -1,4 +1,4 @@
-"""Handwritten digits of scikit-learn: 1,797 real scans of 8 x 8 pixels, nothing to download.
+"""Handwritten digits of scikit-learn: 1,797 real scans, 8 x 8 pixels, nothing to download.
 
     python -m tcq train --config=configs/digits.py --workdir=runs/digits --evaluate=latest
 
@@ -13,7 +13,10 @@ from tcq.config import base
 
 
 def get_config() -> ConfigDict:
-    """A ViT of 0.1 M parameters, 32 bits; clips a tenth of the negatives, the share of the anchor's own class."""
+    """A ViT of 0.1 M parameters, 32 bits.
+
+    It clips a tenth of the negatives, the share of the anchor's own class.
+    """
     c = base.get_config()
 
     c.data.source = "digits"

@@ -1,4 +1,6 @@
-"""Embeddings that you already have: only projection and codebooks are trained, in minutes on a CPU.
+"""Embeddings that you already have.
+
+Only projection and codebooks are trained, in minutes on a CPU.
 
     python -m tcq train --config=configs/embeddings.py:/path/to/embeddings --workdir=runs/mine
     python -m tcq train --config=configs/embeddings.py:/path/to/embeddings,bits=64,kinds=100 --workdir=runs/mine

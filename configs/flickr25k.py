@@ -1,4 +1,6 @@
-"""MIRFLICKR-25K under the protocol of MeCoQ: 2,000 queries, 5,000 of the other images for training, mAP@5000.
+"""MIRFLICKR-25K under the protocol of MeCoQ, mAP@5000.
+
+There are 2,000 queries; 5,000 of the other images are for training.
 
     python -m tcq train --config=configs/flickr25k.py:bits=32,backbone=vit_b16,weights=/models/B_16.npz
     --workdir=runs/flickr

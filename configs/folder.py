@@ -18,7 +18,7 @@ from tcq.config import base
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """A small ViT from scratch on images of 32 x 32 pixels, or another backbone on 224 x 224 pixels."""
+    """A small ViT from scratch on 32 x 32 pixels, or another backbone on 224 x 224 pixels."""
     a = base.arguments(f"path={arg}", path="", bits="32", backbone="", weights="", embedder="", kinds="")
     c = base.get_config()
     base.set_bits(c, a["bits"])

@@ -1,4 +1,6 @@
-"""MeCoQ (Wang et al. 2022) on CIFAR-10, as its paper describes it: quantized pairing, the debiased loss, and a queue.
+"""MeCoQ (Wang et al. 2022) on CIFAR-10, as its paper describes it.
+
+It has quantized pairing, the debiased loss, and a queue.
 
     python -m tcq train --config=configs/mecoq.py:bits=32,weights=/models/resnet50 --workdir=runs/mecoq --evaluate=best
 
@@ -21,7 +23,10 @@ TEMPERATURES = {"16": 0.25, "32": 0.4, "64": 0.4}  # of its CIFAR-10 (I) runs
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Codebooks of 256 codewords of width 16. To clip instead: --config.loss.clip=0.05 --config.loss.debias=0."""
+    """Codebooks of 256 codewords of width 16.
+
+    To clip instead: --config.loss.clip=0.05 --config.loss.debias=0.
+    """
     a = base.arguments(arg, bits="32", backbone="", weights="")
     if a["bits"] not in TEMPERATURES:
         raise ValueError(f"bits={a['bits']} must be one of {', '.join(TEMPERATURES)}")

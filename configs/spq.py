@@ -1,4 +1,6 @@
-"""SPQ (Jang and Cho 2021) on CIFAR-10, as its paper describes it: a ResNet-18 from scratch, cross pairing.
+"""SPQ (Jang and Cho 2021) on CIFAR-10, as its paper describes it.
+
+It has a ResNet-18 from scratch and cross pairing.
 
     python -m tcq train --config=configs/spq.py:bits=32 --workdir=runs/spq --evaluate=best
 
@@ -17,7 +19,10 @@ from tcq.config import base
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Codebooks of 16 codewords of width 16; add --config.loss.clip=0.05 to see the effect of clipping."""
+    """Codebooks of 16 codewords of width 16.
+
+    Add --config.loss.clip=0.05 to see the effect of clipping.
+    """
     a = base.arguments(arg, bits="32")
     c = base.get_config()
     base.set_bits(c, a["bits"])

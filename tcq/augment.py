@@ -1,7 +1,8 @@
-"""Random views of one image from a key; `vmap` them over a batch. They run on the device, inside the training step.
+"""Random views of one image from a key; `vmap` them over a batch.
 
-Images and views are float32 (H, W, 3) in [0, 1]. Every strength is an argument; at strength 0 a function returns its
-input and costs nothing. The recipe follows SimCLR (Chen et al. 2020), with rotation and shift added.
+They run on the device, inside the training step. Images and views are float32 (H, W, 3) in [0, 1]. Every strength is an
+argument; at strength 0 a function returns its input and costs nothing. The recipe follows SimCLR (Chen et al. 2020),
+with rotation and shift added.
 """
 
 from collections.abc import Mapping
@@ -117,7 +118,10 @@ def color_jitter(
     hue: float,
     probability: float = 1.0,
 ) -> Image:
-    """Changes brightness, contrast, saturation and hue, in this order, all with the given probability or none."""
+    """Changes brightness, contrast, saturation and hue, in this order.
+
+    With the given probability all changes are made, otherwise none.
+    """
     if probability == 0 or brightness == contrast == saturation == hue == 0:
         return image
     apply_key, *keys = jax.random.split(key, 5)
@@ -148,7 +152,10 @@ def random_grayscale(key: Key[Array, ""], image: Image, *, probability: float) -
 
 
 def random_blur(key: Key[Array, ""], image: Image, *, probability: float) -> Image:
-    """Gaussian blur with the given probability; the kernel is about a tenth of the side wide, edges are repeated."""
+    """Applies a Gaussian blur with the given probability.
+
+    The kernel is about a tenth of the side wide; edges are repeated.
+    """
     if probability == 0:
         return image
     apply_key, sigma_key = jax.random.split(key)

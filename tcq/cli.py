@@ -33,7 +33,10 @@ def console() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status. A user's mistake is one message, without a traceback."""
+    """Runs one command and returns its exit status.
+
+    A user's mistake is one message, without a traceback.
+    """
     parser = make_parser()
     arguments, overrides = parser.parse_known_args(argv)
     _check_arguments(parser, arguments, overrides)

@@ -73,7 +73,7 @@ def _add_actions(parser: Any) -> None:
 
 
 class _Action(argparse._SubParsersAction):
-    """An ACTION, which refuses the flags before it: the parser of the ACTION would not see them."""
+    """An ACTION, which refuses the flags before it: its own parser would not see them."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         given = [

@@ -91,7 +91,10 @@ def _search(arguments: argparse.Namespace, _: list[str]) -> int:
 
 
 def _verified(arguments: argparse.Namespace) -> Iterator[_Answers]:
-    """The answers, once the files of the index are verified; meanwhile the first queries are encoded."""
+    """The answers, once the files of the index are verified.
+
+    Meanwhile the first queries are encoded.
+    """
     from tcq import index
     from tcq.index import engines
 
@@ -192,7 +195,10 @@ def _print_answer(arguments: argparse.Namespace, title: str, name: str, hits: Se
 
 
 def _print_hits(query: str, hits: Sequence[Any]) -> None:
-    """Prints rank, score and path, then own columns; a tab or the end of a line in one as an escape."""
+    """Prints rank, score and path, then own columns.
+
+    A tab or the end of a line in one of them is printed as an escape.
+    """
     if query:
         print(f"# {flags.one_line(query)}")
     for rank, hit in enumerate(hits, 1):

@@ -1,4 +1,7 @@
-"""The check before a long run: versions, devices, memory, disk, and whether a config and its images fit them."""
+"""Checks versions, devices, memory and disk before a long run.
+
+It also checks whether a config and its images fit them.
+"""
 
 import os
 import platform
@@ -54,9 +57,10 @@ def report(
     workdir: str | Path | None = None,
     expected: Expected = Expected(),  # noqa: B008  # it is immutable
 ) -> Findings:
-    """Checks the machine, and a workdir, a config and its images (which are decoded and cached) if given.
+    """Checks the machine and, if given, a workdir, a config and its images.
 
-    In a run of several processes all of them call it, and all get the problems of each.
+    The images are decoded and cached. In a run of several processes all of them call it, and all get the problems of
+    each.
     """
     findings = [_machine(expected)]
     if workdir:
@@ -199,7 +203,7 @@ def _config(config: str, overrides: Sequence[str], workdir: str | Path | None) -
 
 
 def _source(config: ConfigDict, images: source.Source) -> list[str]:
-    """The number of images, the classes with their sizes, and the first files that are skipped or repaired."""
+    """The number of images, classes with sizes, and the first skipped or repaired files."""
     lines = [f"{config.data.source}: {len(images.images):,} images, {len(images.skipped)} skipped"]
     if images.labels is not None:
         hot = images.labels.ndim == 2

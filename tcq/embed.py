@@ -1,4 +1,7 @@
-"""Embeds a collection and its views once, with a user's function or a backbone, into a folder that training reads."""
+"""Embeds a collection and its views once, into a folder that training reads.
+
+A user's function or a backbone embeds them.
+"""
 
 import contextlib
 import hashlib
@@ -38,10 +41,10 @@ logger = logging.getLogger(__name__)
 
 
 def open_source(config: ConfigDict, order: Callable[[Source], Source] = lambda source: source) -> Source:
-    """The source of a config; with `model.embedder` its embeddings, which are computed once and cached.
+    """The source of a config; with `model.embedder`, its embeddings.
 
-    Process 0 computes them. All processes of a run read them, so these must share `data.cache_dir`. `order` puts the
-    images into the order that a run knows.
+    The embeddings are computed once and cached. Process 0 computes them. All processes of a run read them, so these
+    must share `data.cache_dir`. `order` puts the images into the order that a run knows.
     Raises SourceError and EmbedderError.
     """
     source = order(sources.open_source(config.data))
@@ -55,11 +58,12 @@ def open_source(config: ConfigDict, order: Callable[[Source], Source] = lambda s
 
 
 def write(config: ConfigDict, out: str | Path) -> int:
-    """Writes the embeddings of the source of a config, and `data.views` views of each image, to a new folder.
+    """Writes the embeddings of the source of a config, and of views, to a new folder.
 
-    They are those of `model.embedder`, or of the backbone that `model.weights` names, before any projection.
-    If it is stopped, the same call goes on in `<out>-partial`. Returns the number of images. Raises SourceError, also
-    if `out` exists, EmbedderError and WeightsError.
+    There are `data.views` views of each image. The embeddings are those of `model.embedder`, or of the backbone that
+    `model.weights` names, before any projection.
+    If the call is stopped, the same call goes on in `<out>-partial`. Returns the number of images. Raises SourceError,
+    also if `out` exists, EmbedderError and WeightsError.
     """
     if Path(out).exists():
         raise SourceError(f"{out} exists: give another folder")
@@ -76,7 +80,10 @@ def write(config: ConfigDict, out: str | Path) -> int:
 
 @contextlib.contextmanager
 def _partial(folder: Path) -> Iterator[Path]:
-    """The folder that becomes `folder`, for one process at a time. What a stopped one has written to it stays."""
+    """The folder that becomes `folder`, for one process at a time.
+
+    What a stopped process has written to it stays.
+    """
     partial = folder.with_name(folder.name + PARTIAL)
     with locks.lock(partial, wait=True):
         yield partial
@@ -84,7 +91,7 @@ def _partial(folder: Path) -> Iterator[Path]:
 
 
 def _run_of(config: ConfigDict) -> Run:
-    """What embeds images. Raises EmbedderError if the config has neither a function nor weights."""
+    """What embeds images. Raises EmbedderError if the config has no function and no weights."""
     m = config.model
     if m.embedder:
         return partial(embedder.run, m.embedder)
@@ -150,7 +157,10 @@ def _fill(folder: Path, config: ConfigDict, source: Source) -> None:
 
 
 def _write(folder: Path, config: ConfigDict, run: Run, source: Source, viewed: np.ndarray, identity: str) -> None:
-    """Writes items, the views of the images at `viewed` (zeros for others), and metadata; goes on where it stopped."""
+    """Writes items, the views of the images at `viewed` (zeros for others), and metadata.
+
+    It goes on where it stopped.
+    """
     images, views = source.images, config.data.views
     names = (embeddings.ITEMS, embeddings.VIEWS)[: 2 if views else 1]
     begin = _begin(folder, names, identity)
@@ -184,7 +194,10 @@ def _write(folder: Path, config: ConfigDict, run: Run, source: Source, viewed: n
 
 
 def _begin(folder: Path, names: Sequence[str], identity: str) -> int:
-    """The number of images that are embedded already; of other images, or in another way, all files are deleted."""
+    """The number of images that are embedded already.
+
+    Deletes all files if they are of other images, or embedded in another way.
+    """
     try:
         state = json.loads((folder / STATE).read_text())
     except (OSError, ValueError):
@@ -212,7 +225,10 @@ def _file(folder: Path, name: str, number: int) -> Path:
 
 
 def _shard(folder: Path, name: str, number: int, shape: tuple[int, ...], *, new: bool) -> np.ndarray:
-    """A mapped file, whose place on the disk is reserved: a full disk is an OSError here, and not a bus error later."""
+    """A mapped file, whose place on the disk is reserved.
+
+    So a full disk is an OSError here, and not a bus error later.
+    """
     path = _file(folder, name, number)
     if not new:
         return np.lib.format.open_memmap(path, mode="r+")

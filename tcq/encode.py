@@ -1,4 +1,7 @@
-"""A trained model as an encoder: images to features and codes, on all devices of all processes."""
+"""A trained model as an encoder: images to features and codes.
+
+It runs on all devices of all processes.
+"""
 
 import logging
 from functools import lru_cache
@@ -49,9 +52,10 @@ class Encoded(NamedTuple):
 
 
 def load(workdir: str | Path, *, which: str = "best") -> Encoder:
-    """The encoder of a training run at a checkpoint: "best" (by validation score), "latest" or a step.
+    """The encoder of a training run at a checkpoint.
 
-    With "best" and "latest" the next checkpoint is used, with a warning, if one is corrupted.
+    `which` is "best" (by validation score), "latest" or a step. With "best" and "latest" the next checkpoint is used,
+    with a warning, if one is corrupted.
     Raises WorkdirError, CheckpointError or ConfigError if the workdir holds no run, or its checkpoint does not fit.
     """
     config = workdirs.read_config(workdir)
@@ -77,7 +81,7 @@ def as_weights(workdir: str | Path) -> published.Weights:
 
 
 def backbone_from_weights(config: ConfigDict, model: retriever.Retriever) -> retriever.Variables:
-    """The variables of the backbone from `model.weights`. Raises WeightsError if they do not fit."""
+    """The backbone's variables from `model.weights`. Raises WeightsError if they do not fit."""
     path, side = Path(config.model.weights), config.data.image_size
     weights = as_weights(path) if published.is_workdir(path) else published.read(path)
     logger.info(f"weights: {weights.family.name}, {weights.path}")
@@ -85,10 +89,10 @@ def backbone_from_weights(config: ConfigDict, model: retriever.Retriever) -> ret
 
 
 def encode(encoder: Encoder, images: Any) -> Encoded:
-    """Features and codes of images, without augmentation, `eval.batch_size` images on a device at a time.
+    """Features and codes of images, without augmentation.
 
-    Images are uint8 (N, H, W, 3). A model that was trained on embeddings takes these, (N, F), or images if it has
-    `model.embedder`.
+    A device takes `eval.batch_size` images at a time. Images are uint8 (N, H, W, 3). A model that was trained on
+    embeddings takes these, (N, F), or images if it has `model.embedder`.
 
     The processes of a run share the work, and each gets all results. Raises ValueError for another image size.
     """
@@ -120,7 +124,10 @@ def _in_batches(encoder: Encoder, images: Any, *, with_features: bool) -> tuple[
 
 
 def _embed_images(encoder: Encoder, images: Any) -> Float[np.ndarray, "N F"]:
-    """The embeddings of images by `model.embedder`. Raises EmbedderError if it is not the one of the training."""
+    """The embeddings of images by `model.embedder`.
+
+    Raises EmbedderError if it is not the one of the training.
+    """
     m = encoder.config.model
     _require_embedder(m.embedder, encoder.config.data.image_size, tuple(m.embedder_output))
     progress = log.Progress(logger, "embedding images", len(images))
@@ -157,7 +164,7 @@ def view_key(seed: int, index: Int[ArrayLike, ""], view: Int[ArrayLike, ""]) -> 
 
 
 def embed_views(encoder: Encoder, images: Any, indices: Int[np.ndarray, " T"]) -> Float[np.ndarray, "T views F"]:
-    """The output of the backbone for all `data.views` views of the images at `indices`, float32."""
+    """The backbone's output for all `data.views` views of the images at `indices`, float32."""
     data, seed, batch_size = encoder.config.data, encoder.config.train.seed, encoder.config.eval.batch_size
     run = _compiled_views(encoder.model, tuple(sorted(data.augment.items())), seed)
     variables = devices.place(encoder.variables)

@@ -11,7 +11,10 @@ Run = Callable[[argparse.Namespace, list[str]], int]
 
 
 def add_command(commands: Commands, name: str, help: str, run: Run, *, compiles: bool = False) -> Any:
-    """A parser with the flags that all commands have; `compiles`: whether compiled programs are cached."""
+    """A parser with the flags that all commands have.
+
+    `compiles` says whether compiled programs are cached.
+    """
     parser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
     parser.set_defaults(run=run, compiles=compiles)
     parser.add_argument("--quiet", action="store_true", help="log only warnings and errors")

@@ -1,4 +1,6 @@
-"""Retrieval metrics under the conventions of the published code; each convention is an argument. NumPy, float64.
+"""Retrieval metrics under the conventions of the published code. NumPy, float64.
+
+Each convention is an argument.
 
 AP@k of a query: rank the database and sum (hits up to r) / r over the relevant ranks r <= k, then divide by a
 denominator.
@@ -87,9 +89,10 @@ def hits(
     ks: Int[ArrayLike, " C"] | list[int],
     ties: str = "expected",
 ) -> Float[np.ndarray, "Q C"]:
-    """Relevant items among the first k of each query, for each k of `ks`: float64, an expectation over ties.
+    """Relevant items among the first k of each query, for each k of `ks`, float64.
 
-    Divided by k it is precision@k, divided by all relevant items of the query recall@k.
+    The number is an expectation over ties. Divided by k it is precision@k, divided by all relevant items of the query
+    recall@k.
     Raises ValueError as `average_precision`, and for a k above N.
     """
     return search(scores, relevance, k=1, cuts=ks, ties=ties).hits
@@ -135,7 +138,10 @@ def search(
 
 
 def mean(average_precision: Float[np.ndarray, " Q"], relevant: Int[np.ndarray, " Q"], *, empty: str = "zero") -> float:
-    """Mean AP; with empty="skip" over the queries that have a relevant item. Raises ValueError if there is none."""
+    """Mean AP; with empty="skip" over the queries that have a relevant item.
+
+    Raises ValueError if there is none.
+    """
     if empty not in EMPTY:
         raise ValueError(f"empty {empty!r} is unknown: use one of {', '.join(EMPTY)}")
     counted = np.ones(len(relevant), bool) if empty == "zero" else relevant > 0
@@ -145,7 +151,10 @@ def mean(average_precision: Float[np.ndarray, " Q"], relevant: Int[np.ndarray, "
 
 
 def best_possible(relevant: Int[ArrayLike, " Q"], *, k: int, denominator: str = "hits") -> Float[np.ndarray, " Q"]:
-    """AP@k of the best possible ranking, all relevant items first: 1, or 0 without any; less where "all" exceeds k."""
+    """AP@k of the best possible ranking, all relevant items first.
+
+    It is 1, or 0 without any relevant item. It is less where "all" exceeds k.
+    """
     relevant = np.asarray(relevant, np.int64)
     seen = np.minimum(relevant, k)
     divisor = {"hits": seen, "min": seen, "all": relevant}[denominator]
@@ -155,7 +164,10 @@ def best_possible(relevant: Int[ArrayLike, " Q"], *, k: int, denominator: str = 
 def random_order(
     relevant: Int[ArrayLike, " Q"], num_items: int, *, k: int, cuts: Int[ArrayLike, " C"] | list[int], denominator: str
 ) -> Scores:
-    """The exact expectation over all orders of `num_items` items, of which `relevant` are relevant to each query."""
+    """The exact expectation over all orders of `num_items` items.
+
+    Of these, `relevant` are relevant to each query.
+    """
     relevant, cut = np.asarray(relevant, np.int64), np.asarray(cuts, np.int64)
     counts, which = np.unique(relevant, return_inverse=True)
     row = np.zeros((1, num_items), np.float32)
@@ -191,7 +203,10 @@ class _Groups(NamedTuple):
 
 
 class _Scratch(NamedTuple):
-    """Arrays (R, N) that are used again for each block of rows: new ones would cost more time than the work in them."""
+    """Arrays (R, N) that are used again for each block of rows.
+
+    New ones would cost more time than the work in them.
+    """
 
     below: np.ndarray  # floats
     keys: np.ndarray  # integers
@@ -199,7 +214,10 @@ class _Scratch(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """The items of R rows that have to be sorted: those of the intervals of the cut-offs, and all above the k-th."""
+    """The items of R rows that have to be sorted.
+
+    They are those of the intervals of the cut-offs, and all above the k-th.
+    """
 
     values: list[np.ndarray]  # negated scores of each row, ascending: best first
     relevant: list[np.ndarray]  # those of relevant items, ascending
@@ -210,9 +228,10 @@ class _Block(NamedTuple):
 def _tie_groups(
     scores: np.ndarray, relevance: np.ndarray, k: int, cuts: np.ndarray, ties: str
 ) -> Iterator[tuple[np.ndarray, _Groups]]:
-    """For each row hits at the cut-offs, and the groups of ties among the first k, without sorting all scores.
+    """For each row hits at the cut-offs, and the groups of ties among the first k.
 
-    Rows are counted together: few long calls of NumPy let threads run side by side, many short ones do not.
+    Not all scores are sorted. Rows are counted together: few long calls of NumPy let threads run side by side, many
+    short ones do not.
     """
     size = max(1, BLOCK // scores.shape[1])
     scratch = _Scratch(*(np.empty((size, scores.shape[1]), dtype) for dtype in (scores.dtype, np.intp, bool)))
@@ -234,7 +253,10 @@ def _tie_groups(
 
 
 def _sort_near_cuts(scores: np.ndarray, relevance: np.ndarray, k: int, cuts: np.ndarray, scratch: _Scratch) -> _Block:
-    """Sorts only the items near the cut-offs and above the k-th, which a histogram of the scores tells."""
+    """Sorts only the items near the cut-offs and above the k-th.
+
+    A histogram of the scores tells which these are.
+    """
     number, scratch = INTERVALS if scores.shape[1] >= MANY else 1, _Scratch(*(x[: len(scores)] for x in scratch))
     keys = scratch.keys
     _intervals(scores, number, scratch)
@@ -268,7 +290,10 @@ def _before(counts: np.ndarray) -> np.ndarray:
 
 
 def _intervals(scores: np.ndarray, number: int, scratch: _Scratch) -> None:
-    """Sets `keys` to the interval of each score in its row, from 0 for the highest. Lower scores have no lower one."""
+    """Sets `keys` to the interval of each score in its row, from 0 for the highest.
+
+    Lower scores have no lower interval.
+    """
     low, high = scores.min(axis=1, keepdims=True), scores.max(axis=1, keepdims=True)
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         finite = np.isfinite(scores)
@@ -295,14 +320,17 @@ def _groups(ordered: np.ndarray, relevant: np.ndarray, k: int) -> _Groups:
 
 
 def _stable_order(scores: np.ndarray, k: int) -> np.ndarray:
-    """The first k places of a stable sort, best first; only scores that reach the k-th are sorted."""
+    """The first k places of a stable sort, best first.
+
+    Only scores that reach the k-th are sorted.
+    """
     kth = np.partition(scores, len(scores) - k)[len(scores) - k]
     reached = np.flatnonzero(scores >= kth)
     return reached[np.argsort(-scores[reached], kind="stable")[:k]]
 
 
 def _extreme_ranks(groups: _Groups, k: int, ties: str) -> np.ndarray:
-    """The ranks below k, from 0, of relevant items that are ranked first or last in their groups."""
+    """The ranks below k, from 0, of relevant items ranked first or last in their groups."""
     first = groups.start if ties == "best" else groups.start + groups.size - groups.relevant
     within = np.arange(groups.relevant.sum()) - np.repeat(np.cumsum(groups.relevant) - groups.relevant, groups.relevant)
     ranks = np.repeat(first, groups.relevant) + within

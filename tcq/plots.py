@@ -1,6 +1,7 @@
-"""The pictures that tcq writes: a gallery of neighbours, precision and recall curves, and the plot of a sweep.
+"""Writes a gallery of neighbours, precision and recall curves, and the plot of a sweep.
 
-They are drawn by matplotlib's object interface, so no display and no global backend is touched.
+These are the pictures that tcq writes. They are drawn by matplotlib's object interface, so no display and no global
+backend is touched.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,9 +30,10 @@ def gallery(
     title: str = "",
     name: str = "query",
 ) -> None:
-    """Writes a picture with a row per query: the query, captioned `name`, then its neighbours, best first.
+    """Writes a picture with a row per query: the query, then its neighbours, best first.
 
-    Where `right` is given, each neighbour is marked as right (solid frame, check mark) or wrong (dashed frame, cross).
+    The query has the caption `name`. Where `right` is given, each neighbour is marked as right (solid frame, check
+    mark) or wrong (dashed frame, cross).
     Raises OSError if the file cannot be written, ValueError for an unknown file format.
     """
     rows, columns = len(queries), 1 + max(len(n) for n in neighbours)
@@ -66,7 +68,10 @@ def _image(axis: Any, pixels: np.ndarray, place: tuple[int, int], caption: str, 
 
 
 def curves(path: str | Path, results: Mapping[str, Mapping[str, Any]], *, ks: Sequence[int], title: str = "") -> None:
-    """Writes precision-recall and precision@k curves; `results` maps a name to {"precision", "recall"} at `ks`."""
+    """Writes precision-recall and precision@k curves.
+
+    `results` maps a name to {"precision", "recall"} at `ks`.
+    """
     figure = _figure(10, 4)
     left, right = figure.subplots(1, 2)
     for i, (name, result) in enumerate(results.items()):
@@ -115,7 +120,7 @@ def _lines(
     x: str,
     lines: Sequence[str],
 ) -> None:
-    """Draws what was measured over the values of `x`, a line for each setting of the keys `lines`."""
+    """Draws what was measured over the values of `x`, a line per setting of the keys `lines`."""
     settings = list(dict.fromkeys(tuple(group[k] for k in lines) for group in groups))
     for i, setting in enumerate(settings):
         own = [g for g in groups if tuple(g[k] for k in lines) == setting and g[measured] is not None]
@@ -140,7 +145,10 @@ def _printable(text: str) -> str:
 
 
 def _save(figure: Any, path: str | Path) -> None:
-    """Writes a figure; a PNG says that tcq has drawn it, so that it is never read as an image of a collection."""
+    """Writes a figure; a PNG says that tcq has drawn it.
+
+    So the PNG is never read as an image of a collection.
+    """
     suffix = Path(path).suffix.lower()
     metadata = {"Software": "tcq"} if suffix == ".png" else None
     with storage.atomic(path) as temporary:

@@ -1,4 +1,6 @@
-"""The differentiable product quantizer: soft and hard assignment, reconstruction, codeword usage.
+"""The differentiable product quantizer.
+
+It has soft and hard assignment, reconstruction and codeword usage.
 
 A feature x of width D is split into M subvectors of width d = D / M. Codebook m holds K codewords of width d.
 Soft assignment lets gradients reach features and codebooks; hard assignment gives the stored code.
@@ -80,14 +82,17 @@ def unit_codewords(codebooks: Float[ArrayLike, "M K d"]) -> Float[Array, "M K d"
 
 
 def codeword_share(codes: UInt[ArrayLike, "N M"], *, num_codewords: int) -> Float[Array, "M K"]:
-    """The share of the N items that each codeword is assigned to, float32; sums to 1 over the codewords."""
+    """The share of the N items that each codeword is assigned to, float32.
+
+    The shares sum to 1 over the codewords.
+    """
     codes = jnp.asarray(codes).astype(jnp.int32)
     books = jnp.arange(codes.shape[1])[None]
     return jnp.zeros((codes.shape[1], num_codewords), jnp.float32).at[books, codes].add(1.0 / codes.shape[0])
 
 
 def codeword_usage(share: Float[ArrayLike, "M K"]) -> Float[Array, " M"]:
-    """Perplexity of each codebook's shares: from 1 (one codeword used) to K (all used equally)."""
+    """Perplexity of each codebook's shares: 1 (one codeword used) to K (all used equally)."""
     share = jnp.asarray(share)
     return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(share, share), axis=-1))
 
@@ -105,7 +110,10 @@ def code_bits(num_codewords: int) -> int:
 
 
 def unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-    """x scaled to unit length along its last axis; a zero vector stays zero, with a finite gradient."""
+    """x scaled to unit length along its last axis.
+
+    A zero vector stays zero, with a finite gradient.
+    """
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 

@@ -1,4 +1,6 @@
-"""Ranking stored codes: lookup tables, asymmetric and symmetric scores, blocked top-k. Higher scores are always closer.
+"""Ranks stored codes: lookup tables, asymmetric and symmetric scores, blocked top-k.
+
+Higher scores are always closer.
 
 A query is compared with each codeword once, which gives a table of M * K numbers; the score of a stored item is the sum
 of the M entries that its code selects. Asymmetric: the query is a float feature. Symmetric: it is decoded from a code.
@@ -63,7 +65,10 @@ def code_norms(codes: UInt[ArrayLike, "N M"], codebooks: Float[ArrayLike, "M K d
 def scores(
     tables: Float[ArrayLike, "Q M K"], codes: UInt[ArrayLike, "N M"], *, norms: Float[ArrayLike, " N"] | None = None
 ) -> Float[Array, "Q N"]:
-    """Scores of all items for all queries, float32; divided by `norms` if given (see `lookup_table`)."""
+    """Scores of all items for all queries, float32.
+
+    They are divided by `norms` if given (see `lookup_table`).
+    """
     columns = _columns(jnp.asarray(tables), jnp.asarray(codes))
     return _sum_columns(*columns, None if norms is None else jnp.asarray(norms))
 
@@ -71,7 +76,10 @@ def scores(
 def dense_scores(
     queries: Float[ArrayLike, "Q D"], items: Float[ArrayLike, "N D"], *, metric: str
 ) -> Float[np.ndarray, "Q N"]:
-    """The similarities of `lookup_table` between float vectors. Raises ValueError for an unknown metric."""
+    """The similarities of `lookup_table` between float vectors.
+
+    Raises ValueError for an unknown metric.
+    """
     _check_metric(metric)
     return np.asarray(_dense(jnp.asarray(queries, jnp.float32), jnp.asarray(items, jnp.float32), metric=metric))
 
@@ -84,10 +92,11 @@ def top_k(
     norms: Float[ArrayLike, " N"] | None = None,
     block_size: int = 65_536,
 ) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
-    """Scores and indices of the k best items of each query, best first; the lowest index first among ties.
+    """Scores and indices of the k best items of each query, best first.
 
-    Items are scored in blocks, so memory is that of Q * (block_size + k) scores; the result does not depend on
-    block_size. At most N items are returned. Raises ValueError if k or block_size is below 1.
+    Among ties the lowest index is first. Items are scored in blocks, so memory is that of Q * (block_size + k) scores;
+    the result does not depend on block_size. At most N items are returned. Raises ValueError if k or block_size is
+    below 1.
     """
     if k < 1 or block_size < 1:
         raise ValueError(f"k {k} and block_size {block_size} must be at least 1")
@@ -107,7 +116,10 @@ def top_k(
 
 
 def _best_columns(values: np.ndarray, k: int) -> np.ndarray:
-    """Columns of the k largest values of each row, in a stable order; only values that reach the k-th are sorted."""
+    """Columns of the k largest values of each row, in a stable order.
+
+    Only values that reach the k-th are sorted.
+    """
     if values.shape[1] <= k:
         return np.argsort(-values, axis=1, kind="stable")
     kth = np.partition(values, values.shape[1] - k, axis=1)[:, values.shape[1] - k]
@@ -120,7 +132,9 @@ def _best_columns(values: np.ndarray, k: int) -> np.ndarray:
 
 @jax.jit
 def _columns(tables: Float[Array, "Q M K"], codes: UInt[Array, "N M"]) -> tuple[Array, Array]:
-    """Tables (Q, C, W) and codes (C, N) of columns: pairs of codebooks if these give a byte, for half as many gathers.
+    """Tables (Q, C, W) and codes (C, N) of columns.
+
+    Columns are pairs of codebooks if these give a byte, for half as many gathers.
 
     A program of its own: in that of the sum, XLA would make the pairs again for each query.
     """
@@ -173,7 +187,10 @@ def _dense(queries: Array, items: Array, *, metric: str) -> Array:
 
 
 def _in_chunks(function: Callable[[Array], Array], rows: Float[Array, "Q D"]) -> Array:
-    """Applies a function to exactly `ROWS` rows at a time: matrix products of other shapes round differently."""
+    """Applies a function to exactly `ROWS` rows at a time.
+
+    Matrix products of other shapes round differently.
+    """
     padded = jnp.pad(rows, [(0, -len(rows) % ROWS), (0, 0)])
     results = jax.lax.map(function, padded.reshape(-1, ROWS, rows.shape[1]))
     return results.reshape(-1, *results.shape[2:])[: len(rows)]

@@ -1,6 +1,7 @@
-"""A grid of configs, each trained and scored in a process of its own: resumable, with one table and one plot.
+"""A grid of configs, each trained and scored in a process of its own.
 
-A cell is an ordinary training run in `<workdir>/cells/<its values>`. Cells that are done are not run again.
+It is resumable, with one table and one plot. A cell is an ordinary training run in `<workdir>/cells/<its values>`.
+Cells that are done are not run again.
 """
 
 import csv
@@ -78,10 +79,10 @@ def sweep(
     checkpoint: str = "best",
     axes: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Trains and scores every cell that is not done, `jobs` at a time; returns the rows of the table.
+    """Trains and scores every cell that is not done, `jobs` at a time.
 
-    `axes` are up to two keys of the grid: the x axis of the plot, and its lines; other keys get panels. Without them
-    the key of most values is the x axis, and all others are lines.
+    Returns the rows of the table. `axes` are up to two keys of the grid: the x axis of the plot, and its lines; other
+    keys get panels. Without them the key of most values is the x axis, and all others are lines.
 
     Writes table.csv, table.md and sweep.png to the workdir after every cell, and log.txt to the folder of a cell.
     Raises SweepError or ConfigError before training if a cell cannot work, and CellError at the end.
@@ -106,7 +107,10 @@ def sweep(
 
 
 def _run_all(grid: Grid, waiting: Sequence[Cell], jobs: int) -> list[Cell]:
-    """Runs cells, `jobs` at a time; returns those that failed. If stopped, stops the running ones, which save."""
+    """Runs cells, `jobs` at a time; returns those that failed.
+
+    If it is stopped, it stops the running cells, which save.
+    """
     start, lock, ended = time.monotonic(), threading.Lock(), 0
     running: set[subprocess.Popen[bytes]] = set()
 
@@ -139,8 +143,9 @@ def _run_all(grid: Grid, waiting: Sequence[Cell], jobs: int) -> list[Cell]:
 
 
 def parse_grid(text: str) -> dict[str, list[str]]:
-    """{"loss.clip": ["0", "0.1"], ...} from "loss.clip=0,0.1; train.seed=0,1". Commas in brackets do not separate.
+    """{"loss.clip": ["0", "0.1"], ...} from "loss.clip=0,0.1; train.seed=0,1".
 
+    Commas in brackets do not separate.
     Raises SweepError for any other text, a key or value that is given twice, or a key without values.
     """
     keys: dict[str, list[str]] = {}
@@ -161,7 +166,10 @@ def parse_grid(text: str) -> dict[str, list[str]]:
 
 
 def _axes(axes: Sequence[str], keys: Mapping[str, Sequence[str]]) -> list[str]:
-    """The keys of the axes of the plot. Raises SweepError if they are not different keys of the grid, at most two."""
+    """The keys of the axes of the plot.
+
+    Raises SweepError if they are not different keys of the grid, at most two.
+    """
     given = [key.strip().removeprefix("--").removeprefix("config.") for key in axes]
     known = [key for key in keys if key != SEED]
     if len(given) > 2 or len(set(given)) < len(given) or not set(given) <= set(known):
@@ -177,7 +185,7 @@ def _name(values: Mapping[str, str]) -> str:
 
 
 def _check(grid: Grid) -> None:
-    """Raises if the config of a cell does not work, or its folder holds a run with another config."""
+    """Raises if a cell's config does not work, or its folder holds a run with another config."""
     names = [cell.folder.name for cell in grid.cells]
     duplicates = {name for name in names if names.count(name) > 1}
     if duplicates:
@@ -232,7 +240,10 @@ def _read_record(cell: Cell) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The commit of this checkout, with a + if files differ from it; outside a checkout the version of the package."""
+    """The commit of this checkout, with a + if files differ from it.
+
+    Outside a checkout it is the version of the package.
+    """
     import tcq
 
     folder = Path(tcq.__file__).resolve().parent
@@ -275,7 +286,10 @@ def _row(cell: Cell) -> dict[str, Any]:
 
 
 def _report(grid: Grid) -> list[dict[str, Any]]:
-    """Writes table.csv (a row for each cell), table.md (also means over the seeds) and sweep.png; returns the rows."""
+    """Writes table.csv, table.md and sweep.png; returns the rows.
+
+    table.csv has a row for each cell; table.md also has means over the seeds.
+    """
     rows = [_row(cell) for cell in grid.cells]
     with storage.atomic(grid.workdir / TABLE) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
@@ -293,7 +307,10 @@ def _report(grid: Grid) -> list[dict[str, Any]]:
 
 
 def summary(keys: Mapping[str, Sequence[str]], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each setting apart from its seed: the number n of cells that are done, and {measured: (mean, deviation)}."""
+    """For each setting apart from its seed: n and {measured: (mean, deviation)}.
+
+    n is the number of cells that are done.
+    """
     others = [k for k in keys if k != SEED] or [SEED]
     groups = []
     for values in itertools.product(*(keys[k] for k in others)):

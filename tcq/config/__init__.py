@@ -73,7 +73,9 @@ base: Any = files.execute(files.SHIPPED / "base.py")  # the module configs/base.
 
 
 def load(path: str, overrides: Iterable[str] = (), *, workdir: str | Path | None = None) -> ConfigDict:
-    """The config of a file "path.py" or "path.py:argument", with overrides such as "loss.clip=64", checked.
+    """The config of a file, with overrides such as "loss.clip=64", checked.
+
+    The file is "path.py" or "path.py:argument".
 
     Args:
       path: a file; a name such as "digits" or a path in configs/ also finds the files that come with tcq.

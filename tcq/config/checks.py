@@ -1,4 +1,7 @@
-"""What a config must fulfil before any device is used: types, the allowed values of each key, and combinations."""
+"""What a config must fulfil before any device is used.
+
+It checks types, the allowed values of each key, and combinations.
+"""
 
 from collections.abc import Iterable, Iterator
 from math import inf, log2
@@ -160,7 +163,10 @@ ALLOWED: dict[str, Choice | Range] = {
 
 
 def check(config: ConfigDict, base: ConfigDict) -> None:
-    """Raises ConfigError that lists every unknown or missing key, wrong type, and value that does not fit."""
+    """Raises ConfigError for a config that does not fit.
+
+    The error lists every unknown or missing key, wrong type, and value that does not fit.
+    """
     _raise(_type_problems(config, base) or list(_value_problems(config)))
 
 

@@ -19,16 +19,20 @@ def bits(config: ConfigDict) -> int:
 
 
 def total_steps(config: ConfigDict, num_train: int) -> int:
-    """Steps of the run: `train.total_steps`, or `train.total_epochs` epochs of `num_train` images, rounded up."""
+    """Steps of the run: `train.total_steps`, or those of `train.total_epochs`, rounded up.
+
+    An epoch has `num_train` images.
+    """
     if config.train.total_steps:
         return config.train.total_steps
     return max(1, -int(-config.train.total_epochs * num_train // config.data.batch_size))
 
 
 def warmup_steps(config: ConfigDict, steps: int) -> int:
-    """Steps of warm-up: `optim.warmup_steps` as a count, or as a share (float) of the `steps` of the run.
+    """Steps of warm-up, from `optim.warmup_steps`.
 
-    A count that does not fit the run is replaced by a tenth of the run.
+    It is a count, or a share (float) of the `steps` of the run. A count that does not fit the run is replaced by a
+    tenth of the run.
     """
     warmup = config.optim.warmup_steps
     if isinstance(warmup, float):
@@ -37,9 +41,9 @@ def warmup_steps(config: ConfigDict, steps: int) -> int:
 
 
 def clip_amount(clip: int | float | str) -> int | float:
-    """`loss.clip` as a count (int) or a share of the negatives (float): "kinds=N" is the share 1 / N.
+    """`loss.clip` as a count (int) or a share of the negatives (float).
 
-    Raises ValueError for another text or N below 2.
+    "kinds=N" is the share 1 / N. Raises ValueError for another text or N below 2.
     """
     if not isinstance(clip, str):
         return clip
@@ -99,7 +103,10 @@ class ClipRule:
         return (1 - jnp.cos(jnp.pi * share)) / 2 if self.ramp == "cosine" else share
 
     def of_negatives(self, negatives: int) -> float:
-        """The count for a batch with another number of negatives: the same share, in scope "anchor" rounded down."""
+        """The count for a batch with another number of negatives: the same share.
+
+        In scope "anchor" it is rounded down.
+        """
         if self.scope == "batch":
             return min(float(self.count()) * negatives / self.negatives, float(negatives))
         return min(int(self.count()) * negatives // self.negatives, negatives)
@@ -133,10 +140,10 @@ def conventions(config: ConfigDict) -> Conventions:
 
 
 def query_norm(config: ConfigDict) -> str:
-    """The normalization of queries, an argument of `ranking.lookup_table`: `eval.normalize`, with "auto" resolved.
+    """The normalization of queries: `eval.normalize`, with "auto" resolved.
 
-    "auto" is what the training loss compares: with pairing "quantized" and metric "ip" it is reconstructions, which
-    depend on unit subvectors only; otherwise the features as they are.
+    It is an argument of `ranking.lookup_table`. "auto" is what the training loss compares: with pairing "quantized" and
+    metric "ip" it is reconstructions, which depend on unit subvectors only; otherwise the features as they are.
     """
     if config.eval.normalize != "auto":
         return str(config.eval.normalize)

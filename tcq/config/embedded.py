@@ -1,4 +1,4 @@
-"""The keys that embeddings set, of `data.source=embeddings:<folder>` or of `model.embedder`."""
+"""The keys that embeddings of `data.source=embeddings:<folder>` or `model.embedder` set."""
 
 import os
 from collections.abc import Container
@@ -20,9 +20,10 @@ def applies(config: ConfigDict) -> bool:
 
 
 def apply(config: ConfigDict, *, overridden: Container[str]) -> None:
-    """Sets the model to projection and codebooks on embeddings of their width; paths become absolute.
+    """Sets the model to projection and codebooks on embeddings of their width.
 
-    Calls `model.embedder` once. Raises ConfigError if it fails, the folder has no embeddings, or other keys contradict.
+    Makes paths absolute. Calls `model.embedder` once. Raises ConfigError if it fails, the folder has no embeddings, or
+    other keys contradict.
     """
     m, data = config.model, config.data
     for key in ("name", "weights"):

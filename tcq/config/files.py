@@ -1,4 +1,7 @@
-"""Config files: Python files with a function `get_config`, those of a user and those that come with tcq."""
+"""Config files of a user, and those that come with tcq.
+
+They are Python files with a function `get_config`.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -36,7 +39,10 @@ def find(name: str) -> Path:
 
 
 def read(path: str) -> ConfigDict:
-    """The config of "path.py" or "path.py:argument". Raises ConfigError, whatever the file raises."""
+    """The config of "path.py" or "path.py:argument".
+
+    Raises ConfigError, whatever the file raises.
+    """
     name, colon, argument = path.partition(":")
     file = find(name)
     try:

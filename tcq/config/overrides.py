@@ -11,7 +11,10 @@ COUNT_OR_SHARE = ("loss.clip", "optim.warmup_steps")  # an int is a count, a flo
 
 
 class ConfigError(ValueError):
-    """The config cannot work; the message has the key, the value, what is allowed, and what to do."""
+    """The config cannot work.
+
+    The message has the key, the value, what is allowed, and what to do.
+    """
 
 
 def parse(overrides: Iterable[str], base: ConfigDict) -> dict[str, Any]:

@@ -86,7 +86,10 @@ def apply(config: ConfigDict, keys: Keys, *, overridden: Container[str]) -> None
 
 
 def check(config: ConfigDict) -> None:
-    """Raises ConfigError if published weights do not fit the model. Weights of our own runs fit, by their config."""
+    """Raises ConfigError if published weights do not fit the model.
+
+    Weights of our own runs fit, by their config.
+    """
     path, side = config.model.weights, config.data.image_size
     if published.is_workdir(path):
         return

@@ -57,7 +57,7 @@ def evaluate(
 
 
 def _moved(config: ConfigDict, root: str) -> ConfigDict:
-    """The config of a run whose image folder is at another place now. Raises EvaluateError if it had none."""
+    """The config of a run whose image folder has moved. Raises EvaluateError if it had none."""
     if not config.data.source.startswith("folder:"):
         raise EvaluateError(f"--root={root}: data.source {config.data.source} is not a folder of images")
     place = root if storage.is_url(root) else str(Path(root).expanduser().resolve())
@@ -137,7 +137,7 @@ def _split(rows: np.ndarray, most: int) -> list[np.ndarray]:
 
 
 def _baselines(evaluation: Evaluation) -> dict[str, retrieval.Scorer]:
-    """Scores by FAISS PQ on pixels, and by PQ, PCA + PQ and PCA + signs on our features, with as many bits as ours."""
+    """Scores at our number of bits: FAISS PQ on pixels; PQ, PCA + PQ, PCA + signs on features."""
     encoder, source, split, queries, database = evaluation
     config, q, bits = encoder.config, encoder.config.quantizer, configs.bits(encoder.config)
     if len(split.database) < q.num_codewords:

@@ -1,4 +1,7 @@
-"""Baselines without our training: FAISS product quantization, PCA, and signs, at the same number of bits."""
+"""Baselines without our training, at the same number of bits.
+
+They are FAISS product quantization, PCA, and signs.
+"""
 
 from collections.abc import Callable, Iterable
 
@@ -18,10 +21,10 @@ def faiss_pq(
     num_codebooks: int,
     num_codewords: int,
 ) -> tuple[Float[np.ndarray, "M K d"], UInt[np.ndarray, "N M"]]:
-    """Codebooks by FAISS's k-means on `train`, and the codes of the database, given in blocks; rank with metric "l2".
+    """Codebooks by FAISS's k-means on `train`, and the codes of the database.
 
-    Vectors are padded with zeros to a multiple of M; use `pad` for queries. Raises ValueError if there are fewer
-    training vectors than codewords, or K is above 65,536.
+    The database is given in blocks; rank with metric "l2". Vectors are padded with zeros to a multiple of M; use `pad`
+    for queries. Raises ValueError if there are fewer training vectors than codewords, or K is above 65,536.
     """
     import faiss
 
@@ -44,7 +47,7 @@ def faiss_pq(
 
 
 def pad(vectors: Float[np.ndarray, "N D"], num_codebooks: int) -> Float[np.ndarray, "N E"]:
-    """float32 vectors with zeros appended until M divides their width; they are copied only if there are any."""
+    """float32 vectors, padded with zeros until M divides their width; copied only if padded."""
     extra = -vectors.shape[1] % num_codebooks
     return np.ascontiguousarray(np.pad(vectors, [(0, 0), (0, extra)]) if extra else vectors, np.float32)
 
@@ -52,9 +55,9 @@ def pad(vectors: Float[np.ndarray, "N D"], num_codebooks: int) -> Float[np.ndarr
 def faiss_opq(
     train: Float[np.ndarray, "T D"], *, num_codebooks: int, width: int
 ) -> Callable[[np.ndarray], Float[np.ndarray, "N E"]]:
-    """FAISS's optimized rotation to at most `width` numbers, a multiple of M, as a map of (N, D) rows.
+    """FAISS's optimized rotation to at most `width` numbers, as a map of (N, D) rows.
 
-    Raises ValueError if there are fewer than 256 rows to train on.
+    The result's width is a multiple of M. Raises ValueError if there are fewer than 256 rows to train on.
     """
     import faiss
 
@@ -69,7 +72,10 @@ def faiss_opq(
 
 
 def pca(train: Float[np.ndarray, "T D"], width: int) -> Callable[[np.ndarray], np.ndarray]:
-    """A map of (N, D) rows to the `width` directions of largest variance of `train` (at most D and T), by FAISS."""
+    """A map of (N, D) rows to the `width` directions of largest variance of `train`, by FAISS.
+
+    The number of directions is at most D and at most T.
+    """
     import faiss
 
     train = np.ascontiguousarray(train, np.float32)
@@ -79,10 +85,11 @@ def pca(train: Float[np.ndarray, "T D"], width: int) -> Callable[[np.ndarray], n
 
 
 def sign_bits(train: Float[np.ndarray, "T D"], bits: int, *, seed: int = 0) -> Callable[[np.ndarray], np.ndarray]:
-    """A map of (N, D) rows to float32 (N, bits) of -1 and 1: PCA to `bits` directions, a random rotation, and signs.
+    """A map of (N, D) rows to float32 (N, bits) of -1 and 1.
 
-    The inner product of two results is the number of bits less twice the Hamming distance. (The initialization of ITQ,
-    Gong et al. 2013; if features have fewer than `bits` directions, the rotation spreads them over all signs.)
+    It is PCA to `bits` directions, a random rotation, and signs. The inner product of two results is the number of bits
+    less twice the Hamming distance. (The initialization of ITQ, Gong et al. 2013; if features have fewer than `bits`
+    directions, the rotation spreads them over all signs.)
     """
     import faiss
 

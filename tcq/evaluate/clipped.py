@@ -1,4 +1,4 @@
-"""A picture of what clipping drops: anchors with their most similar negatives, clipped and kept."""
+"""A picture of clipping: anchors with their most similar negatives, clipped and kept."""
 
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,10 @@ ANCHORS, NEGATIVES = 8, 10
 
 
 def write(folder: Path, encoder: encode.Encoder, source: Source, split: protocols.Split) -> None:
-    """Draws clipped.png from a batch of training images, each once and without augmentation, by their hard codes.
+    """Draws clipped.png from a batch of training images, by their hard codes.
 
-    Does nothing if nothing is clipped or there are no images to draw. All processes of a run call it, the first draws.
+    Each image is taken once and without augmentation. Does nothing if nothing is clipped or there are no images to
+    draw. All processes of a run call it, the first draws.
     """
     config = encoder.config
     images = source.images if source.pictures is None else source.pictures
@@ -50,7 +51,10 @@ def write(folder: Path, encoder: encode.Encoder, source: Source, split: protocol
 
 
 def around_the_border(similarity: Float[np.ndarray, " B"], clipped: Bool[np.ndarray, " B"]) -> Int[np.ndarray, " n"]:
-    """The most similar negatives of an anchor, half of them clipped and half kept where there are enough of each."""
+    """The most similar negatives of an anchor, clipped and kept.
+
+    Half of them are clipped and half are kept, where there are enough of each.
+    """
     order = np.argsort(-similarity, kind="stable")[:-1]  # the last one is the anchor itself
     absent, present = order[clipped[order]], order[~clipped[order]]
     num_present = min(len(present), max(NEGATIVES // 2, NEGATIVES - len(absent)))
@@ -58,7 +62,10 @@ def around_the_border(similarity: Float[np.ndarray, " B"], clipped: Bool[np.ndar
 
 
 def similarities(encoder: encode.Encoder, encoded: encode.Encoded) -> Float[np.ndarray, "B B"]:
-    """Cosine similarities as `loss.pairing` takes them, with hard codes for soft ones; -inf for an image and itself."""
+    """Cosine similarities as `loss.pairing` takes them; -inf for an image and itself.
+
+    Hard codes take the place of soft ones.
+    """
     features = np.asarray(quantizer.unit(jnp.asarray(encoded.features)))
     codes = np.asarray(quantizer.unit(quantizer.decode(encoded.codes, encoder.codebooks)))
     pairing = encoder.config.loss.pairing
@@ -69,7 +76,10 @@ def similarities(encoder: encode.Encoder, encoded: encode.Encoded) -> Float[np.n
 
 
 def clipped_pairs(similarity: Float[np.ndarray, "B B"], count: float, *, scope: str) -> Bool[np.ndarray, "B B"]:
-    """The mask of the `count` most similar negatives of each anchor, or with scope "batch" of as many on average."""
+    """The mask of the `count` most similar negatives of each anchor.
+
+    With scope "batch" it is the mask of as many on average.
+    """
     if scope == "anchor":
         order = np.argsort(-similarity, axis=1, kind="stable")[:, : int(count)]
         mask = np.zeros(similarity.shape, bool)

@@ -1,4 +1,7 @@
-"""Validation on images that are not trained on: the loss, retrieval, and whether clipping removes false negatives."""
+"""Validation on images that are not trained on.
+
+It measures the loss, retrieval, and whether clipping removes false negatives.
+"""
 
 from functools import lru_cache
 from typing import Any
@@ -20,9 +23,9 @@ MAX_BATCHES = 4  # of the training size, for the loss and the quality of clippin
 
 
 def validate(encoder: encode.Encoder, source: Source, split: protocols.Split) -> dict[str, float]:
-    """Loss and clip quality on the validation images, and with labels their mAP against training images.
+    """Loss and clip quality on the validation images, and with labels their mAP.
 
-    Empty if there are fewer than two validation images.
+    The mAP is against training images. Empty if there are fewer than two validation images.
     """
     if len(split.validation) < 2:
         return {}
@@ -89,7 +92,10 @@ _loss = jax.jit(
 
 @lru_cache(maxsize=4)
 def _compiled_views(model: Any, strengths: tuple[tuple[str, float], ...]) -> Any:
-    """Features and reconstructions of two views of each image: (features a, features b, recon a, recon b)."""
+    """Features and reconstructions of two views of each image.
+
+    The order is (features a, features b, recon a, recon b).
+    """
 
     def body(variables: Any, rows: dict[str, Array]) -> tuple[Array, ...]:
         def pair(image: Array, index: Array) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""How many pairs of a collection are of one kind, from some answers to "the same kind of thing?".
+"""How many pairs of a collection are of one kind, by answers to "the same kind of thing?".
 
 The chance that a pair is of one kind falls with its rank u, the share of pairs that are more similar, as the curve
 p(u) = floor + (1 - floor) / (1 + (u / half)^slope): our choice. A grid over these three holds its posterior. The next
@@ -58,7 +58,7 @@ class Judgement(NamedTuple):
 
 
 def chance(u: Any) -> Float[np.ndarray, "G ..."]:
-    """p(u) for every curve of the grid: it is halfway down at the rank `half`, and steeper with `slope`."""
+    """p(u) for every curve of the grid: halfway down at the rank `half`, steeper with `slope`."""
     u = np.asarray(u, np.float64)
     half, slope, floor = (x.reshape(-1, *[1] * u.ndim) for x in (_HALF, _SLOPE, _FLOOR))
     logits = slope * (np.log(np.maximum(u, 1e-9))[None] - np.log(half))
@@ -66,7 +66,7 @@ def chance(u: Any) -> Float[np.ndarray, "G ..."]:
 
 
 def posterior(answers: list[tuple[float, bool]]) -> Float[np.ndarray, " G"]:
-    """The probability of every curve after answers (rank, same kind); all are equally likely before."""
+    """The probability of every curve after answers (rank, same kind); before, all are equal."""
     log = np.zeros(len(_HALF))
     for u, same in answers:
         p = chance(u)
@@ -93,7 +93,10 @@ def next_rank(weights: Float[np.ndarray, " G"]) -> float:
 
 
 def judgement(answers: list[tuple[float, bool]], ranks: Float[np.ndarray, "B B"]) -> Judgement:
-    """What answers (rank, same kind) say of a collection; `ranks` of sampled pairs, with 1 on the diagonal."""
+    """What answers (rank, same kind) say of a collection.
+
+    `ranks` are of sampled pairs, with 1 on the diagonal.
+    """
     weights = posterior(answers)
     order = np.argsort(_SHARES)
     quantiles = (INTERVAL[0], CAUTION, 0.5, INTERVAL[1])
@@ -106,7 +109,10 @@ def judgement(answers: list[tuple[float, bool]], ranks: Float[np.ndarray, "B B"]
 
 
 def skew(ranks: Float[np.ndarray, "B B"], share: float) -> float:
-    """How unevenly the most similar `share` of all pairs is spread over the images: deviation of counts over mean."""
+    """How unevenly the most similar `share` of all pairs is spread over the images.
+
+    It is the deviation of the counts over their mean.
+    """
     near = ranks <= share
     np.fill_diagonal(near, False)
     counts = near.sum(axis=1)
@@ -124,9 +130,10 @@ def text(j: Judgement) -> str:
 
 
 def run(workdir: str | Path, *, count: int, labels: bool, read: Callable[[str], str] = input) -> Judgement:
-    """Judges the training images of a run by its newest checkpoint, by labels or by questions on the terminal.
+    """Judges the training images of a run by its newest checkpoint.
 
-    `read` shows a question and returns the answer; by then judge.png of the workdir shows the pair.
+    The answers are by labels, or by questions on the terminal. `read` shows a question and returns the answer; by then
+    judge.png of the workdir shows the pair.
     Raises EvaluateError if there is nothing to show, no labels, or the workdir is in a bucket, and as `encode.load` and
     `embed.open_source`.
     """
@@ -153,10 +160,10 @@ def judge(
     count: int,
     seed: int = 0,
 ) -> Judgement:
-    """Asks until there are `count` answers, and returns what follows; judgements.jsonl of the folder stores them.
+    """Asks until there are `count` answers, and returns what follows.
 
-    Answers of an earlier call count. `ask` gets the positions of two images in the source. `seed` draws the images
-    whose pairs are ranked, and the questions.
+    judgements.jsonl of the folder stores the answers. Answers of an earlier call count. `ask` gets the positions of two
+    images in the source. `seed` draws the images whose pairs are ranked, and the questions.
     """
     chosen = np.sort(np.random.RandomState(seed).permutation(split.train)[:IMAGES])
     ranks = pair_ranks(clipped.similarities(encoder, encode.encode(encoder, take(source.images, chosen))))
@@ -186,7 +193,7 @@ def judge(
 
 
 def pair_ranks(similarity: Float[np.ndarray, "B B"]) -> Float[np.ndarray, "B B"]:
-    """The share of pairs that are at least as similar as each pair, above 0 and at most 1; 1 on the diagonal."""
+    """The share of pairs at least as similar as each pair, in (0, 1]; 1 on the diagonal."""
     both = np.maximum(similarity, similarity.T)
     first, second = np.triu_indices(len(both), 1)
     values = both[first, second]
@@ -208,7 +215,7 @@ def by_labels(source: Source) -> Ask:
 
 
 def by_terminal(folder: Path, source: Source, read: Callable[[str], str] = input) -> Ask:
-    """Answers of a person: a pair is drawn to judge.png of a folder, and y, n or q is read from the terminal."""
+    """Answers of a person, y, n or q, from the terminal; judge.png of a folder shows the pair."""
     images = source.images if source.pictures is None else source.pictures
 
     def ask(i: int, j: int) -> bool | None:

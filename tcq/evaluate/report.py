@@ -120,7 +120,7 @@ def results(
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that runs, with "+" if files differ from it; None outside of one."""
+    """The commit of the checkout that runs, with "+" if files differ; None outside of one."""
     here = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit, changed = (
@@ -159,7 +159,7 @@ def _similarity(config: ConfigDict) -> str:
 
 
 def beside(name: str, overrides: Sequence[str]) -> str:
-    """The name of a file of results: of the run's own conventions as it is, else with those that differ."""
+    """A results file's name: as it is, or with the conventions that differ from the run's."""
     keys = sorted(o.removeprefix("--").removeprefix("config.").removeprefix("eval.") for o in overrides)
     suffix = "".join(f"_{''.join(c if c.isalnum() or c in '=.-' else '_' for c in key)}" for key in keys)
     stem, dot, end = name.rpartition(".")
@@ -191,7 +191,7 @@ def write(
 
 
 def _query_lines(evaluation: Evaluation, average_precision: np.ndarray) -> Iterator[dict[str, Any]]:
-    """For each query its name, average precision, and nearest items with scores and whether they are relevant."""
+    """For each query its name, average precision, and nearest items with score and relevance."""
     source, split = evaluation.source, evaluation.split
     own = evaluation.encoder.config.eval.exclude_query
     block = max(evaluation.encoder.config.eval.max_scores // 4 // max(len(split.database), 1), 1)

@@ -1,4 +1,7 @@
-"""Ranking a database for queries, and AP, precision and recall of the rankings. Used during and after training."""
+"""Rankings of a database for queries, and their AP, precision and recall.
+
+Training and evaluation use them.
+"""
 
 import functools
 import itertools
@@ -89,7 +92,10 @@ def retrieve(
 def _evaluate_blocks(
     score: Scorer, evaluate: Callable[[np.ndarray, slice], metrics.Scores], blocks: list[slice]
 ) -> list[metrics.Scores]:
-    """Evaluates blocks in threads, each while the next ones are scored; stops early when the process is asked to."""
+    """Evaluates blocks in threads, each while the next ones are scored.
+
+    Stops early when the process is asked to.
+    """
     threads, scored = os.cpu_count() or 1, len(devices.scorers())
     parts: list[metrics.Scores] = []
     with ThreadPoolExecutor(threads + scored) as pool:
@@ -121,7 +127,10 @@ def summary(scores: metrics.Scores, ks: list[int], *, empty: str) -> Retrieval:
 
 
 def scorers(encoder: encode.Encoder, queries: encode.Encoded, database: encode.Encoded) -> dict[str, Scorer]:
-    """Scores by "asymmetric" (float query, stored code), "symmetric" (both codes) and "float" (both features)."""
+    """The scores "asymmetric", "symmetric" and "float".
+
+    The first takes float queries and stored codes, the second both codes, the third both features.
+    """
     codebooks, c = encoder.codebooks, encoder.config.eval
     normalize = configs.query_norm(encoder.config)
     norms = ranking.code_norms(database.codes, codebooks) if c.score == "cosine" else None

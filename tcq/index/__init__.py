@@ -177,9 +177,9 @@ def _with_folder(index: Index, root: str, source: Source, *, remove: bool) -> tu
 
 
 def remove(path: str | Path, names: Sequence[str] = (), *, condition: str | None = None) -> int:
-    """Removes images by path, or all below a folder, or that meet a condition (see `where`); returns their number.
+    """Removes images by path, or all below a folder, or that meet a condition (see `where`).
 
-    Raises IndexFileError if there is none.
+    Returns their number. Raises IndexFileError if there is none.
     """
     with processes.entered_by_first(lambda: store.changing(path)):
         index = open_index(path)
@@ -202,7 +202,10 @@ def remove(path: str | Path, names: Sequence[str] = (), *, condition: str | None
 
 
 def compact(path: str | Path) -> tuple[int, int]:
-    """Writes the rows of an index to one file, without removed ones; returns the numbers of rows before and after."""
+    """Writes the rows of an index to one file, without removed ones.
+
+    Returns the numbers of rows before and after.
+    """
     with processes.entered_by_first(lambda: store.changing(path)):
         index = open_index(path)
         processes.require_same("images", list(index.paths))
@@ -211,7 +214,10 @@ def compact(path: str | Path) -> tuple[int, int]:
 
 
 def split_root(path: str | Path, text: str) -> tuple[str | None, str]:
-    """The old folder, None if it is not given, and the new one of "NEW" or "OLD=NEW"; paths may hold "="."""
+    """The old folder, None if it is not given, and the new one of "NEW" or "OLD=NEW".
+
+    Paths may hold "=".
+    """
     for root in open_index(path).folders:
         if root and text.startswith(f"{root}="):
             return root, text.removeprefix(f"{root}=")
@@ -219,8 +225,9 @@ def split_root(path: str | Path, text: str) -> tuple[str | None, str]:
 
 
 def move_root(path: str | Path, new: str, *, old: str | None = None) -> int:
-    """Tells an index that a folder was moved; `old` is needed if it has several. Returns the number of its images.
+    """Tells an index that a folder was moved; `old` is needed if the index has several.
 
+    Returns the number of images of the folder.
     Raises IndexFileError if the index does not know the old folder, or the new one holds none of its images.
     """
     new = scan.root_of(new)

@@ -18,7 +18,10 @@ from tcq.runtime import storage
 
 
 class Plan(NamedTuple):
-    """What to do with the images of a folder. Numbers of items are those of the index, rows those of the source."""
+    """What to do with the images of a folder.
+
+    Numbers of items are those of the index, rows those of the source.
+    """
 
     new: list[int]  # rows
     edited: dict[int, int]  # items, and their rows
@@ -47,7 +50,10 @@ def plan(index: Index, root: str, source: Source) -> Plan:
 
 
 def _items_below(index: Index, root: str) -> dict[str, int]:
-    """The items whose files are below a folder, by their names there; their own roots may be above or below it."""
+    """The items whose files are below a folder, by their names there.
+
+    Their own roots may be above or below the folder.
+    """
     start = "" if not root else root.rstrip("/") + "/"
     near = [r == root or (bool(r and root) and (r.startswith(start) or root.startswith(r + "/"))) for r in index.roots]
     chosen = np.flatnonzero(np.array(near, bool)[index.paths.numbers]).tolist()
@@ -79,9 +85,9 @@ def _hash(index: Index, i: int) -> bytes:
 
 
 def _moved_roots(index: Index, elsewhere: Sequence[int]) -> set[int]:
-    """Numbers of folders that are not there, most of whose images are in the new folder: they were moved.
+    """Numbers of folders that are not there, most of whose images are in the new folder.
 
-    Others may be on a disk that is not mounted now.
+    They were moved. Others may be on a disk that is not mounted now.
     """
     counts = np.bincount(index.paths.numbers, minlength=len(index.roots))
     here = np.bincount(index.paths.numbers[np.array(elsewhere, np.int64)], minlength=len(index.roots))
@@ -173,7 +179,10 @@ def matches(index: Index, path: str) -> list[int]:
 
 
 def _below(path: str, root: str) -> str | None:
-    """The name of a path below a root, "." for the root itself or a folder above it; None if it is elsewhere."""
+    """The name of a path below a root, "." for the root itself or a folder above it.
+
+    None if the path is elsewhere.
+    """
     if not path:  # such as a variable of a shell that is not set
         return None
     if not root:

@@ -38,7 +38,9 @@ def different_codes(index: Index) -> Codes:
 def close_codes(
     codes: Codes, by_code: Sequence[Sequence[int]], nearest_others: int, reference: np.ndarray
 ) -> Iterator[tuple[int, int]]:
-    """The numbers of each code and its nearest others, each pair once, and of each code of several images with itself.
+    """The numbers of each code and its nearest others, each pair once.
+
+    Each code of several images is also in a pair with itself.
 
     Args:
       codes: the different codes.
@@ -69,7 +71,7 @@ def close_codes(
 
 
 def _engine(codes: Codes) -> tuple[nearest.Engine, Any]:
-    """The codes ready to be searched, and a function from codes to the tables of their closeness."""
+    """The codes ready to be searched, and a function from codes to tables of their closeness."""
     norms = None
     places = np.arange(len(codes.products))
     own = codes.products[places, :, :]

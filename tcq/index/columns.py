@@ -1,4 +1,7 @@
-"""Own columns of an index: a CSV or Parquet file joined by path; and filters on them, on paths, sizes and dates."""
+"""Own columns of an index, from a CSV or Parquet file joined by path; and filters.
+
+The filters are on own columns, paths, sizes and dates.
+"""
 
 import datetime
 import math
@@ -59,9 +62,10 @@ def read(file: str | Path) -> pa.Table:
 
 
 def places(own: pa.Table, roots: Sequence[str], paths: Sequence[str]) -> np.ndarray:
-    """The row of `own` of each path, -1 where it has none. Its paths are complete, or names below one of the roots.
+    """The row of `own` of each path, -1 where it has none.
 
-    Raises IndexFileError if it has a row of none of the paths.
+    The paths of `own` are complete, or names below one of the roots.
+    Raises IndexFileError if `own` has a row of none of the paths.
     """
     numbers = {path: row for row, path in enumerate(own[PATH].to_pylist())}
     starts = [root.rstrip("/") + "/" for root in roots if root]
@@ -78,7 +82,7 @@ def places(own: pa.Table, roots: Sequence[str], paths: Sequence[str]) -> np.ndar
 
 
 def joined(index: Index, own: pa.Table | None) -> Index:
-    """The index with the columns of `own` for its images; rows that it had for other images stay.
+    """The index with the columns of `own` for its images; rows it had for other images stay.
 
     Raises IndexFileError as `places`, and if a column changes its type.
     """
@@ -118,7 +122,10 @@ def of(index: Index, which: Sequence[int] | np.ndarray) -> pa.Table:
 
 
 def plain(value: Any) -> Any:
-    """A value of an own column as JSON: null for a number that is not finite, text for what JSON does not know."""
+    """A value of an own column as JSON.
+
+    It is null for a number that is not finite, and text for what JSON does not know.
+    """
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, datetime.date):
@@ -131,7 +138,10 @@ def plain(value: Any) -> Any:
 
 
 def table(index: Index) -> pa.Table:
-    """All images as an Arrow table: id, path (with "?" for bytes that are not UTF-8), size, modified, own columns."""
+    """All images as an Arrow table.
+
+    The columns are id, path (with "?" for bytes that are not UTF-8), size, modified, and own columns.
+    """
     live = index.table.select(["id", "size", "modified"])
     whole = len(live) == len(index.rows) and (index.rows == np.arange(len(live))).all()
     live = live if whole else live.take(pa.array(index.rows))
@@ -155,9 +165,9 @@ def _paths(index: Index) -> pa.Array | pa.ChunkedArray:
 
 
 def where(index: Index, condition: str) -> Bool[np.ndarray, " N"]:
-    """Whether each image meets a condition in SQL on path, size, modified, id and own columns, as DuckDB reads it.
+    """Whether each image meets a condition in SQL, as DuckDB reads it.
 
-    Raises IndexFileError with DuckDB's message.
+    The condition is on path, size, modified, id and own columns. Raises IndexFileError with DuckDB's message.
     """
     import duckdb
 

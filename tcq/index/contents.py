@@ -35,7 +35,7 @@ class Segment(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """N indexed images, in the order of their ids. The arrays are read when they are first used."""
+    """N indexed images, in the order of their ids; the arrays are read when first used."""
 
     config: ConfigDict
     load_encoder: Callable[[], encode.Encoder]
@@ -115,5 +115,8 @@ def compacted(index: Index) -> Index:
 
 
 def is_scattered(index: Index) -> bool:
-    """Whether an index should be compacted: it has SEGMENTS segments, or most of its rows are out of date."""
+    """Whether an index should be compacted.
+
+    It should if it has SEGMENTS segments, or most of its rows are out of date.
+    """
     return len(index.segments) >= SEGMENTS or 2 * len(index.rows) < len(index.table)

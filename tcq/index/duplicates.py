@@ -1,4 +1,4 @@
-"""Groups of images of an index that are copies of each other: same bytes, same pixels, or near.
+"""Groups of images of an index that are copies: same bytes, same pixels, or near.
 
 Images are near if small pictures of them correlate. Only images whose codes are equal, or among the nearest, are
 compared: codes say what an image shows, and not that two images are one picture.
@@ -125,7 +125,10 @@ def _of_codes(codes: Codes, items: Sequence[int]) -> list[list[int]]:
 
 
 def _same_pixels(index: Index, by_code: Sequence[Sequence[int]], verdicts: Verdicts) -> list[list[int]]:
-    """The sets of images with different bytes that show exactly the same; only those of one code can."""
+    """The sets of images with different bytes that show exactly the same.
+
+    Only images of one code can show the same.
+    """
     items = [i for members in by_code if len(members) > 1 for i in members]
     digests = dict(zip(items, _read_all(index, items, _pixels, "comparing pixels"), strict=True))
     sets: dict[bytes, list[int]] = {}
@@ -230,7 +233,10 @@ def small_picture(index: Index, i: int) -> Float[np.ndarray, " values"] | None:
 
 
 def _first(index: Index, items: Sequence[int], reference: np.ndarray) -> int:
-    """The image to keep: a reference, else the largest file, else the oldest, else the first by path."""
+    """The image to keep.
+
+    It is a reference, else the largest file, else the oldest, else the first by path.
+    """
     rows = index.table.select(["size", "modified"]).take(pa.array(index.rows[list(items)])).to_pylist()
 
     def rank(place: int) -> tuple[Any, ...]:
@@ -258,7 +264,10 @@ def _group(index: Index, kind: str, likeness: float, items: Sequence[int], refer
 
 
 def read_verdicts(file: str | Path) -> set[frozenset[bytes]]:
-    """Pairs of hashes of images that are not copies; none if the file does not exist. Raises IndexFileError."""
+    """Pairs of hashes of images that are not copies; none if the file does not exist.
+
+    Raises IndexFileError.
+    """
     contents = storage.read(file)
     if contents is None:
         return set()
@@ -270,9 +279,10 @@ def read_verdicts(file: str | Path) -> set[frozenset[bytes]]:
 
 
 def add_verdicts(file: str | Path, index: Index, names: Sequence[str]) -> int:
-    """Adds that no two of some images, by id or path, are copies; returns the number of new pairs.
+    """Adds that no two of some images, by id or path, are copies.
 
-    Images are known by contents. Raises IndexFileError if one is not in the index, or all have the same bytes.
+    Returns the number of new pairs. Images are known by contents.
+    Raises IndexFileError if one is not in the index, or all have the same bytes.
     """
     digests = sorted({index.hashes[find_item(index, name)].tobytes() for name in names})
     known = read_verdicts(file)
@@ -286,7 +296,10 @@ def add_verdicts(file: str | Path, index: Index, names: Sequence[str]) -> int:
 
 
 def draw(index: Index, groups: Sequence[Group], out: str | Path) -> None:
-    """Writes a picture with a row for each group; missing images are gray. Raises IndexFileError."""
+    """Writes a picture with a row for each group; missing images are gray.
+
+    Raises IndexFileError.
+    """
     pictures = [[thumbnail(index, copy.path) for copy in group.copies[:DRAWN]] for group in groups]
     captions = [[Path(copy.path).name[-14:] for copy in group.copies[1:DRAWN]] for group in groups]
     try:

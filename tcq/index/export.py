@@ -1,7 +1,8 @@
-"""Exports of an index: Parquet for databases and other languages, FAISS, NumPy arrays, and the encoder as a program.
+"""Exports of an index: Parquet, FAISS, NumPy arrays, and the encoder as a program.
 
-Beside all but the NumPy file, `<out>.json` has what a query needs: codebooks, scoring rule, scaling of features, and
-what the encoder takes. docs/exchange.md scores with it in NumPy, SQL and JavaScript.
+Parquet is for databases and other languages. Beside all but the NumPy file, `<out>.json` has what a query needs:
+codebooks, scoring rule, scaling of features, and what the encoder takes. docs/exchange.md scores with it in NumPy, SQL
+and JavaScript.
 """
 
 import json
@@ -41,8 +42,9 @@ def scoring(index: Index) -> dict[str, Any]:
 
 
 def to_table(index: Index) -> pa.Table:
-    """The images with their codes: id, path, hash, size, modified, own columns, and code0, code1, ... of the codebooks.
+    """A table of the images with their codes.
 
+    The columns are id, path, hash, size, modified, own columns, and code0, code1, ... of the codebooks.
     For eval.score "cosine" also norm, by which scores are divided.
     """
     table = columns.table(index)
@@ -55,10 +57,11 @@ def to_table(index: Index) -> pa.Table:
 
 
 def to_faiss(index: Index) -> Any:
-    """A faiss.IndexIVFPQ of one list with our ids, codebooks and codes, which ranks as tcq does and takes filters.
+    """A faiss.IndexIVFPQ of one list with our ids, codebooks and codes.
 
-    eval.score "l2" becomes METRIC_L2 (smaller is closer there), "ip" METRIC_INNER_PRODUCT. Features (`encode.encode`)
-    have to be scaled as `config.query_norm` says before they are searched.
+    It ranks as tcq does and takes filters. eval.score "l2" becomes METRIC_L2 (smaller is closer there), "ip"
+    METRIC_INNER_PRODUCT. Features (`encode.encode`) have to be scaled as `config.query_norm` says before they are
+    searched.
     Raises ExportError for "cosine", whose scores are not sums over codebooks alone, and for distances that are not
     squared.
     """

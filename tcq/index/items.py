@@ -1,4 +1,6 @@
-"""The items of an index as rows of an Arrow table: ids, places, hashes, sizes, dates, and codes packed to their bits.
+"""The items of an index as rows of an Arrow table.
+
+The columns are ids, places, hashes, sizes, dates, and codes packed to their bits.
 
 Every row is written once. A row whose item was removed, or has a newer row, stays until the index is compacted.
 """
@@ -99,7 +101,10 @@ def packed_bytes(num_codebooks: int, num_codewords: int) -> int:
 
 
 def pack(codes: UInt[np.ndarray, "n M"], num_codewords: int) -> UInt[np.ndarray, "n bytes"]:
-    """Codes as strings of bits, the first codeword in the lowest bits of the first byte, as FAISS stores them."""
+    """Codes as strings of bits, as FAISS stores them.
+
+    The first codeword is in the lowest bits of the first byte.
+    """
     bits, (count, num_codebooks) = quantizer.code_bits(num_codewords), codes.shape
     if bits == 8:
         return codes.astype(np.uint8)

@@ -1,4 +1,6 @@
-"""Encoding a large collection by many processes that know nothing of each other, in Parquet parts.
+"""Many processes encode a large collection in Parquet parts.
+
+The processes know nothing of each other.
 
 The files of a folder are cut into parts of a fixed number, and a part is named by a hash of the encoder and of the
 names, sizes and dates of its files. A process writes the parts of its share that do not exist, so that any number of
@@ -54,8 +56,9 @@ def write(
     share: tuple[int, int] = (0, 1),
     size: int = IMAGES,
 ) -> Written:
-    """Writes the parts of a folder of images that do not exist yet; with share (i, n) only every n-th, from the i-th.
+    """Writes the parts of a folder of images that do not exist yet.
 
+    With share (i, n) it writes only every n-th, from the i-th.
     Raises SourceError if the folder holds no files, and as `encode.load`.
     """
     encoder, root = encode.load(workdir, which=which), Path(root_of(images))
@@ -115,7 +118,10 @@ def _hash(identity: str, root: Path, names: Sequence[str]) -> str:
 
 
 def _write_part(encoder: encode.Encoder, root: Path, names: Sequence[str], file: Path, identity: str) -> np.ndarray:
-    """Decodes and encodes the files of a part; returns the numbers of images and of skipped files."""
+    """Decodes and encodes the files of a part.
+
+    Returns the numbers of images and of skipped files.
+    """
     entry = cache.decode([cache.Item(name, root / name) for name in names], cache.rule_of(encoder.config.data))
     codes = encode.codes(encoder, entry.images)
     of = items.files(str(root), entry.names, entry.digests)
@@ -145,8 +151,9 @@ def join(
     which: str = "best",
     own_columns: str | Path | None = None,
 ) -> tuple[int, int]:
-    """Makes an index of all parts of a folder; returns the numbers of images and of skipped files.
+    """Makes an index of all parts of a folder.
 
+    Returns the numbers of images and of skipped files.
     Raises IndexFileError if `out` exists, parts are missing, or they were written with another encoder.
     """
     store.refuse_existing(out)

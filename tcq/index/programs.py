@@ -1,7 +1,8 @@
-"""The encoder of an index as a program for other runtimes: StableHLO by jax.export, and ONNX by jax2onnx.
+"""The encoder of an index as a program for other runtimes.
 
-The program takes images uint8 (b, S, S, 3), resized as `config.data` says, or embeddings float32 (b, F), and returns
-features float32 (b, D) and codes (b, M). Each file is read again, run on random images, and compared.
+The program is StableHLO by jax.export, or ONNX by jax2onnx. It takes images uint8 (b, S, S, 3), resized as
+`config.data` says, or embeddings float32 (b, F), and returns features float32 (b, D) and codes (b, M). Each file is
+read again, run on random images, and compared.
 """
 
 import contextlib
@@ -64,9 +65,9 @@ def _input(encoder: encode.Encoder) -> tuple[tuple[int, ...], Any]:
 
 
 def write_stablehlo(encoder: encode.Encoder, path: Path) -> None:
-    """Writes what `jax.export.deserialize` reads: one file for CPU, CUDA and TPU, for any number of images.
+    """Writes what `jax.export.deserialize` reads, for any number of images.
 
-    Raises ProgramError if the program differs from the encoder.
+    It is one file for CPU, CUDA and TPU. Raises ProgramError if the program differs from the encoder.
     """
     from jax import export
 
@@ -82,7 +83,7 @@ def write_stablehlo(encoder: encode.Encoder, path: Path) -> None:
 
 
 def write_onnx(encoder: encode.Encoder, path: Path) -> None:
-    """Writes an ONNX file for any number of images, with the inputs and outputs of the program.
+    """Writes an ONNX file for any number of images, with the program's inputs and outputs.
 
     Raises ProgramError if jax2onnx or onnxruntime are missing, for a ResNet, which jax2onnx cannot write, and if the
     program differs from the encoder.

@@ -12,8 +12,9 @@ EMBEDDINGS = "embeddings:"
 
 
 def read_folder(encoder: encode.Encoder, images: str | Path) -> Source:
-    """Every image below a folder, decoded as the encoder needs it, or the rows of "embeddings:<folder>".
+    """Every image below a folder, or the rows of "embeddings:<folder>".
 
+    Images are decoded as the encoder needs them.
     Raises as `sources.folder` and `embeddings.open_folder`, and SourceError if the encoder takes the other kind.
     """
     data, m = encoder.config.data, encoder.config.model
@@ -35,7 +36,7 @@ def is_embeddings(images: str | Path) -> bool:
 
 
 def root_of(images: str | Path) -> str:
-    """The absolute path or URL of a folder of images; "" for embeddings, whose names are complete."""
+    """Absolute path or URL of a folder of images; "" for embeddings, whose names are complete."""
     if is_embeddings(images):
         return ""
     return str(images).rstrip("/") if storage.is_url(images) else str(Path(images).expanduser().resolve())

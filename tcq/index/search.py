@@ -34,9 +34,9 @@ class Hit(NamedTuple):
 
 
 def read_queries(index: Index, paths: Sequence[str | Path]) -> UInt8[np.ndarray, "Q H W 3"] | Float[np.ndarray, "Q F"]:
-    """Query images, decoded as the encoder needs them, or the embeddings of .npy files, one row or several in each.
+    """Query images, decoded as the encoder needs them, or the embeddings of .npy files.
 
-    Raises IndexFileError with the file and the reason.
+    A .npy file has one row or several. Raises IndexFileError with the file and the reason.
     """
     data, m = index.config.data, index.config.model
     takes_embeddings = retriever.takes_embeddings(index.encoder.model)
@@ -56,9 +56,10 @@ def read_queries(index: Index, paths: Sequence[str | Path]) -> UInt8[np.ndarray,
 def query_blocks(
     index: Index, paths: Sequence[str | Path], *, size: int
 ) -> Iterator[tuple[list[str], UInt8[np.ndarray, "Q H W 3"] | Float[np.ndarray, "Q F"]]]:
-    """Names and contents of queries, at most `size` images at a time: images, all images of folders, or .npy files.
+    """Names and contents of queries, at most `size` images at a time.
 
-    Images of a folder that cannot be read are left out, with a warning. Raises as `read_queries`.
+    Queries are images, all images of folders, or .npy files. Images of a folder that cannot be read are left out, with
+    a warning. Raises as `read_queries`.
     """
     waiting: list[tuple[str, np.ndarray]] = []
     for path, below in [(str(p), below) for p in paths for below in _images_below(p)]:
@@ -95,7 +96,10 @@ def _images_below(path: str | Path) -> list[str]:
 
 
 def read_features(index: Index, path: str | Path) -> Float[np.ndarray, "Q D"]:
-    """The features in a .npy file, as `encode.encode` returns them, one row or several. Raises IndexFileError."""
+    """The features in a .npy file, as `encode.encode` returns them, one row or several.
+
+    Raises IndexFileError.
+    """
     q = index.config.quantizer
     return _read_embeddings(path, q.num_codebooks * q.codeword_dim)
 
@@ -126,8 +130,9 @@ def search(
     min_score: float = -np.inf,
     engine: nearest.Engine | None = None,
 ) -> list[list[Hit]]:
-    """The k nearest indexed images of each query, best first: images uint8 (Q, H, W, 3), or embeddings (Q, F).
+    """The k nearest indexed images of each query, best first.
 
+    Queries are images uint8 (Q, H, W, 3), or embeddings (Q, F).
     Only images that are `allowed` (see `where`) and reach `min_score` are returned.
     Raises ValueError as `encode.encode` and `nearest.top_k`.
     """
@@ -158,9 +163,10 @@ def search_features(
     allowed: Bool[np.ndarray, " N"] | None = None,
     engine: nearest.Engine | None = None,
 ) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
-    """Scores and positions of the k nearest items of float features, best first; the first position among ties.
+    """Scores and positions of the k nearest items of float features, best first.
 
-    `engine` is what `build_engine` returns, for more than one call. Without it few queries scan the items.
+    Among ties the first position comes first. `engine` is what `build_engine` returns, for more than one call. Without
+    it few queries scan the items.
     """
     return search_tables(index, tables(index, features), k=k, allowed=allowed, engine=engine)
 
@@ -186,21 +192,27 @@ def search_tables(
     allowed: Bool[np.ndarray, " N"] | None = None,
     engine: nearest.Engine | None = None,
 ) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
-    """As `search_features` for lookup tables. The mean of several tables ranks by the mean score of their queries."""
+    """As `search_features` for lookup tables.
+
+    The mean of several tables ranks by the mean score of their queries.
+    """
     build = nearest.build if len(tables) >= MANY_QUERIES else nearest.scan.build
     engine = build(index.codes, tables.shape[2], norms=index.norms) if engine is None else engine
     return nearest.top_k(engine, tables, k, allowed=allowed)
 
 
 def features_of_items(index: Index, which: Sequence[int]) -> Float[np.ndarray, "Q D"]:
-    """Indexed images as queries: what their codes stand for, so that neither image nor model is needed."""
+    """Indexed images as queries: what their codes stand for. No image or model is needed."""
     codes, codebooks = index.codes[np.asarray(which, np.int64)], index.encoder.codebooks
     parts = codebooks[np.arange(len(codebooks)), codes.astype(np.int64)]  # (Q, M, d)
     return parts.reshape(len(codes), codebooks[:, 0].size)
 
 
 def find(index: Index, text: str) -> int:
-    """The position of an image by its id or path. Raises IndexFileError if there is none, or several."""
+    """The position of an image by its id or path.
+
+    Raises IndexFileError if there is none, or several.
+    """
     if text.isdecimal() and len(text) <= 18:  # fits 64 bits
         place = int(np.searchsorted(index.ids, int(text)))
         if place < len(index.ids) and index.ids[place] == int(text):

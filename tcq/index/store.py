@@ -50,9 +50,10 @@ logger = logging.getLogger(__name__)
 
 
 def open_index(path: str | Path, *, verify: bool = True) -> Index:
-    """Opens an index; its files are mapped. With `verify` their hashes are compared, as `verify` does.
+    """Opens an index; its files are mapped.
 
-    If it is corrupted, the version before its last change is opened, with a warning, if it is still there.
+    With `verify` their hashes are compared, as `verify` does.
+    If the index is corrupted, the version before its last change is opened, with a warning, if it is still there.
     Raises IndexFileError if it is missing, incomplete, corrupted, or of another format.
     """
     path = storage.download(str(path)) if storage.is_url(path) else Path(path)
@@ -69,8 +70,9 @@ def open_index(path: str | Path, *, verify: bool = True) -> Index:
 
 
 def verify(path: str | Path) -> dict[str, int]:
-    """Compares every file of an index with the hash that was written; returns sizes in bytes by name.
+    """Compares every file of an index with the hash that was written.
 
+    Returns sizes in bytes by name.
     Raises IndexFileError as `open_index`, and CorruptedError at the first file that is missing or different.
     """
     path = storage.download(str(path)) if storage.is_url(path) else Path(path)
@@ -212,7 +214,10 @@ def _check_variables(like: Mapping[str, Any], variables: Mapping[str, Any], path
 
 
 def refuse_existing(out: str | Path) -> None:
-    """Raises IndexFileError if there is something at the path of a new index but what a killed run has left."""
+    """Raises IndexFileError if there is something at the path of a new index.
+
+    What a killed run has left does not count.
+    """
     if storage.is_url(out):
         exists = storage.read(storage.join(out, META)) is not None
     else:
@@ -227,7 +232,10 @@ def refuse_existing(out: str | Path) -> None:
 
 @contextlib.contextmanager
 def building(path: str | Path) -> Iterator[None]:
-    """Holds the lock of a new index; a bucket has none. Raises IndexFileError as `refuse_existing`."""
+    """Holds the lock of a new index; a bucket has none.
+
+    Raises IndexFileError as `refuse_existing`.
+    """
     lock = contextlib.nullcontext() if storage.is_url(path) else locks.lock(path, wait=True)
     with lock:
         refuse_existing(path)
@@ -236,7 +244,10 @@ def building(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def changing(path: str | Path) -> Iterator[None]:
-    """Holds the lock of an index; a second writer waits. Raises IndexFileError if there is none, or in a bucket."""
+    """Holds the lock of an index; a second writer waits.
+
+    Raises IndexFileError if there is no index, or it is in a bucket.
+    """
     if storage.is_url(path):
         raise IndexFileError(
             f"an index in a bucket cannot be changed, because its files cannot be replaced together: build it again, "
@@ -335,7 +346,10 @@ def _write_file(folder: Path, name: str, save: Callable[[Any], None]) -> Segment
 
 
 def _delete_unused(folder: Path) -> None:
-    """Deletes what neither this version nor the one before needs: older files, and what killed writers have left."""
+    """Deletes what neither this version nor the one before needs.
+
+    These are older files, and what killed writers have left.
+    """
     used: set[str] = set()
     for name in (META, PREVIOUS):
         with contextlib.suppress(IndexFileError):

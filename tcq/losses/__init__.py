@@ -1,4 +1,4 @@
-"""The top-k clipped NT-Xent loss, the pairings of views it is applied to, and two regularizers.
+"""The top-k clipped NT-Xent loss, the pairings of views for it, and two regularizers.
 
 NT-Xent (SimCLR, Chen et al. 2020): stack two views to 2B unit rows. The positive p(i) of anchor i is its partner in the
 other view, the other 2B - 2 rows are its negatives. With s the cosine similarity and t the temperature
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 class Queue(NamedTuple):
-    """Vectors of earlier batches that are further negatives of every anchor; the same on all devices."""
+    """Vectors of earlier batches: further negatives of every anchor, the same on all devices."""
 
     vectors: Float[Array, "Q D"]
     filled: Int[Array, ""] | int  # entries that are valid, from the first on
@@ -299,14 +299,20 @@ def _shares(logs: Logs) -> Logs:
 
 
 def assignment_entropy(weights: Float[ArrayLike, "N M K"]) -> Float[Array, ""]:
-    """Mean entropy of the soft codes, in nats, 0 to log K. Minimizing it makes assignments harder (MeCoQ)."""
+    """Mean entropy of the soft codes, in nats, 0 to log K.
+
+    If it is minimized, assignments become harder (MeCoQ).
+    """
     weights = jnp.asarray(weights, jnp.float32)
     # The floor keeps the gradient finite where a weight has underflowed to 0.
     return jnp.mean(-jnp.sum(weights * jnp.log(jnp.maximum(weights, 1e-30)), axis=-1))
 
 
 def codeword_diversity(codebooks: Float[ArrayLike, "M K d"]) -> Float[Array, ""]:
-    """Mean cosine similarity over all K * K pairs of codewords of a codebook. Minimizing it spreads them (MeCoQ)."""
+    """Mean cosine similarity over all K * K pairs of codewords of a codebook.
+
+    If it is minimized, the codewords spread (MeCoQ).
+    """
     unit_words = unit(jnp.asarray(codebooks, jnp.float32))
     return jnp.mean(jnp.einsum("mkd,mld->mkl", unit_words, unit_words, precision="highest"))
 

@@ -34,14 +34,20 @@ class Settings(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """The negative pairs of the whole batch that are clipped: those above a value, and some of those that equal it."""
+    """The negative pairs of the whole batch that are clipped.
+
+    They are the pairs above a value, and some of those that equal it.
+    """
 
     value: Float[Array, ""]
     room: Int32[Array, " R"]  # how many of the pairs of each anchor that equal the value are clipped, the first ones
 
 
 class Batch(NamedTuple):
-    """R anchors of this device, the C columns of the global batch, and Q further negatives. All are unit vectors."""
+    """R anchors of this device, the C columns of the global batch, and Q further negatives.
+
+    All are unit vectors.
+    """
 
     anchors: Float[Array, "R D"]
     positive: Float[Array, " R"]  # similarity to the positive
@@ -98,10 +104,12 @@ total_loss.defvjp(_forward, _backward)
 def objective(
     log_sum: Float[Array, " R"], positive: Float[Array, " R"], *, num_kept: Int32[Array, "*R"], settings: Settings
 ) -> Float[Array, " R"]:
-    """The loss of each anchor from its log-sum-exp over the kept negatives (/ temperature) and its positive similarity.
+    """The loss of each anchor, from its kept negatives and its positive.
 
-    NT-Xent, or with rule.debias = rho > 0 the debiased loss of Chuang et al. 2020, where the sum over N negatives is
-    replaced by max(N exp(-1/t), (sum - rho N exp(positive/t)) / (1 - rho)).
+    `log_sum` is the log-sum-exp over the kept negatives (/ temperature), `positive` the positive similarity.
+
+    NT-Xent, or with settings.debias = rho > 0 the debiased loss of Chuang et al. 2020, where the sum over N negatives
+    is replaced by max(N exp(-1/t), (sum - rho N exp(positive/t)) / (1 - rho)).
     """
     positive = positive / settings.temperature
     if not settings.debias:
@@ -115,7 +123,10 @@ def objective(
 
 
 def _all_blocks(settings: Settings, batch: Batch, *, differentiate: bool) -> tuple[Array, Stats, tuple[Array, ...]]:
-    """Scans over the blocks: the total loss, statistics, and the gradients of anchors, positive, columns and queue."""
+    """The total loss, statistics and gradients, from a scan over the blocks.
+
+    The gradients are those of anchors, positive, columns and queue.
+    """
     num_anchors, width = batch.anchors.shape
     size = min(settings.block_size, num_anchors)
     room = jnp.zeros(num_anchors, jnp.int32) if batch.pool is None else batch.pool.room
@@ -147,7 +158,10 @@ def split(x: Array, size: int) -> Array:
 def _block(
     settings: Settings, batch: Batch, rows: tuple[Array, ...], labels: Array | None, *, differentiate: bool
 ) -> tuple[Array, Stats, tuple[Array, ...]]:
-    """Loss and statistics of some anchors; gradients by the anchors, their positives, the columns and the queue."""
+    """Loss, statistics and gradients of some anchors.
+
+    The gradients are by the anchors, their positives, the columns and the queue.
+    """
     anchors, positive, own, partner, room, weight = rows
     similarity, num_columns = negatives(settings, batch, anchors, own, partner)
     num_negatives = num_columns - 2 + batch.filled
@@ -187,7 +201,7 @@ def num_columns(settings: Settings, batch: Batch) -> int:
 def negatives(
     settings: Settings, batch: Batch, anchors: Array, own: Array, partner: Array
 ) -> tuple[Float[Array, "r C_and_Q"], int]:
-    """Similarities of anchors to columns, -inf for non-negatives; and the batch's column count."""
+    """Similarities of anchors to columns, -inf for non-negatives; and the batch column count."""
     similarity = _similarities(settings, anchors, batch.columns)
     num_columns = similarity.shape[1]
     column = jax.lax.broadcasted_iota(jnp.int32, similarity.shape, 1)
@@ -202,7 +216,10 @@ def negatives(
 def _clip(
     settings: Settings, batch: Batch, similarity: Array, hardest: Array, room: Array, num_negatives: Array
 ) -> tuple[Array | None, Array, Int32[Array, " r"]]:
-    """The mask of the clipped negatives or None, the threshold and the number of them, both of each anchor."""
+    """The mask of the clipped negatives or None, the threshold and the number of them.
+
+    Threshold and number are those of each anchor.
+    """
     if not settings.clips:
         return None, hardest, jnp.zeros(len(similarity), jnp.int32)
     if batch.pool is not None:
@@ -218,7 +235,7 @@ def _clip(
 def _count_same(
     batch: Batch, labels: Array | None, similarity: Array, clipped: Array | None, num_columns: int
 ) -> tuple[Int32[Array, " r"], Int32[Array, " r"]]:
-    """For each anchor the negatives of its class, and the clipped ones among them; zeros without labels."""
+    """The negatives of each anchor's class, and the clipped among them; zeros without labels."""
     zero = jnp.zeros(len(similarity), jnp.int32)
     if labels is None or batch.labels is None:
         return zero, zero
@@ -260,7 +277,10 @@ def _pull_back(
 
 
 def _pass_on(settings: Settings, tree: T) -> T:
-    """Sends to the previous device and receives from the next; after n hops every shard is back on its device."""
+    """Sends to the previous device and receives from the next.
+
+    After n hops every shard is back on its device.
+    """
     n = jax.lax.axis_size(settings.axis_name)
     return jax.lax.ppermute(tree, settings.axis_name, [(i, (i - 1) % n) for i in range(n)])
 

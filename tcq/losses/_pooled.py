@@ -1,10 +1,10 @@
-"""The similarity that exactly `count` of all negative pairs of the global batch reach, the pairs never stored.
+"""The similarity that exactly `count` of all negative pairs of the global batch reach.
 
-The similarities are computed again, block by block, for each pass of the search. A pass counts how many reach each of
-some trial values, and sums the counts over the devices. A sample places the first trial values, so that the interval
-between two of them holds few pairs; interpolation inside this interval places the next ones. After two or three
-passes few anchors are left, and only their similarities are searched, to the exact float. Evenly spaced trial values
-among the others bound the number of passes in every case.
+The pairs are never stored. The similarities are computed again, block by block, for each pass of the search. A pass
+counts how many reach each of some trial values, and sums the counts over the devices. A sample places the first trial
+values, so that the interval between two of them holds few pairs; interpolation inside this interval places the next
+ones. After two or three passes few anchors are left, and only their similarities are searched, to the exact float.
+Evenly spaced trial values among the others bound the number of passes in every case.
 """
 
 from typing import NamedTuple
@@ -42,9 +42,9 @@ class _State(NamedTuple):
 
 
 def pool(settings: Settings, batch: Batch, count: UInt32[Array, ""]) -> Pool:
-    """Selects the `count` most similar negative pairs of the global batch; ties go by anchor, then by column.
+    """Selects the `count` most similar negative pairs of the global batch.
 
-    All devices of the axis get one value; `batch` needs no gradient.
+    Ties go by anchor, then by column. All devices of the axis get one value; `batch` needs no gradient.
     """
     num_rows = len(batch.anchors)
     counted = _threshold.rows_to_count(_blocked.num_columns(settings, batch))
@@ -80,7 +80,10 @@ def pool(settings: Settings, batch: Batch, count: UInt32[Array, ""]) -> Pool:
 
 
 def _narrow(settings: Settings, s: _State, count: Array, rows: Int32[Array, "R P"]) -> _State:
-    """The state after a pass: `rows` counts for each anchor of this device the negatives that reach each key."""
+    """The state after a pass.
+
+    `rows` counts for each anchor of this device the negatives that reach each key.
+    """
     reach = jnp.sum(rows, axis=0, dtype=jnp.uint32)
     reach = reach if settings.axis_name is None else jax.lax.psum(reach, settings.axis_name)
     enough = reach >= count
@@ -112,7 +115,7 @@ def _start(settings: Settings, batch: Batch, count: Array) -> _State:
 
 
 def _sample(settings: Settings, batch: Batch, share: Array) -> Float[Array, " S"]:
-    """Values that about `share` of the negative pairs reach, estimated from some pairs of each device."""
+    """Values that about `share` of negative pairs reach, estimated from some of each device."""
     num_rows = len(batch.anchors)
     random = np.random.RandomState(0)
     rows, columns = (random.permutation(num_rows)[:SAMPLE] for _ in range(2))
@@ -167,7 +170,7 @@ def _count_all_rows(settings: Settings, batch: Batch, keys: Int32[Array, " P"]) 
 
 
 def _first(settings: Settings, ties: Int32[Array, " R"], room: UInt32[Array, ""]) -> Int32[Array, " R"]:
-    """How many of the ties of each anchor of this device are among the first `room` of the global batch."""
+    """How many ties of each anchor of this device are in the first `room` of the global batch."""
     both = ties.reshape(2, -1)
     if settings.axis_name is not None:
         both = jax.lax.all_gather(both, settings.axis_name, axis=1, tiled=True)

@@ -18,7 +18,7 @@ CACHED = 2**18  # values searched at a time on a CPU: 1 MiB fits its cache
 
 
 class Threshold(NamedTuple):
-    """Selects in each row the values above `value`, and those equal to it up to the column `last`."""
+    """Selects in each row the values above `value`, and equal ones up to the column `last`."""
 
     value: Float[Array, " R"]
     last: Int32[Array, " R"]
@@ -32,7 +32,7 @@ def threshold(
     reach: Int32[Array, " R"],
     high: Float[Array, " R"],
 ) -> Threshold:
-    """The threshold that selects the `count` largest values of every row, the first columns among ties.
+    """The threshold for the `count` largest values of every row, the first columns among ties.
 
     Args:
       values: float32. NaN is never selected, and counts as lower than any number.
@@ -55,7 +55,10 @@ def threshold(
 
 
 def first_ties(values: Float[Array, "R C"], value: Float[Array, ""], room: Int32[Array, " R"]) -> Bool[Array, "R C"]:
-    """The mask of the values above `value`, and of the first `room` in each row that equal it; NaN is not selected."""
+    """The mask of the values above `value`, and of the first `room` in each row that equal it.
+
+    NaN is not selected.
+    """
     equal = values == value
     ties = count_true(equal)
     last = jnp.where(room > 0, values.shape[1] - 1, -1).astype(jnp.int32)
@@ -79,7 +82,10 @@ def count_reaching(values: Float[Array, "R C"], trials: Float[Array, " P"]) -> I
 
 
 def rows_to_count(num_columns: int) -> int:
-    """The number of rows for which `count_reaching` is fast: on a CPU two parts that fit its cache, a loop unrolled."""
+    """The number of rows for which `count_reaching` is fast.
+
+    On a CPU these are two parts that fit its cache, a loop unrolled.
+    """
     return 2 * _cached_rows(1 << 20, num_columns) if jax.default_backend() == "cpu" else 1 << 20
 
 
@@ -134,7 +140,10 @@ def _search(values: Array, count: Array, low: Array, reach: Array, high: Array) 
 
 
 def _guess(s: _State, target: Array, num_columns: int) -> Int32[Array, " R"]:
-    """The next key to try: false position, where an end that stays twice loses half its weight; or bisection."""
+    """The next key to try, by false position or bisection.
+
+    In false position an end that stays twice loses half its weight.
+    """
     a = (_logit(s.reach_under, num_columns) - target) * jnp.where(s.side < 0, s.weight, 1)
     b = (target - _logit(s.reach_over, num_columns)) * jnp.where(s.side > 0, s.weight, 1)
     under = to_ordered_int(s.under)
@@ -148,7 +157,7 @@ def _last_column(values: Array, value: Array, room: Array) -> Array:
 
 
 def _last_tie(values: Array, value: Array, room: Array) -> Array:
-    """The first column up to which `room` values equal the threshold; the last column if fewer do."""
+    """The first column up to which `room` values equal the threshold; the last if fewer do."""
     column = jax.lax.broadcasted_iota(jnp.int32, values.shape, 1)
 
     def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:

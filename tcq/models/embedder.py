@@ -23,7 +23,10 @@ class EmbedderError(ValueError):
 
 
 class Standardize(nn.Module):
-    """Embeddings minus their mean, divided by one number, so that their mean square is 1. It is not trained."""
+    """Embeddings minus their mean, divided by one number so that their mean square is 1.
+
+    It is not trained.
+    """
 
     width: int
 
@@ -67,7 +70,10 @@ def load(spec: str) -> Embed:
 
 
 def run(spec: str, images: UInt8[np.ndarray, "N S S 3"]) -> Float[np.ndarray, "N F"]:
-    """The embeddings of images, float32. Raises EmbedderError if the function fails or returns something else."""
+    """The embeddings of images, float32.
+
+    Raises EmbedderError if the function fails or returns something else.
+    """
     try:
         rows = np.asarray(load(spec)(images))
     except EmbedderError:
@@ -83,7 +89,10 @@ def run(spec: str, images: UInt8[np.ndarray, "N S S 3"]) -> Float[np.ndarray, "N
 
 
 def signature(spec: str, image_size: int) -> tuple[float, ...]:
-    """The width of the embeddings, and sums over those of fixed images: what tells one function from another."""
+    """The width of the embeddings, and sums over those of fixed images.
+
+    These numbers tell one function from another.
+    """
     random = np.random.RandomState(0)
     images = random.randint(0, 256, (NUM_TRIAL_IMAGES, image_size, image_size, 3)).astype(np.uint8)
     rows = run(spec, images)
@@ -92,7 +101,10 @@ def signature(spec: str, image_size: int) -> tuple[float, ...]:
 
 
 def require_same(spec: str, image_size: int, stored: tuple[float, ...]) -> None:
-    """Raises EmbedderError unless the function computes what it did when `stored` was its `signature`."""
+    """Raises EmbedderError unless the function computes what it did earlier.
+
+    `stored` is its `signature` of that time.
+    """
     now = signature(spec, image_size)
     close = len(now) == len(stored) and now[0] == stored[0]
     if not close or not np.allclose(now[1:], stored[1:], rtol=0, atol=TOLERANCE * max(map(abs, stored[1:]))):

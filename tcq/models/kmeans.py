@@ -9,9 +9,10 @@ from tcq.runtime import signals
 def kmeans(
     subvectors: Float[np.ndarray, "N M d"], num_codewords: int, *, spherical: bool, seed: int = 0
 ) -> Float[np.ndarray, "M K d"]:
-    """The K centres of each of M sets of subvectors, float32; if spherical, unit centres of unit subvectors.
+    """The K centres of each of M sets of subvectors, float32.
 
-    Raises ValueError if there are fewer subvectors than centres.
+    If spherical, these are unit centres of unit subvectors. Raises ValueError if there are fewer subvectors than
+    centres.
     """
     import faiss
 

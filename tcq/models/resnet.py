@@ -1,6 +1,7 @@
-"""Residual networks (He et al. 2016) in Flax Linen: images to one feature per image, the mean of the last feature map.
+"""Residual networks (He et al. 2016) in Flax Linen: images to one feature per image.
 
-Bottlenecks have their stride in the 3 x 3 convolution, as the published weights of torchvision and timm ("v1.5").
+The feature is the mean of the last feature map. Bottlenecks have their stride in the 3 x 3 convolution, as the
+published weights of torchvision and timm ("v1.5").
 """
 
 from functools import partial
@@ -16,7 +17,10 @@ WIDTHS = (64, 128, 256, 512)
 
 
 class Size(NamedTuple):
-    """Blocks of each of the four stages, and whether they are bottlenecks, whose output is four times as wide."""
+    """Blocks of each of the four stages, and whether they are bottlenecks.
+
+    The output of a bottleneck is four times as wide.
+    """
 
     stages: tuple[int, ...]
     bottleneck: bool
@@ -77,7 +81,10 @@ class ResNet(nn.Module):
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions, or 1 x 1, 3 x 3 and 1 x 1 in a bottleneck, with a residual connection."""
+    """Two convolutions, or three in a bottleneck, with a residual connection.
+
+    The two are 3 x 3; the three are 1 x 1, 3 x 3 and 1 x 1.
+    """
 
     width: int
     stride: int

@@ -29,7 +29,9 @@ class Outputs(NamedTuple):
 
 
 class Retriever(nn.Module):
-    """The whole model, stateless as all of Flax Linen. Images are float (N, H, W, 3) in [0, 1].
+    """The whole model, stateless as all of Flax Linen.
+
+    Images are float (N, H, W, 3) in [0, 1].
 
     Attributes:
       backbone: a module from images to (N, F).
@@ -63,7 +65,7 @@ class Retriever(nn.Module):
     def embed(
         self, images: Float[Array, "N H W 3"] | Float[Array, "N F"], *, train: bool = False
     ) -> Float[Array, "N F"]:
-        """The output of the backbone, float32; of images, or of embeddings if the model takes these."""
+        """The output of the backbone, float32, of images, or embeddings if the model takes these."""
         if takes_embeddings(self):
             return self.backbone(images.astype(jnp.float32))
         pixels = normalized(images, self.mean, self.std)
@@ -80,7 +82,10 @@ class Retriever(nn.Module):
 def normalized(
     images: Float[Array, "N H W 3"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Array, "N H W 3"]:
-    """The input of a backbone: images in [0, 1] minus the mean of each channel, divided by its deviation."""
+    """Images in [0, 1] minus the mean of each channel, divided by its deviation.
+
+    The result is the input of a backbone.
+    """
     shift, divisor = (jnp.array(x, images.dtype)[None, None, None] for x in (mean, std))
     return (images - shift) / divisor
 
@@ -214,7 +219,10 @@ def init(
 
 
 def _features(model: Retriever, variables: Variables, images: np.ndarray) -> Float[Array, "N D"]:
-    """Features in batches: the activations of a large backbone on all images would not fit in memory."""
+    """The features of images, computed in batches.
+
+    The activations of a large backbone on all images would not fit in memory.
+    """
     run = jax.jit(lambda v, x: model.apply(v, scaled(x)).features)  # type: ignore[union-attr]
     size = min(INIT_BATCH, len(images))
     padded = np.pad(images, [(0, -len(images) % size)] + [(0, 0)] * (images.ndim - 1))

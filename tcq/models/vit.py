@@ -1,4 +1,7 @@
-"""Vision Transformer (Dosovitskiy et al. 2021), pre-norm, in Flax Linen: images to one feature per image."""
+"""Vision Transformer (Dosovitskiy et al. 2021), pre-norm, in Flax Linen.
+
+It maps images to one feature per image.
+"""
 
 from typing import Any, NamedTuple
 
@@ -30,7 +33,9 @@ NAMED = {f"vit_{size}{patch}": (SIZES[size], patch) for size in SIZES for patch 
 
 
 class ViT(nn.Module):
-    """Images (N, H, W, 3), float, to float32 features (N, width), or (N, patches * width) with pooling "flat".
+    """Images (N, H, W, 3), float, to float32 features (N, width).
+
+    With pooling "flat" the features are (N, patches * width).
 
     Attributes:
       width, depth, heads: see `Size`; heads divides width.
@@ -118,7 +123,7 @@ class ViT(nn.Module):
         return self.param(name, nn.initializers.normal(0.02), (1, count, self.width), jnp.float32)
 
     def _blocks(self, x: Float[Array, "N T W"], key: Key[Array, ""] | None) -> Float[Array, "N T W"]:
-        """Applies all blocks; the key is for dropout and stochastic depth, None outside of training."""
+        """Applies all blocks; the key for dropout and stochastic depth is None outside training."""
         options: dict[str, Any] = {
             "heads": self.heads,
             "mlp_ratio": self.mlp_ratio,
@@ -150,10 +155,11 @@ class ViT(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """Images (N, H, W, 3) to one vector for each patch, by 3 x 3 convolutions of stride 2 (Xiao et al. 2021).
+    """Images (N, H, W, 3) to one vector for each patch (Xiao et al. 2021).
 
-    The channels double up to `width` in log2(patch) convolutions, and a 1 x 1 convolution follows. Each is normalized
-    over its channels (our choice, for batch normalization, whose statistics the model would have to carry).
+    It applies 3 x 3 convolutions of stride 2. The channels double up to `width` in log2(patch) convolutions, and a
+    1 x 1 convolution follows. Each is normalized over its channels (our choice, for batch normalization, whose
+    statistics the model would have to carry).
     """
 
     width: int
@@ -172,7 +178,10 @@ class ConvStem(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with pre-normalization and a residual connection. Without a key nothing is dropped."""
+    """Attention and MLP, each with pre-normalization and a residual connection.
+
+    Without a key nothing is dropped.
+    """
 
     heads: int
     mlp_ratio: float
@@ -231,15 +240,18 @@ class Attention(nn.Module):
 def stochastic_depth(
     x: Float[Array, "N T W"], rate: Float[ArrayLike, ""], key: Key[Array, ""]
 ) -> Float[Array, "N T W"]:
-    """Stochastic depth (Huang et al. 2016): drops the whole branch of an image at `rate`, and scales the others up."""
+    """Stochastic depth (Huang et al. 2016): drops the whole branch of an image at `rate`.
+
+    It scales the others up.
+    """
     keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
 def sincos2d(rows: int, columns: int, width: int) -> Float[np.ndarray, "tokens width"]:
-    """Fixed 2-D sine-cosine positions, as in MoCo v3: a quarter of the width each for sin and cos of x and y.
+    """Fixed 2-D sine-cosine positions, as in MoCo v3, float32 (rows * columns, width).
 
-    float32 (rows * columns, width). Raises ValueError unless 4 divides the width.
+    The sin and cos of x and y have a quarter of the width each. Raises ValueError unless 4 divides the width.
     """
     if width % 4:
         raise ValueError(f"sincos2d positions need a width divisible by 4, got {width}")

@@ -1,4 +1,6 @@
-"""Exact search: the k nearest items of queries, with the scores, ids and ties of `ranking.top_k`, but faster.
+"""Exact search: the k nearest items of queries, faster than `ranking.top_k`.
+
+The scores, ids and ties are those of `ranking.top_k`.
 
 `build` chooses how, by the number of items and bits; the answers are the same.
 
@@ -63,7 +65,7 @@ def name(engine: Engine) -> str:
 def top_k(
     engine: Engine, tables: Float[np.ndarray, "Q M K"], k: int, *, allowed: Bool[np.ndarray, " N"] | None = None
 ) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
-    """Scores and ids of the k best items of each query, best first; the lowest id first among ties.
+    """Scores and ids of each query's k best items, best first; the lowest id first among ties.
 
     Only items that are `allowed` are ranked; if there are fewer than k, all of them are returned. The queries share
     the processors of this machine. Raises ValueError if k is below 1, or tables hold NaN.

@@ -21,7 +21,7 @@ BLOCK = 2**20  # items that are scored at a time
 
 
 class Buckets(NamedTuple):
-    """N items in the order of their buckets, and of their ids in each; B buckets that are not empty."""
+    """N items in the order of their buckets, and of ids in each; B buckets that are not empty."""
 
     keys: Int[np.ndarray, " B"]  # the first columns as one number
     starts: Int[np.ndarray, " B_and_1"]  # of each bucket among the items
@@ -40,7 +40,7 @@ def num_first(num_columns: int, width: int) -> int:
 def build(
     codes: UInt[np.ndarray, "N M"], num_codewords: int, *, norms: Float[np.ndarray, " N"] | None = None
 ) -> Buckets:
-    """Sorts the items. Raises ValueError if K is above 65,536, or there are 2^32 items or more."""
+    """Sorts the items. Raises ValueError if K is above 65,536, or for 2^32 items or more."""
     if not len(codes) < 2**32 or num_codewords > 2**BITS:
         raise ValueError(f"{len(codes):,} items of {num_codewords:,} codewords: at most 2^32 - 1 and 2^{BITS}")
     cols = columns.of_codes(codes, num_codewords)
@@ -88,7 +88,10 @@ def search(
 
 
 def _reached_by(bound: Float[np.ndarray, " B"], size: int) -> np.float32:
-    """A value that at least `size` bounds reach, and not many more: from the largest bound of each of some groups."""
+    """A value that at least `size` bounds reach, and not many more.
+
+    It comes from the largest bound of each of some groups.
+    """
     groups = min(GROUPS * size, len(bound))
     top = bound[: len(bound) // groups * groups].reshape(-1, groups).max(axis=0)
     return np.partition(top, groups - size)[groups - size]

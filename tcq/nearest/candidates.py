@@ -1,4 +1,6 @@
-"""The k nearest items of queries among candidates of FAISS, with a proof that no other item is among them.
+"""The k nearest items of queries among candidates of FAISS, with a proof.
+
+The proof shows that no other item is among the k nearest.
 
 FAISS sums the tables as they are: codewords are unit vectors of K numbers, and a query is its flat table. Its scores
 differ from ours by rounding, in FastScan of the entries to 8 bits. All items but the candidates score at most the last
@@ -52,7 +54,10 @@ def build(codes: UInt[np.ndarray, "N M"], num_codewords: int) -> Candidates:
 def search(
     items: Candidates, tables: Float[np.ndarray, "Q M K"], k: int, allowed: Bool[np.ndarray, " N"] | None
 ) -> list[tuple[np.ndarray, np.ndarray] | None]:
-    """Scores and ids of the k best items that are allowed, best first, of each query; None where there is no proof."""
+    """Scores and ids of the k best items that are allowed, best first, of each query.
+
+    The answer of a query is None where there is no proof.
+    """
     share = 1.0 if allowed is None else max(float(np.mean(allowed)), 1e-9)
     size, most = int((FIRST if items.fast else 1) * k / share) + LEAST, items.columns.shape[1] // MOST
     answers: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(tables)

@@ -1,4 +1,7 @@
-"""Codes as columns, and the sums of table entries that they select, with the bits of `ranking.scores`."""
+"""Codes as columns, and the sums of table entries that they select.
+
+The sums have the bits of `ranking.scores`.
+"""
 
 import numpy as np
 from jaxtyping import Float, Shaped, UInt
@@ -12,7 +15,7 @@ def bits(num_codewords: int) -> int:
 
 
 def pairs(num_codebooks: int, num_codewords: int) -> bool:
-    """Whether two codewords make one number: it has a byte, and half as many entries are summed."""
+    """Whether two codewords make one number: it has a byte, and half the entries are summed."""
     return num_codewords <= 16 and num_codebooks % 2 == 0
 
 
@@ -36,7 +39,7 @@ def of_tables(tables: Float[np.ndarray, "Q M K"]) -> Float[np.ndarray, "Q C W"]:
 def scores(
     table: Float[np.ndarray, "C W"], columns: UInt[np.ndarray, "C n"], norms: Float[np.ndarray, " n"] | None
 ) -> Float[np.ndarray, " n"]:
-    """The score of each item: its entries, added in order, and divided by its norm if there are norms."""
+    """The score of each item: its entries, added in order, and divided by its norm if given."""
     total = np.zeros(columns.shape[1], np.float32)
     for row, column in zip(table, columns, strict=True):
         total += row.take(column)

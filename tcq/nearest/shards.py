@@ -1,4 +1,4 @@
-"""The k nearest items of queries among items that are shared out over the accelerators of this machine.
+"""The k nearest items of queries among items shared out over this machine's accelerators.
 
 Each device scores its items block by block and keeps the k best; those of all devices are merged here. A score becomes
 a whole number of the same order, so that an item that is not allowed ranks below every score, also below -inf.
@@ -72,7 +72,10 @@ def search(
 
 @lru_cache(maxsize=64)
 def _program(k: int) -> Any:
-    """Compiles function(tables, items of each device) -> the numbers and places of the k best items of each device."""
+    """Compiles function(tables, items of each device) -> numbers and places.
+
+    They are those of the k best items of each device.
+    """
 
     def search_shard(tables: jax.Array, rows: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         queries, size = tables.shape[0], rows["columns"].shape[1]

@@ -24,9 +24,10 @@ Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
 def cache_compilations() -> None:
-    """Keeps compiled programs for the next start, below `storage.cache_home()` unless JAX has another folder for them.
+    """Keeps compiled programs for the next start.
 
-    It does nothing on CPUs: a cache saves only seconds there, and XLA rejects some of its own cached programs
+    They are below `storage.cache_home()` unless JAX has another folder for them. The function does nothing on CPUs: a
+    cache saves only seconds there, and XLA rejects some of its own cached programs
     (https://github.com/jax-ml/jax/issues/38445).
     """
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None and accelerated():
@@ -35,7 +36,7 @@ def cache_compilations() -> None:
 
 
 def _standard(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, traced with the usual promotion of dtypes, which optax and flax take for granted."""
+    """The function, traced with the usual promotion of dtypes, which optax and flax assume."""
 
     @wraps(function)
     def traced(*arguments: Any) -> Any:
@@ -51,32 +52,44 @@ def accelerated() -> bool:
 
 
 def scorers() -> list[jax.Device]:
-    """The devices that work on blocks of queries in turn: all local accelerators, or one CPU, which has all cores."""
+    """The devices that work on blocks of queries in turn.
+
+    They are all local accelerators, or one CPU, which has all cores.
+    """
     return jax.local_devices() if accelerated() else jax.local_devices()[:1]
 
 
 def pmap_step(body: Step) -> Step:
-    """Compiles body(state, data, batch of one device) -> (state, logs) for all devices; the state is donated.
+    """Compiles body(state, data, batch of one device) -> (state, logs) for all devices.
 
-    State and data are the same on all devices, and so must be what the body returns (average it over `AXIS`): the value
-    of one device is kept.
+    The state is donated. State and data are the same on all devices, and so must be what the body returns (average it
+    over `AXIS`): the value of one device is kept.
     """
     return jax.pmap(_standard(body), axis_name=AXIS, in_axes=(None, None, 0), out_axes=(None, None), donate_argnums=0)
 
 
 def pmap_rows(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Compiles function(params, rows of one device) -> rows for the local devices: (devices, b, ...) in and out."""
+    """Compiles function(params, rows of one device) -> rows for the local devices.
+
+    The rows are (devices, b, ...) in and out.
+    """
     return jax.pmap(_standard(function), axis_name=AXIS, in_axes=(None, 0), devices=jax.local_devices())
 
 
 def replicate(tree: Any) -> Any:
-    """A copy on each local device, with the sharding of a mapped step's results, which donation needs."""
+    """A copy on each local device, with the sharding of a mapped step's results.
+
+    Donation needs this sharding.
+    """
     sharding = NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec())
     return jax.tree.map(lambda x: jax.device_put(np.array(x), sharding), tree)
 
 
 def place(tree: Any) -> Any:
-    """As `replicate`, but arrays that are on all local devices already stay as they are. Never donate the result."""
+    """As `replicate`, but arrays that are on all local devices already stay as they are.
+
+    Never donate the result.
+    """
     sharding = NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec())
 
     def one(x: Any) -> Any:
@@ -103,7 +116,7 @@ def prefetch(stream: Iterator[Batch], count: int = 2) -> Iterator[Batch]:
 
 
 def fetch(tree: Any) -> Any:
-    """NumPy copies of replicated arrays. Copies, because the next step may overwrite a donated buffer."""
+    """NumPy copies of replicated arrays, because the next step may overwrite a donated buffer."""
     return jax.tree.map(lambda x: np.array(x.addressable_shards[0].data), tree)
 
 
@@ -114,7 +127,10 @@ def wait_on_cpu(tree: Any) -> None:
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """For each device of the run, by a readable name, a checksum over all bits of its copy of replicated arrays."""
+    """For each device of the run, by a readable name, a checksum of replicated arrays.
+
+    The checksum is over all bits of the copy of that device.
+    """
     devices = {d.id: d for d in jax.devices()}
     rows = fetch(_compiled_checksum()(tree, np.array([d.id for d in jax.local_devices()], np.uint32)))
     return {
@@ -125,7 +141,10 @@ def checksums(tree: Any) -> dict[str, int]:
 
 @lru_cache(maxsize=1)
 def _compiled_checksum() -> Any:
-    """For each device its number and a checksum, on all devices. One function, which is compiled once for each tree."""
+    """For each device its number and a checksum, on all devices.
+
+    The result is one function, which is compiled once for each tree.
+    """
 
     def checksum(tree: Any, number: Any) -> Any:
         words = [_words(x) for x in jax.tree.leaves(tree)]
@@ -144,7 +163,9 @@ def _words(x: Any) -> Any:
 
 
 def map_in_batches(function: Callable[[Any, Any], Any], params: Any, rows: Any, batch_size: int) -> Any:
-    """Applies a `pmap_rows` function to all rows, in batches padded to one shape; padding is cut off again.
+    """Applies a `pmap_rows` function to all rows, in batches padded to one shape.
+
+    Padding is cut off again.
 
     Args:
       function: compiled by `pmap_rows`.
@@ -181,7 +202,10 @@ def map_in_batches(function: Callable[[Any, Any], Any], params: Any, rows: Any, 
 
 
 def gather(tree: Any) -> Any:
-    """The rows of all processes in their order: NumPy arrays, whose lengths may differ, bit for bit."""
+    """The rows of all processes in their order, bit for bit.
+
+    They are NumPy arrays, whose lengths may differ.
+    """
     if not processes.several():
         return tree
 

@@ -27,9 +27,10 @@ class LockedError(ValueError):
 
 @contextlib.contextmanager
 def lock(folder: str | Path, *, wait: bool) -> Iterator[None]:
-    """Holds the lock of a folder. The folders that this creates are deleted if nothing is written to them.
+    """Holds the lock of a folder.
 
-    If another process holds it, this one waits with `wait`, and raises LockedError without.
+    The folders that this creates are deleted if nothing is written to them. If another process holds the lock, this one
+    waits with `wait`, and raises LockedError without.
 
     The operating system releases the lock when the process ends, also by kill -9. Between hosts it holds where the file
     system shares locks, as NFS 4 does; where it has none, a warning says so, and nothing is locked.
@@ -52,7 +53,10 @@ def lock(folder: str | Path, *, wait: bool) -> Iterator[None]:
 
 
 def _open_locked(path: Path, *, wait: bool) -> TextIO:
-    """The lock file, locked. Another process may delete it before it is locked here: then it is opened again."""
+    """The lock file, locked.
+
+    Another process may delete it before it is locked here: then it is opened again.
+    """
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")

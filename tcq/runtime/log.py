@@ -12,7 +12,10 @@ EVERY = 5.0  # seconds between two progress lines
 
 
 def show(level: int = logging.INFO) -> None:
-    """Writes records of "tcq" at or above `level` to standard error, with the time, and the level from warnings on."""
+    """Writes records of "tcq" at or above `level` to standard error.
+
+    They have the time, and the level from warnings on.
+    """
     logger = logging.getLogger("tcq")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
@@ -32,8 +35,9 @@ class _Formatter(logging.Formatter):
 
 
 class Progress:
-    """Logs the progress of a long task at most every `EVERY` seconds, and its end if it took that long.
+    """Logs the progress of a long task at most every `EVERY` seconds.
 
+    The end of the task is logged if it took that long.
     Lines read "<task>: <done> of <total> <unit>, <rate>/s, <h:mm:ss> left". A task that goes on starts with `done`.
     """
 

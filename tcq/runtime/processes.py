@@ -1,4 +1,4 @@
-"""Several processes as one run: joining it, exchanging small values, and detecting failed processes.
+"""Processes as one run: they join it, exchange small values, and detect failed processes.
 
 Everything goes through JAX's coordination service, which process 0 hosts. With one process nothing happens.
 """
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class ProcessError(RuntimeError):
-    """The processes of a run cannot come together, or one of them failed; the message names it."""
+    """The processes of a run cannot come together, or one failed; the message names it."""
 
 
 class RefusedError(ValueError):
@@ -93,12 +93,15 @@ def share(count: int) -> tuple[int, int]:
 
 
 def set_phase(text: str) -> None:
-    """Sets what this process is doing, which the other processes report if it stops responding."""
+    """Sets what this process is doing, which the others report if it stops responding."""
     _Run.phase = text
 
 
 def exchange(value: Any) -> list[Any]:
-    """The values of all processes, in their order. All of them have to call it; values are small and fit JSON."""
+    """The values of all processes, in their order.
+
+    All of them have to call it; values are small and fit JSON.
+    """
     if not several():
         return [value]
     _Run.exchanges += 1
@@ -109,9 +112,10 @@ def exchange(value: Any) -> list[Any]:
 
 
 def on_first(function: Callable[[], T]) -> T:
-    """The result, which fits JSON, of a function that only process 0 calls while the others wait.
+    """The result of a function that only process 0 calls while the others wait.
 
-    If it raises, all processes raise: RefusedError or ProcessError, or Stopped if process 0 was stopped.
+    The result fits JSON. If the function raises, all processes raise: RefusedError or ProcessError, or Stopped if
+    process 0 was stopped.
     """
     if not several():
         return function()
@@ -137,20 +141,29 @@ def on_first(function: Callable[[], T]) -> T:
 
 @contextmanager
 def entered_by_first(make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
-    """Enters a context, such as a lock, in process 0 only. If that raises, all processes raise as in `on_first`."""
+    """Enters a context, such as a lock, in process 0 only.
+
+    If that raises, all processes raise as in `on_first`.
+    """
     with ExitStack() as stack:
         on_first(lambda: bool(stack.enter_context(make())))
         yield
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether an error says that a call, config, file or file system cannot work, which is exit status 2."""
+    """Whether an error says that a call, config, file or file system cannot work.
+
+    The exit status is then 2.
+    """
     ours = type(error).__module__.startswith("tcq.")
     return isinstance(error, OSError) or (ours and isinstance(error, ValueError))
 
 
 def require_same(what: str, value: Any) -> None:
-    """Raises ProcessError in all processes, naming those whose value differs from that of process 0."""
+    """Raises ProcessError in all processes if a value differs from that of process 0.
+
+    The error names the processes whose value differs.
+    """
     text = json.dumps(value, sort_keys=True)
     values = exchange([hashlib.sha256(text.encode()).hexdigest(), platform.node()])
     different = [f"process {i} on {host}" for i, (digest, host) in enumerate(values) if digest != values[0][0]]
@@ -162,7 +175,10 @@ def require_same(what: str, value: Any) -> None:
 
 
 def require_visible(path: str | Path) -> None:
-    """Raises ProcessError in all processes, naming those that do not see a file that process 0 has written."""
+    """Raises ProcessError in all processes if one of them does not see a file.
+
+    Process 0 has written the file. The error names the processes that do not see it.
+    """
     values = exchange([storage.read(path) is not None, platform.node()])
     missing = [f"process {i} on {host}" for i, (visible, host) in enumerate(values) if not visible]
     if missing:
@@ -170,7 +186,7 @@ def require_visible(path: str | Path) -> None:
 
 
 def agree_to_stop() -> None:
-    """Raises Stopped in all processes if any of them was asked to stop. All of them have to call it."""
+    """Raises Stopped in all processes if any was asked to stop. All of them have to call it."""
     names = [name for name in exchange(signals.requested()) if name]
     if names:
         signals.request(names[0])
@@ -226,7 +242,7 @@ def _client() -> Any:
 
 
 def _read(folder: str) -> dict[int, str]:
-    """The entries of a folder of the key-value store, by the number of the process that wrote them."""
+    """Entries of a folder of the key-value store, by number of the process that wrote them."""
     return {int(key.rpartition("/")[2]): value for key, value in _client().key_value_dir_get(f"tcq/{folder}/")}
 
 
@@ -237,7 +253,10 @@ def _send_heartbeat(*, leaving: bool = False) -> None:
 
 
 def _watch() -> None:
-    """Sends heartbeats, and ends this process when another one fails, is silent, stalls, or stops by a signal."""
+    """Sends heartbeats, and watches the other processes.
+
+    It ends this process when another one fails, is silent, stalls, or stops by a signal.
+    """
     observations = _Observations()
     while _Run.watching:
         try:

@@ -22,9 +22,10 @@ logger = logging.getLogger(__name__)
 
 
 class Stopped(BaseException):
-    """A signal asked the process to stop, and it has reached a safe point; `status` is its exit status.
+    """A signal asked the process to stop, and it has reached a safe point.
 
-    Derives from BaseException, as KeyboardInterrupt does, so that `except Exception` does not swallow it.
+    `status` is the exit status of the process. Stopped derives from BaseException, as KeyboardInterrupt does, so that
+    `except Exception` does not swallow it.
     """
 
     def __init__(self, message: str, status: int) -> None:
@@ -58,7 +59,10 @@ def install() -> None:
 
 
 def handle(number: int, frame: FrameType | None) -> None:
-    """The handler: notes the signal; another one more than `INSIST` seconds later ends the process at once."""
+    """The handler: it notes the signal.
+
+    Another signal more than `INSIST` seconds later ends the process at once.
+    """
     now = time.monotonic()
     if _State.received is None:
         _State.received = now
@@ -68,12 +72,15 @@ def handle(number: int, frame: FrameType | None) -> None:
 
 
 def requested() -> str | None:
-    """The name of the signal that asked this process or another one of its run to stop; None if there is none."""
+    """Name of the signal that asked this process or another of its run to stop; else None."""
     return _State.requested
 
 
 def request(name: str) -> None:
-    """Asks this process to stop, by the name of the signal that another process of the run received."""
+    """Asks this process to stop.
+
+    `name` is the name of the signal that another process of the run received.
+    """
     _State.requested = _State.requested or name
 
 
@@ -96,12 +103,15 @@ def advance() -> None:
 
 
 def polls() -> int:
-    """How often this process has called `poll` or `advance`: while it grows, the process is not stuck."""
+    """How often this process has called `poll` or `advance`.
+
+    While this number grows, the process is not stuck.
+    """
     return _State.polls
 
 
 def status(name: str) -> int:
-    """The exit status of a process that was stopped by the signal of this name: 128 plus its number."""
+    """The exit status of a process that the signal of this name stopped: 128 plus its number."""
     return 128 + signal.Signals[name]
 
 

@@ -1,4 +1,6 @@
-"""Files: whole or not at all on this machine, in buckets (gs://bucket/folder) through fsspec, and the cache folder.
+"""Files on this machine and in buckets (gs://bucket/folder), and the cache folder.
+
+On this machine files are replaced whole or not at all. Buckets are read and written through fsspec.
 
 Orbax writes checkpoints to a bucket itself. All other files of a workdir are small: they are written to a local mirror,
 and changed ones are uploaded before each checkpoint, at the end, and once a minute.
@@ -34,7 +36,7 @@ class BucketError(ValueError):
 
 
 def cache_home() -> Path:
-    """The folder of everything that can be computed again: $XDG_CACHE_HOME/tcq, or ~/.cache/tcq.
+    """The folder of all that can be computed again: $XDG_CACHE_HOME/tcq, or ~/.cache/tcq.
 
     Where there is no home, or it cannot be written, as in containers, it is a temporary folder of this user.
     """
@@ -61,7 +63,10 @@ def _warn_once(message: str) -> None:
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A temporary file beside `path`; it replaces `path`, flushed to disk, if the block ends without an error."""
+    """A temporary file beside `path`.
+
+    It replaces `path`, flushed to disk, if the block ends without an error.
+    """
     path = Path(path)
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")  # hosts share folders
     try:
@@ -81,7 +86,10 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextmanager
 def temporary_folder(path: str | Path) -> Iterator[Path]:
-    """A new folder beside `path`, for the block to fill and to rename; what is still there afterwards is deleted."""
+    """A new folder beside `path`, for the block to fill and to rename.
+
+    What is still there afterwards is deleted.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}-", dir=path.parent))
@@ -138,9 +146,9 @@ def remove(url: str) -> None:
 
 
 def download(url: str) -> Path:
-    """A local folder, below `cache_home()`, with all files below a URL; only files that changed are fetched.
+    """A local folder, below `cache_home()`, with all files below a URL.
 
-    Raises BucketError if there is no file or no access.
+    Only files that have changed are fetched. Raises BucketError if there is no file or no access.
     """
     folder = cache_home() / "buckets" / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:32]
     with _filesystem(url) as (fs, inside):
@@ -159,14 +167,20 @@ def download(url: str) -> Path:
 
 
 def upload(folder: Path, url: str, *, last: str) -> None:
-    """Writes all files of a local folder to a URL, the one named `last` after all others. Raises BucketError."""
+    """Writes all files of a local folder to a URL, the one named `last` after all others.
+
+    Raises BucketError.
+    """
     with _filesystem(url) as (fs, inside):
         for path in sorted(folder.iterdir(), key=lambda p: p.name == last):
             fs.put_file(str(path), f"{inside}/{path.name}")
 
 
 class Mirror(NamedTuple):
-    """The local folder with the small files of a workdir, and a function that uploads changed ones to its bucket."""
+    """The local folder with the small files of a workdir, and a function.
+
+    The function uploads changed files to the bucket of the workdir.
+    """
 
     folder: Path
     upload: Callable[[], None]
@@ -174,9 +188,10 @@ class Mirror(NamedTuple):
 
 @contextmanager
 def mirror(workdir: str | Path, *, writes: bool = True) -> Iterator[Mirror]:
-    """The files of a workdir except its checkpoints: in a bucket a temporary copy, else the workdir itself.
+    """The files of a workdir except its checkpoints.
 
-    With writes=False, for all processes of a run but the first, nothing is uploaded.
+    If the workdir is in a bucket, this is a temporary copy, else the workdir itself. With writes=False, for all
+    processes of a run but the first, nothing is uploaded.
     """
     if not is_url(workdir):
         yield Mirror(Path(workdir), lambda: None)
@@ -216,7 +231,10 @@ def _repeat(upload: Callable[[], None], ended: threading.Event) -> None:
 
 @contextmanager
 def _filesystem(url: str | Path) -> Iterator[tuple[Any, str]]:
-    """The fsspec file system of a URL, and the path inside it. Turns its many kinds of errors into BucketError."""
+    """The fsspec file system of a URL, and the path inside it.
+
+    Turns the many kinds of errors of the file system into BucketError.
+    """
     import fsspec
 
     try:

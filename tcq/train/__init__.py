@@ -28,7 +28,9 @@ logger = logging.getLogger(__name__)
 def train(
     config: ConfigDict, workdir: str | Path, *, profile: tuple[int, int] | None = None, allow_changes: bool = False
 ) -> dict[str, float]:
-    """Trains until the last step, resuming from the newest checkpoint of the workdir; returns the last validation.
+    """Trains until the last step, and returns the last validation.
+
+    It resumes from the newest checkpoint of the workdir.
 
     Args:
       config: as `config.load` returns it.
@@ -71,7 +73,10 @@ def train(
 
 @contextmanager
 def _lock(workdir: str | Path) -> Iterator[None]:
-    """Holds the lock of a workdir; a bucket has none. Raises LockedError if another run writes to it, WorkdirError."""
+    """Holds the lock of a workdir; a bucket has none.
+
+    Raises LockedError if another run writes to it, and WorkdirError.
+    """
     with ExitStack() as stack:
         try:
             if not storage.is_url(workdir):

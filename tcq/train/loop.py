@@ -27,7 +27,7 @@ class TrainError(RuntimeError):
 
 
 class TooManySkippedSteps(Exception):
-    """Too many consecutive steps had numbers that are not finite; the message has the step and the quantity."""
+    """Too many consecutive steps were not finite; the message has the step and the quantity."""
 
 
 class Job(NamedTuple):
@@ -178,7 +178,7 @@ def _log(job: Job, step: int, logs: Logs, speed: Speed, rate: Any) -> None:
 
 
 def _missed_validation(job: Job, state: TrainState, step: int) -> dict[str, float]:
-    """Validates a resumed state if its validation was due and the run was stopped before it; empty otherwise."""
+    """Validates a resumed state if the run stopped before a due validation; empty otherwise."""
     if not step or not events(job.config, job.steps, step).validate:
         return {}
     if not processes.on_first(lambda: not job.journal.has(step, "validation")):
@@ -190,7 +190,10 @@ def _missed_validation(job: Job, state: TrainState, step: int) -> dict[str, floa
 
 
 def _validate(job: Job, state: TrainState, step: int) -> dict[str, float]:
-    """Validates and records the results. If stopped meanwhile, saves the state first and raises Stopped."""
+    """Validates and records the results.
+
+    If stopped meanwhile, saves the state first and raises Stopped.
+    """
     processes.set_phase(f"step {step}, validation")
     try:
         validated = job.validate(devices.fetch(items(state)["variables"]), step)
@@ -216,7 +219,10 @@ def _save(job: Job, step: int, state: TrainState, *, score: float | None, replac
 
 
 def _verify(job: Job, state: TrainState, step: int) -> None:
-    """Reads the last checkpoint back, then deletes those that are not kept. Raises TrainError if it is corrupted."""
+    """Reads the last checkpoint back, then deletes those that are not kept.
+
+    Raises TrainError if the last one is corrupted.
+    """
     processes.set_phase(f"step {step}, reading the checkpoint back")
     if not checkpoint.verify_newest(job.manager, items(devices.fetch(state))):
         raise TrainError(f"checkpoint {step:,} cannot be read back: check the disk, then run the same command again")

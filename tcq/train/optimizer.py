@@ -1,4 +1,4 @@
-"""The optimizer: Optax update rules, the learning-rate schedule, and the rates of the parts of the model."""
+"""The optimizer: Optax update rules, the learning-rate schedule, and rates of model parts."""
 
 import re
 from typing import Any
@@ -15,9 +15,9 @@ NEVER = 2**31 - 2  # consecutive steps that are not finite before Optax applies 
 
 
 def make(config: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """Gradient clipping by norm, then AdamW, LARS or SGD, then the rates of the parts. Frozen parameters have no state.
+    """Gradient clipping by norm, then AdamW, LARS or SGD, then the rates of the parts.
 
-    A gradient that is not finite changes nothing, and is counted.
+    Frozen parameters have no state. A gradient that is not finite changes nothing, and is counted.
     """
     o = config.optim
     rate = learning_rate(config, steps)
@@ -70,7 +70,7 @@ def _scale(updates: Params, config: ConfigDict) -> Params:
 
 
 def _layer(name: str, config: ConfigDict) -> int:
-    """The layer of a part of the backbone: 0 below the blocks, 1 for the first block, depth + 1 above the blocks."""
+    """The layer of a backbone part: 0 below the blocks, 1 for the first, depth + 1 above them."""
     if config.model.name in resnet.NAMED:
         match = re.fullmatch(r"stage_(\d+)_block_(\d+)", name)
         return sum(resnet.NAMED[config.model.name].stages[: int(match[1])]) + int(match[2]) + 1 if match else 0
@@ -88,5 +88,8 @@ def _depth(config: ConfigDict) -> int:
 
 
 def _decay_mask(params: Params) -> Any:
-    """Which parameters have weight decay: kernels; not biases, norms, positions, tokens and codewords."""
+    """Which parameters have weight decay: only kernels.
+
+    Biases, norms, positions, tokens and codewords have none.
+    """
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)

@@ -1,4 +1,4 @@
-"""From a config and a workdir to a job for the loop: images, split, checkpoint, initial state."""
+"""From config and workdir to a job for the loop: images, split, checkpoint, initial state."""
 
 import logging
 import time
@@ -30,9 +30,10 @@ logger = logging.getLogger(__name__)
 
 
 def read_data(config: ConfigDict, folder: Path) -> tuple[Source, protocols.Split]:
-    """The images and their split, checked against the config and the devices, the same in all processes.
+    """The images and their split, the same in all processes.
 
-    `folder` is the local mirror of the workdir, which knows the order of the images.
+    They are checked against the config and the devices. `folder` is the local mirror of the workdir, which knows the
+    order of the images.
     """
     processes.set_phase("reading the images")
     source = embed.open_source(config, partial(workdirs.in_order, folder))
@@ -54,7 +55,7 @@ def claim(
     *,
     allow_changes: bool,
 ) -> list[str]:
-    """`workdir.claim` by process 0, visible to all processes; returns the allowed changes of the config."""
+    """`workdir.claim` by process 0, visible to all; returns the allowed changes of the config."""
 
     def claim() -> list[str]:
         changes = workdirs.claim(mirror.folder, workdir, config, source, split, allow_changes=allow_changes)
@@ -96,7 +97,10 @@ def initial_state(
     source: Source,
     split: protocols.Split,
 ) -> step.TrainState:
-    """The state before the first step, from randomly drawn training images, as folders are sorted by class."""
+    """The state before the first step, from training images.
+
+    They are drawn randomly, as folders are sorted by class.
+    """
     processes.set_phase("initializing")
     shuffled = np.random.RandomState(config.train.seed).permutation(split.train)
     drawn = np.sort(shuffled[: config.quantizer.init_images])
@@ -151,7 +155,7 @@ def open_journal(mirror: storage.Mirror, state: step.TrainState) -> Journal:
 def _training_rows(
     config: ConfigDict, model: retriever.Retriever, source: Source, split: protocols.Split, state: step.TrainState
 ) -> tuple[Any, np.ndarray]:
-    """The training data and its rows to train on: images, or views that a frozen backbone embeds once."""
+    """Training data and its rows to train on: images, or views a frozen backbone embeds once."""
     if retriever.takes_embeddings(model):
         views = source.views
         if views is None:

@@ -15,7 +15,7 @@ class Speed:
         self._waited += seconds
 
     def rates(self, step: int) -> dict[str, float]:
-        """images_per_second, data_wait (share of the time) and eta_seconds; empty if no step was timed."""
+        """images_per_second, data_wait (share of time), eta_seconds; empty if no step was timed."""
         if step == self._step:
             return {}
         elapsed = max(time.monotonic() - self._start, 1e-9)

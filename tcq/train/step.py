@@ -1,4 +1,4 @@
-"""One training step: two views of each image, their embedding, the loss, and the update of the state.
+"""One training step: two views of each image, embedding, loss, and update of the state.
 
 Letters: b images on this device, B in the global batch, F width of the backbone's output, D of the features, M
 codebooks, K codewords, V views.
@@ -98,7 +98,7 @@ def train_step(trainer: Trainer, state: TrainState, data: Any, batch: Batch) -> 
 
 
 def _rows(trainer: Trainer, state: TrainState, data: Any, batch: Batch) -> tuple[Rows, Key[Array, ""]]:
-    """The images of this device with their places in the global batch, and the random key of this step."""
+    """This device's images with places in the global batch, and the random key of this step."""
     image = data[batch["row"]] if len(data) else batch["image"]
     b = len(batch["index"])
     place = jax.lax.axis_index(AXIS) * b + jnp.arange(b, dtype=jnp.int32)
@@ -107,10 +107,11 @@ def _rows(trainer: Trainer, state: TrainState, data: Any, batch: Batch) -> tuple
 
 
 def views(config: ConfigDict, rows: Rows, step_key: Key[Array, ""]) -> tuple[Array, Array]:
-    """Two views of each image, (b, H, W, 3) each in [0, 1]; or two of its embedded views, (b, F) each.
+    """Two views of each image, (b, H, W, 3) each in [0, 1], or two of its embedded views.
 
-    A view is a function of (seed, step, place in the global batch), so it does not depend on the number of devices.
-    With `data.views` an image has that many views, each a function of (seed, index, number), of which a step draws two.
+    Embedded views are (b, F) each. A view is a function of (seed, step, place in the global batch), so it does not
+    depend on the number of devices. With `data.views` an image has that many views, each a function of (seed, index,
+    number), of which a step draws two.
     """
     strengths = dict(config.data.augment.items())
     num_views = config.data.views
@@ -138,7 +139,10 @@ def _place_keys(rows: Rows, step_key: Key[Array, ""]) -> Key[Array, " b"]:
 
 
 def embed(trainer: Trainer, state: TrainState, rows: Rows, step_key: Key[Array, ""]) -> Embedded:
-    """Both views of all images through the backbone, `train.microbatches` parts of the batch one after the other."""
+    """Both views of all images through the backbone.
+
+    `train.microbatches` parts of the batch go through it one after the other.
+    """
     config = trainer.config
     key = jax.random.fold_in(step_key, config.data.batch_size)  # no place in the batch has this number
     key = jax.random.fold_in(key, jax.lax.axis_index(AXIS))
@@ -152,7 +156,10 @@ def embed(trainer: Trainer, state: TrainState, rows: Rows, step_key: Key[Array, 
 def _embed(
     trainer: Trainer, batch_stats: Any, step_key: Array, params: retriever.Params, rows: Rows, key: Array
 ) -> tuple[Float[Array, "2 b F"], Any]:
-    """Both views of some images through the backbone, and its new batch statistics; the key is for dropout."""
+    """Both views of some images through the backbone, and its new batch statistics.
+
+    The key is for dropout.
+    """
     pairs = views(trainer.config, rows, step_key)
     if retriever.takes_embeddings(trainer.model):
         if rows.image.shape[1] == 1:
@@ -177,9 +184,10 @@ def _embed_in_parts(
     key: Array,
     count: int,
 ) -> Embedded:
-    """Gradient caching (GradCache, Gao et al. 2021): the activations of one part at a time are in memory.
+    """Gradient caching: the activations of one part at a time are in memory.
 
-    They are recomputed, with the same views, when the gradient comes back; the loss in between is over all images.
+    See GradCache (Gao et al. 2021). The activations are recomputed, with the same views, when the gradient comes back;
+    the loss in between is over all images.
     """
     parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), rows)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
@@ -204,7 +212,10 @@ def _embed_in_parts(
 def loss(
     trainer: Trainer, state: TrainState, params: retriever.Params, embedded: Float[Array, "2 b F"]
 ) -> tuple[Array, tuple[Logs, Array, Array]]:
-    """This device's part of the loss over the global batch; logs, shares of codewords, soft codes (2, b, M, K)."""
+    """This device's part of the loss over the global batch.
+
+    With it come logs, shares of codewords, and soft codes (2, b, M, K).
+    """
     config, model = trainer.config, trainer.model
     c, b = config.loss, embedded.shape[1]
     out: Any = model.apply(
@@ -271,7 +282,10 @@ def _enqueue(queue: Float[Array, "Q M K"], soft_codes: Float[Array, "2 b M K"]) 
 
 
 def queue_filled(config: ConfigDict, steps: int, step: Int32[Array, ""]) -> Int32[Array, ""]:
-    """The number of queue entries that are negatives at a step: none before `loss.queue_from`, then all valid ones."""
+    """The number of queue entries that are negatives at a step.
+
+    There are none before `loss.queue_from`, then all valid ones.
+    """
     c, both_views = config.loss, 2 * config.data.batch_size
     full_after = -(-c.queue // both_views)
     valid = jnp.minimum(jnp.minimum(step, full_after) * both_views, c.queue)

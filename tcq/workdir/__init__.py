@@ -35,7 +35,10 @@ class WorkdirError(ValueError):
 
 
 def read_config(workdir: str | Path) -> ConfigDict:
-    """The config of the run in a workdir. Raises WorkdirError if there is none, ConfigError if it cannot be read."""
+    """The config of the run in a workdir.
+
+    Raises WorkdirError if there is none, ConfigError if it cannot be read.
+    """
     text = storage.read(storage.join(workdir, CONFIG))
     if text is None:
         raise WorkdirError(f"{str(workdir)!r} holds no {CONFIG}: is it the --workdir of a training run?")
@@ -51,10 +54,10 @@ def claim(
     *,
     allow_changes: bool,
 ) -> list[str]:
-    """Writes config and data to a new workdir, or checks that it holds this run; returns changes of the config.
+    """Writes config and data to a new workdir, or checks that it holds this run.
 
-    `folder` is the local mirror of `workdir`. A folder of images that was moved is no change. Changes are recorded by
-    `record_changes`, once the checkpoint fits them.
+    Returns changes of the config. `folder` is the local mirror of `workdir`. A folder of images that was moved is no
+    change. Changes are recorded by `record_changes`, once the checkpoint fits them.
     Raises ConfigError if the config differs and changes are not allowed, WorkdirError if the folder is not writable,
     ProtocolError if the images differ.
     """
@@ -83,7 +86,7 @@ def claim(
 
 
 def in_order(folder: Path, source: Source) -> Source:
-    """The source in the order in which the run knows its images, if these have the same contents; else as it is.
+    """The source in the run's order of images, if these have the same contents; else as it is.
 
     Files that were renamed or moved within the collection thus keep their places in the split.
     """
@@ -116,9 +119,10 @@ def source_rows(source: Source, order: np.ndarray) -> Source:
 
 
 def claim_data(folder: Path, source: Source, split: protocols.Split) -> None:
-    """Writes digests of images and split into the workdir. Raises ProtocolError if it holds others.
+    """Writes digests of images and split into the workdir.
 
-    Otherwise an image that is added to a folder would silently turn training images into queries.
+    Raises ProtocolError if it holds others. Otherwise an image that is added to a folder would silently turn training
+    images into queries.
     """
     data = {"images": len(source.names), "names_sha256": splits.names_digest(source)}
     data["split_sha256"] = protocols.digest(split)

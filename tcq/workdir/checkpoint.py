@@ -1,4 +1,7 @@
-"""Checkpoints of a workdir; the only file that knows Orbax. They are NumPy trees, so they restore on any devices."""
+"""Checkpoints of a workdir; the only file that knows Orbax.
+
+Checkpoints are NumPy trees, so they restore on any devices.
+"""
 
 import glob
 import hashlib
@@ -41,7 +44,10 @@ class CorruptedError(CheckpointError):
 
 
 def check_place(workdir: str | Path) -> None:
-    """Raises CheckpointError for a folder in which no checkpoint could be read: Orbax takes it for a pattern."""
+    """Raises CheckpointError for a folder that Orbax takes for a pattern.
+
+    No checkpoint could be read in such a folder.
+    """
     place = str(workdir) if storage.is_url(workdir) else str(Path(workdir).resolve())
     if glob.has_magic(place):
         raise CheckpointError(
@@ -51,9 +57,10 @@ def check_place(workdir: str | Path) -> None:
 
 
 def open_manager(workdir: str | Path, *, keep: int = 1, writable: bool = False) -> ocp.CheckpointManager:
-    """The checkpoints of a workdir, of which the `keep` newest and the best are kept. Close it when done.
+    """The checkpoints of a workdir, of which the `keep` newest and the best are kept.
 
-    While a run writes, one more is kept: an older one is deleted only when `verify_newest` has read the newer one.
+    Close the manager when done. While a run writes, one more is kept: an older one is deleted only when `verify_newest`
+    has read the newer one.
     """
     folder = epath.Path(storage.join(workdir, FOLDER))
     folder = folder if storage.is_url(workdir) else folder.resolve()
@@ -125,7 +132,10 @@ def _check_space(manager: ocp.CheckpointManager, state: Mapping[str, Any]) -> No
 
 @contextmanager
 def _one_message(manager: ocp.CheckpointManager, step: int | None) -> Iterator[None]:
-    """Turns the many errors of Orbax's threads into a CheckpointError; those of other processes stay as they are."""
+    """Turns the many errors of Orbax's threads into a CheckpointError.
+
+    Errors of other processes stay as they are.
+    """
     try:
         yield
     except (CheckpointError, jax.errors.JaxRuntimeError):
@@ -136,9 +146,10 @@ def _one_message(manager: ocp.CheckpointManager, step: int | None) -> Iterator[N
 
 
 def verify_newest(manager: ocp.CheckpointManager, state: Mapping[str, Any]) -> bool:
-    """Whether the newest checkpoint, once complete, holds what was saved; a corrupted one is moved, with a warning.
+    """Whether the newest checkpoint, once complete, holds what was saved.
 
-    `state` has the structure of what was saved. True if there is no checkpoint.
+    A corrupted one is moved, with a warning. `state` has the structure of what was saved. True if there is no
+    checkpoint.
     """
     with _one_message(manager, None):
         manager.wait_until_finished()
@@ -170,9 +181,10 @@ def prune(manager: ocp.CheckpointManager, *, keep: int) -> None:
 
 
 def candidates(manager: ocp.CheckpointManager, which: str) -> list[int]:
-    """The steps to try in order: for "latest" the newest first, for "best" the highest score; or one number alone.
+    """The steps to try in order.
 
-    Raises CheckpointError if there is none.
+    For "latest" the newest is first, for "best" the one with the highest score; a number is tried alone. Raises
+    CheckpointError if there is none.
     """
     steps = sorted(manager.all_steps(), reverse=True)
     if not steps:
@@ -192,9 +204,10 @@ def candidates(manager: ocp.CheckpointManager, which: str) -> list[int]:
 def restore_first_intact(
     manager: ocp.CheckpointManager, steps: Iterable[int], template: Mapping[str, Any], *, move: bool = False
 ) -> tuple[int, dict[str, Any]]:
-    """The first of some checkpoints that is intact, and its step; logs a warning for each corrupted one.
+    """The first of some checkpoints that is intact, and its step.
 
-    With `move` corrupted checkpoints are moved to checkpoints_corrupted/, so that their steps can be saved again.
+    Logs a warning for each corrupted one. With `move` corrupted checkpoints are moved to checkpoints_corrupted/, so
+    that their steps can be saved again.
     Raises CheckpointError as `restore`, and CorruptedError if all are corrupted.
     """
     problems: list[str] = []
@@ -219,10 +232,10 @@ def restore_first_intact(
 
 
 def restore(manager: ocp.CheckpointManager, step: int, template: Mapping[str, Any]) -> dict[str, Any]:
-    """The saved trees named in `like`, as NumPy arrays; `like` has their structures, shapes and dtypes.
+    """The saved trees named in `template`, as NumPy arrays.
 
-    Raises CheckpointError if keys or shapes differ, CorruptedError if the files cannot be read or are not what was
-    written.
+    `template` has their structures, shapes and dtypes. Raises CheckpointError if keys or shapes differ, CorruptedError
+    if the files cannot be read or are not what was written.
     """
     where = f"checkpoint {step} in {manager.directory}"
     target = {name: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree) for name, tree in template.items()}

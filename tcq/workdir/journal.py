@@ -11,10 +11,10 @@ METRICS = "metrics.jsonl"
 
 
 class Journal:
-    """Appends to the records of a workdir for steps after `step`; removes lines of later steps from a killed run.
+    """Appends to the records of a workdir for steps after `step`.
 
-    With writes=False, for all processes of a run but the first, nothing is read or written. `upload` is called before a
-    checkpoint is saved.
+    Removes lines of later steps from a killed run. With writes=False, for all processes of a run but the first, nothing
+    is read or written. `upload` is called before a checkpoint is saved.
     """
 
     def __init__(
@@ -34,11 +34,14 @@ class Journal:
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def has(self, step: int, group: str) -> bool:
-        """Whether there were values of a group, such as "validation", for this step when the journal was opened."""
+        """Whether this step had values of a group ("validation", say) when the journal was opened."""
         return (step, group) in self._groups
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes a line of JSON and a TensorBoard scalar for each value. A value that is not finite is null in JSON."""
+        """Writes a line of JSON and a TensorBoard scalar for each value.
+
+        A value that is not finite is null in JSON.
+        """
         if not self._writes:
             return
         finite = {k: v if abs(v) < float("inf") else None for k, v in values.items()}
@@ -48,7 +51,10 @@ class Journal:
             self._events.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """Writes and uploads everything. Call it before a checkpoint, which a resumed run finds with all its lines."""
+        """Writes and uploads everything.
+
+        Call it before a checkpoint, which a resumed run finds with all its lines.
+        """
         if self._writes:
             self._events.flush()
             self._upload()

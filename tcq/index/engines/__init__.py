@@ -1,4 +1,4 @@
-"""Databases that hold the codes of an index and rank them as tcq does: Qdrant and PostgreSQL.
+"""Databases (Qdrant, PostgreSQL) hold the codes of an index and rank them as tcq does.
 
 Each is a module with these functions: `connect`, `push`, which makes a database equal to an index, `search`, `close`.
 """
@@ -11,7 +11,10 @@ __all__ = ["EngineError", "Item", "Pushed", "items", "of"]
 
 
 def of(address: str) -> ModuleType | None:
-    """The module for an address such as "qdrant://host:6333/collection"; None if it names no database."""
+    """The module for an address such as "qdrant://host:6333/collection".
+
+    None if the address names no database.
+    """
     scheme = address.partition("://")[0] if "://" in address else ""
     if scheme in ("qdrant", "qdrants"):
         from tcq.index.engines import qdrant

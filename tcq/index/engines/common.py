@@ -1,4 +1,4 @@
-"""What the databases share: what they store of an image, and what they must agree on with an index."""
+"""What the databases share: what they store of an image, and must agree on with an index."""
 
 import hashlib
 import json

@@ -1,6 +1,7 @@
-"""PostgreSQL without extensions: a code is a bytea, a query M arrays, and a score the sum of the entries of the code.
+"""PostgreSQL without extensions: a code is a bytea, and a query M arrays.
 
-The table has a column for each own column, so that other tables can be joined and conditions are plain SQL.
+A score is the sum of the entries of the code. The table has a column for each own column, so that other tables can be
+joined and conditions are plain SQL.
 """
 
 import json
@@ -37,7 +38,10 @@ class Connection(NamedTuple):
 
 
 def connect(address: str) -> Connection:
-    """Opens "postgresql://user@host/database#table", by default the table "tcq". Raises EngineError."""
+    """Opens "postgresql://user@host/database#table", by default the table "tcq".
+
+    Raises EngineError.
+    """
     try:
         import psycopg
     except ImportError:
@@ -58,7 +62,10 @@ def _shown(url: str) -> str:
 
 
 def push(connection: Connection, index: Index) -> Pushed:
-    """Makes the table equal to the index, in one transaction. Raises EngineError if it holds codes of another model."""
+    """Makes the table equal to the index, in one transaction.
+
+    Raises EngineError if it holds codes of another model.
+    """
     import psycopg
     from psycopg import sql
 
@@ -111,7 +118,7 @@ def _about(cursor: Any, connection: Connection) -> dict[str, Any] | None:
 
 
 def _type(kind: pa.DataType) -> str:
-    """The type of a column for an own column; jsonb for what is not a number, text, date or truth value."""
+    """The column type for an own column; jsonb if it is no number, text, date or truth value."""
     tests = (
         (pa.types.is_integer, "bigint"),
         (pa.types.is_floating, "double precision"),
@@ -141,9 +148,10 @@ def search(
     condition: str | None = None,
     min_score: float = -np.inf,
 ) -> list[list[Hit]]:
-    """The k nearest items of lookup tables (Q, M, K), best first; `condition` is SQL on the columns of the table.
+    """The k nearest items of lookup tables (Q, M, K), best first.
 
-    `index` says which model the queries come from. Raises EngineError.
+    `condition` is SQL on the columns of the table. `index` says which model the queries come from.
+    Raises EngineError.
     """
     import psycopg
 

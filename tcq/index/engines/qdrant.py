@@ -1,7 +1,7 @@
-"""Qdrant: an item is a sparse vector with a one for each codeword, a query the lookup table, a score their product.
+"""Qdrant: an item is a sparse vector, a query the lookup table, a score their product.
 
-Qdrant ranks sparse vectors exactly, also with negative weights, so that "ip" and "l2" need no change. For "cosine" the
-ones are 1 / norm. Items with equal scores may come in any order.
+The sparse vector has a one for each codeword. Qdrant ranks sparse vectors exactly, also with negative weights, so that
+"ip" and "l2" need no change. For "cosine" the ones are 1 / norm. Items with equal scores may come in any order.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ class Connection(NamedTuple):
 
 
 def connect(address: str) -> Connection:
-    """Opens "qdrant://host:port/collection" (qdrants: for https), or "qdrant:///folder/collection" without a server.
+    """Opens "qdrant://host:port/collection" or "qdrant:///folder/collection" without a server.
 
-    The key of a server is read from QDRANT_API_KEY. Raises EngineError.
+    "qdrants:" is for https. The key of a server is read from QDRANT_API_KEY. Raises EngineError.
     """
     try:
         from qdrant_client import QdrantClient
@@ -53,9 +53,10 @@ def connect(address: str) -> Connection:
 
 
 def push(connection: Connection, index: Index) -> Pushed:
-    """Makes the collection equal to the index: writes what is new or different, and removes the rest.
+    """Makes the collection equal to the index.
 
-    Raises EngineError if it holds codes of another model.
+    Writes what is new or different, and removes the rest.
+    Raises EngineError if the collection holds codes of another model.
     """
     from qdrant_client import models
 
@@ -103,7 +104,7 @@ def search(
     condition: str | None = None,
     min_score: float = -np.inf,
 ) -> list[list[Hit]]:
-    """The k nearest items of lookup tables (Q, M, K); `condition` is a filter of Qdrant as JSON.
+    """The k nearest items of lookup tables (Q, M, K); `condition` is a Qdrant filter as JSON.
 
     `index` says which model the queries come from. Raises EngineError.
     """

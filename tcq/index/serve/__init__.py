@@ -1,4 +1,4 @@
-"""A search page and JSON API for an index, on Starlette and uvicorn; docs/serve.md describes both."""
+"""A search page and JSON API for an index, on Starlette and uvicorn: see docs/serve.md."""
 
 import asyncio
 import contextlib
@@ -106,7 +106,10 @@ def make_server(path: str | Path, index: Any, guard: Guard, *, k: int) -> Any:
 
 
 async def _run(server: Any, listening: socket.socket, ready: str = "") -> None:
-    """Runs a server until a signal; the handlers of tcq stay. Logs `ready` once requests are answered."""
+    """Runs a server until a signal; the handlers of tcq stay.
+
+    Logs `ready` once requests are answered.
+    """
     server.capture_signals = contextlib.nullcontext
 
     async def watch() -> None:

@@ -271,7 +271,10 @@ async def _item(request: Request) -> Response:
 
 
 async def _thumbnail(request: Request) -> Response:
-    """A JPEG of an indexed image, encoded anew: only images of the index are read, and only pixels are sent."""
+    """A JPEG of an indexed image, encoded anew.
+
+    Only images of the index are read, and only pixels are sent.
+    """
     state, index = request.app.state, request.app.state.searcher.index
     place, side = _place(index, request.path_params["id"]), _number(request, "side", 1, SIDES[-1], SIDES[0])
     side = next(s for s in SIDES if s >= side)

@@ -1,4 +1,4 @@
-"""Which requests are answered at all: by address, origin and token; and the headers of every answer."""
+"""Which requests are answered, by address, origin and token; the headers of every answer."""
 
 import hmac
 from typing import Any, NamedTuple
@@ -24,8 +24,9 @@ class Guard(NamedTuple):
 
 
 def refusal(guard: Guard, host: str, origin: str | None, site: str, token: str) -> tuple[int, str] | None:
-    """Status and reason if a request is refused: the name of another site may lead here (DNS rebinding).
+    """Status and reason if a request is refused.
 
+    The name of another site may lead here (DNS rebinding).
     `site` is what browsers send as Sec-Fetch-Site: pictures of other sites may be at addresses of this page.
     """
     if site in ("cross-site", "same-site"):
@@ -73,7 +74,10 @@ def wrap(app: Any, guard: Guard) -> Any:
 
 
 def token_of(headers: dict[str, str], query: dict[str, str]) -> str:
-    """The token of a request: a header "Authorization: Bearer", the cookie of the page, or the address."""
+    """The token of a request.
+
+    It is in a header "Authorization: Bearer", the cookie of the page, or the address.
+    """
     bearer = headers.get("authorization", "")
     if bearer.startswith("Bearer "):
         return bearer.removeprefix("Bearer ")

@@ -1,4 +1,7 @@
-"""Searches of many clients: queries that wait are encoded together, in one thread; the others wait, or are refused."""
+"""Searches of many clients: queries that wait are encoded together, in one thread.
+
+The others wait, or are refused.
+"""
 
 import asyncio
 import dataclasses
@@ -228,7 +231,10 @@ def _encode_each(index: Index, pictures: list[np.ndarray]) -> list[np.ndarray] |
 
 
 def encode_padded(index: Index, pictures: np.ndarray) -> np.ndarray:
-    """The features of queries, padded to a power of two: a program is compiled for each number of images."""
+    """The features of queries, padded to a power of two.
+
+    A program is compiled for each number of images.
+    """
     count = len(pictures)
     padded = np.concatenate([pictures, np.repeat(pictures[-1:], (1 << (count - 1).bit_length()) - count, axis=0)])
     return encode.encode(index.encoder, padded).features[:count]
@@ -239,7 +245,7 @@ _lock = threading.Lock()
 
 
 def without_copies(index: Index, answers: list[Hit], most: int) -> tuple[list[Hit], int]:
-    """The first `most` hits that are not copies of a better one, and the number of hits that it looked at."""
+    """The first `most` hits that are no copies of a better one, and the number it looked at."""
     originals: list[Hit] = []
     pictures, count = np.zeros((most, 3 * duplicates.SIDE**2), np.float32), 0
     digests: set[bytes] = set()

@@ -1,6 +1,7 @@
-"""Published checkpoints as variables of our backbones: recognized by content, mapped by name, checked tensor by tensor.
+"""Published checkpoints as variables of our backbones.
 
-Nothing is unpickled. Apart from the backbone a file may hold only a head. The formats are in layouts.py.
+They are recognized by content, mapped by name and checked tensor by tensor. Nothing is unpickled. Apart from the
+backbone a file may hold only a head. The formats are in layouts.py.
 """
 
 import re
@@ -74,9 +75,10 @@ def is_workdir(path: str | Path) -> bool:
 
 
 def variables(weights: Weights, template: Mapping[str, Any], *, image_size: int) -> dict[str, Any]:
-    """The variables of a backbone with the shapes of `like`, its positions resampled to its image size.
+    """The variables of a backbone with the shapes of `template`.
 
-    Raises WeightsError that lists every variable which is missing, unexpected, or has another shape.
+    Its positions are resampled to its image size. Raises WeightsError that lists every variable which is missing,
+    unexpected, or has another shape.
     """
     problems = list(weights.problems)
     have = {k: v for k, v in weights.variables.items() if not (problems and v.dtype.kind == "f" and np.isnan(v).all())}
@@ -122,7 +124,10 @@ class _TensorRecord(dict[str, np.ndarray]):
 
 
 def _convert(layout: Layout, tensors: _TensorRecord, model: dict[str, Any]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Our variables, NaN where a tensor is missing or has another shape; and these problems, at most `MAX_PROBLEMS`."""
+    """Our variables, NaN where a tensor is missing or has another shape; and these problems.
+
+    At most `MAX_PROBLEMS` problems are returned.
+    """
     problems: list[str] = []
     converted: dict[str, np.ndarray] = {}
     while len(problems) < MAX_PROBLEMS:

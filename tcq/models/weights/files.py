@@ -1,4 +1,7 @@
-"""The files of a published checkpoint: the tensors, and what the JSON files beside them say about preprocessing."""
+"""The files of a published checkpoint: the tensors, and the JSON files beside them.
+
+It reads from the JSON files what they say about preprocessing.
+"""
 
 import json
 from pathlib import Path
@@ -21,9 +24,9 @@ PICKLE = (
 
 
 def find(path: Path) -> Path:
-    """The weights file at a path, which may be a folder with exactly one, or with the parts that an index lists.
+    """The weights file at a path.
 
-    Raises WeightsError.
+    The path may be a folder with exactly one such file, or with the parts that an index lists. Raises WeightsError.
     """
     if path.is_dir():
         sharded = sorted(p for p in path.iterdir() if p.name.endswith(SHARDED))
@@ -42,7 +45,10 @@ def find(path: Path) -> Path:
 
 
 def tensors(file: Path) -> dict[str, np.ndarray]:
-    """All tensors of a file by name, floating-point ones as float32. Raises WeightsError, also for a pickle."""
+    """All tensors of a file by name, floating-point ones as float32.
+
+    Raises WeightsError, also for a pickle.
+    """
     if file.name.endswith(SHARDED):
         return _parts(file)
     with open(file, "rb") as stream:
@@ -96,7 +102,10 @@ def _float32(tensor: np.ndarray) -> np.ndarray:
 
 
 def metadata(folder: Path) -> dict[str, Any]:
-    """The contents of config.json and preprocessor_config.json beside the weights, merged. Raises WeightsError."""
+    """The contents of config.json and preprocessor_config.json beside the weights, merged.
+
+    Raises WeightsError.
+    """
     merged: dict[str, Any] = {}
     for file in (folder / "config.json", folder / "preprocessor_config.json"):
         if not file.is_file():

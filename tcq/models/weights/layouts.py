@@ -1,7 +1,8 @@
-"""How published checkpoints name and shape the variables of our backbones: one mapping for each format.
+"""How published checkpoints name and shape the variables of our backbones.
 
-A mapping returns our variables under flat names such as "params/block_0/mlp_in/kernel". It looks up every tensor that a
-model of its kind has; the tensors that remain may only be a head.
+There is one mapping for each format. A mapping returns our variables under flat names such as
+"params/block_0/mlp_in/kernel". It looks up every tensor that a model of its kind has; the tensors that remain may only
+be a head.
 """
 
 import re
@@ -19,7 +20,10 @@ Metadata = Mapping[str, Any]  # of the JSON files beside the weights
 
 
 class WeightsError(ValueError):
-    """These weights cannot be used; the message says what they hold, what was expected, and what to do."""
+    """These weights cannot be used.
+
+    The message says what they hold, what was expected, and what to do.
+    """
 
 
 class ShapeError(Exception):
@@ -44,7 +48,10 @@ class Family(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A format: how to recognize it, its model (as keys of `config.model`), and the mapping of its tensors to ours."""
+    """A format: how to recognize it, its model, and the mapping of its tensors to ours.
+
+    The model is given as keys of `config.model`.
+    """
 
     family: Family
     matches: Callable[[Tensors], bool]
@@ -98,7 +105,7 @@ def _norm(t: Tensors, name: str) -> dict[str, np.ndarray]:
 
 
 def _attention(parts: Mapping[str, Tensors], out: Tensors, heads: int) -> dict[str, np.ndarray]:
-    """Query, key and value as (W, heads, W / heads), the output projection as (heads, W / heads, W)."""
+    """Query, key, value as (W, heads, W / heads); output projection as (heads, W / heads, W)."""
     width = out["bias"].shape[0]
     result: dict[str, np.ndarray] = {}
     for name, part in parts.items():
@@ -118,7 +125,10 @@ def _positions_and_cls(t: Tensors, positions: str, cls: str, width: int) -> dict
 
 
 def _tensor(t: Tensors, key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor with its shape checked, for those that are reshaped or added, which could hide another shape."""
+    """A tensor with its shape checked.
+
+    This is for tensors that are reshaped or added, which could hide another shape.
+    """
     if t[key].shape != shape:
         raise ShapeError(key, shape)
     return t[key]
@@ -263,7 +273,10 @@ def _vit(**keys: Any) -> dict[str, Any]:
 
 
 def number(metadata: Metadata, key: str, low: float, high: float) -> float | None:
-    """A number of the JSON files, or None if the key is absent. Raises WeightsError for another type or range."""
+    """A number of the JSON files, or None if the key is absent.
+
+    Raises WeightsError for another type or range.
+    """
     value = metadata.get(key)
     if value is None:
         return None

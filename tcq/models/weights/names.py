@@ -1,4 +1,7 @@
-"""The plain names of tensors: training frameworks put prefixes before them, and split the blocks of large models."""
+"""The plain names of tensors.
+
+Training frameworks put prefixes before the names, and split the blocks of large models.
+"""
 
 import re
 
@@ -12,7 +15,7 @@ CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.")  # of the original DINOv2: number 
 
 
 def plain(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors of one backbone without their common prefix, and with their blocks numbered through.
+    """The tensors of one backbone without their common prefix, their blocks numbered through.
 
     Of a teacher and a student the teacher is used. Names of other layouts stay as they are. Raises WeightsError if
     there are several backbones otherwise.

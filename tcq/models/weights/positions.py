@@ -1,4 +1,4 @@
-"""Learned position embeddings for another image size, by the rule of the authors of the checkpoint."""
+"""Learned positions for another image size, by the rule of the authors of the checkpoint."""
 
 import numpy as np
 from jaxtyping import Float
@@ -9,7 +9,7 @@ RULES = ("linear", "bicubic", "bicubic_antialias")
 def resample(
     positions: Float[np.ndarray, "1 old W"], grid: tuple[int, int], *, rule: str
 ) -> Float[np.ndarray, "1 new W"]:
-    """Positions of a square grid of patches, resampled to another grid (rows, columns); float32.
+    """Positions of a square grid of patches, resampled to another (rows, columns); float32.
 
     Rules: "linear" is `scipy.ndimage.zoom` of order 1, which keeps the corners in place (Google's ViT code); "bicubic"
     is PyTorch's `interpolate(mode="bicubic", align_corners=False)` (Hugging Face), "bicubic_antialias" the same with
