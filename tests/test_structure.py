@@ -115,3 +115,11 @@ def test_files_and_functions_are_short():
             if isinstance(node, ast.FunctionDef):
                 lines = node.end_lineno - node.lineno + 1
                 assert lines <= 60, f"{path}:{node.lineno}: {node.name} has {lines} lines"
+
+
+def test_the_first_line_of_a_docstring_is_short():
+    for path in [*Path("tcq").rglob("*.py"), *Path("configs").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                first = (ast.get_docstring(node) or "").split("\n")[0]
+                assert len(first) <= 88, f"{path}:{getattr(node, 'lineno', 1)}: {len(first)} characters"

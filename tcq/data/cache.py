@@ -1,4 +1,6 @@
-"""Decoded images on disk: one entry for each content and rule of decoding, shared by all folders and runs.
+"""Decoded images on disk: one entry for each content and rule of decoding.
+
+All folders and runs share them.
 
 An image is known by its contents, and a file by its state until that changes. Decoded images are written in batches; a
 killed run loses the last one. How they are stored is in shards.py.
@@ -85,7 +87,7 @@ def remember(key: str, names: Sequence[str], digests: Sequence[bytes], arrays: b
 
 
 def recall(key: str, rule: Rule) -> tuple[Entry, bytes] | None:
-    """A stored list and its arrays; None if there is none, or one of its images is not in the cache any more."""
+    """A stored list and its arrays; None if there is none, or the cache lacks an image of it."""
     with shards.open_database(rule.folder) as database:
         row = database.execute("SELECT names, digests, arrays FROM lists WHERE key = ?", (key,)).fetchone()
         if row is None:
@@ -110,7 +112,10 @@ def digest(source: Path | bytes) -> bytes:
 
 
 def _fill(database: sqlite3.Connection, items: Sequence[Item], rule: Rule) -> tuple[list[bytes | None], dict[int, str]]:
-    """The digest of each item, and the reasons why items cannot be read; all others are in the cache then."""
+    """The digest of each item, and the reasons why items cannot be read.
+
+    All others are in the cache then.
+    """
     known, remembered = shards.known(database, rule), _remembered(database, items)
     stats = [_stat(item.source) for item in items]
     digests: list[bytes | None] = [None] * len(items)
@@ -143,7 +148,7 @@ def _fill(database: sqlite3.Connection, items: Sequence[Item], rule: Rule) -> tu
 
 
 def _remembered(database: sqlite3.Connection, items: Sequence[Item]) -> dict[bytes, tuple[str, bytes]]:
-    """What is known of the files of the items: their state when they were read, and their digest."""
+    """The state of the items' files when they were read, and their digest, if these are known."""
     paths = [os.fsencode(item.source) for item in items if isinstance(item.source, Path)]
     if not paths:
         return {}
@@ -152,7 +157,10 @@ def _remembered(database: sqlite3.Connection, items: Sequence[Item]) -> dict[byt
 
 
 def _stat(source: Path | Callable[[], bytes]) -> str | None:
-    """The state of a file: equal if it has not changed. None of one that cannot be read, or changed just now."""
+    """The state of a file: equal if it has not changed.
+
+    None for a file that cannot be read, or that changed just now.
+    """
     if not isinstance(source, Path):
         return None
     try:

@@ -23,7 +23,10 @@ class Usage(NamedTuple):
 
 
 def usage(home: Path) -> list[Usage]:
-    """The parts of the cache below a folder: decoded images by size, embeddings, compiled programs, bucket mirrors."""
+    """The parts of the cache below a folder.
+
+    They are decoded images by size, embeddings, compiled programs and bucket mirrors.
+    """
     parts = []
     folder = home / "images"
     if (folder / shards.DATABASE).is_file():
@@ -50,7 +53,7 @@ def _older(home: Path) -> list[Path]:
 
 
 def delete_unused(home: Path, *, days: float) -> int:
-    """Deletes what has not been used for some days, and returns the bytes; with 0 days everything.
+    """Deletes what has not been used for some days, or everything for 0; returns the bytes.
 
     Processes that read an image meanwhile keep it. Raises OSError.
     """

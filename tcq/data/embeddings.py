@@ -1,4 +1,6 @@
-"""Folders of embeddings: `.npy` shards and Parquet metadata, as clip-retrieval and img2dataset leave them.
+"""Folders of embeddings: `.npy` shards and Parquet metadata.
+
+clip-retrieval and img2dataset leave them in this form:
 
     img_emb/img_emb_0.npy ...     (n, F), float16 or float32: the items, one row each
     view_emb/view_emb_0.npy ...   (n, V, F), optional: embeddings of V views of each item, for training
@@ -23,7 +25,9 @@ CHECKED = 1024  # rows, spread over all of them, that are tested for numbers tha
 
 
 def open_folder(path: str | Path) -> Source:
-    """The embeddings below a folder, as a source whose `images` are rows (N, F), and `views` rows (N, V, F) or None.
+    """The embeddings below a folder, as a source.
+
+    Its `images` are rows (N, F), and its `views` rows (N, V, F) or None.
 
     Raises SourceError if there are none, if shards have different widths or numbers that are not finite, or if the
     metadata does not have one row for each embedding.
@@ -109,7 +113,7 @@ def _metadata(root: Path, count: int) -> tuple[list[str], np.ndarray | None, lis
 
 
 def write_metadata(folder: Path, names: Sequence[str], labels: np.ndarray | None, classes: Sequence[str]) -> None:
-    """Writes the names and labels of items as one Parquet file; labels by the names of their classes."""
+    """Writes the names of items, and of the classes of their labels, as one Parquet file."""
     import pyarrow
     import pyarrow.parquet
 

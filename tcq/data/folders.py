@@ -90,7 +90,7 @@ def walk(root: Path, exclude: str = "") -> Listing:
 
 
 def _is_output(names: Sequence[str], subfolders: Sequence[str]) -> bool:
-    """Whether a folder is a workdir, an index, parts of one, a sweep, or a folder of embeddings."""
+    """Whether a folder is a workdir, an index, parts of one, a sweep, or embeddings."""
     run = "config.json" in names and ("data.json" in names or "checkpoints" in subfolders)
     index = {"meta.json", "encoder.npz"} <= set(names)
     parts = "manifest.json" in names and any(n.startswith("part-") and n.endswith(".parquet") for n in names)
@@ -102,7 +102,9 @@ def _matches(path: str, patterns: Sequence[str]) -> bool:
 
 
 def labels(names: Sequence[str], rule: str, root: Path) -> Labels:
-    """The labels of images by their relative paths, as `data.labels` says: "auto", "folders", "none" or a file.
+    """The labels of images by their relative paths.
+
+    `data.labels` says which: "auto", "folders", "none" or a file.
 
     Raises SourceError if the file cannot be read, or lacks an image.
     """
@@ -138,7 +140,10 @@ def _below_common(names: Sequence[str]) -> list[str]:
 
 
 def _of_file(names: Sequence[str], path: Path, root: Path) -> Labels:
-    """Labels of a CSV or JSON lines file: class numbers if each image has one label, else multi-hot rows."""
+    """Labels of a CSV or JSON lines file.
+
+    They are class numbers if each image has one label, else multi-hot rows.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Safe decoding: a file or its bytes to one uint8 RGB square, or an `ImageError` that says why not."""
+"""Safe decoding of a file to one uint8 RGB square, or an `ImageError` that says why not."""
 
 import contextlib
 import hashlib
@@ -43,7 +43,7 @@ BIT_DEPTHS = (8, 10, 12, 14, 16, 24, 32)  # of gray values above 8 bits: the lea
 
 
 class Resize(NamedTuple):
-    """How an image becomes a square: "crop" keeps a central square, "squash" scales both sides."""
+    """How an image becomes a square: "crop" keeps the centre, "squash" scales both sides."""
 
     rule: str = "crop"
     interpolation: str = "bicubic"
@@ -61,11 +61,11 @@ def resize_of(data: ConfigDict) -> Resize:
 
 
 class ImageError(ValueError):
-    """This file cannot be used as an image; the message is the reason, which lies in its contents."""
+    """The contents of this file cannot be used as an image; the message is the reason."""
 
 
 class UnreadableError(ImageError):
-    """The file or the library for it could not be had, or memory was short: the next attempt may succeed."""
+    """The file or its library could not be had, or memory was short; it may succeed later."""
 
 
 class Decoded(NamedTuple):
@@ -83,7 +83,7 @@ def decode(
 
 
 def read(source: str | Path | bytes, *, size: int, resize: Resize = WHOLE, max_pixels: int = MAX_PIXELS) -> Decoded:
-    """The first frame of an image as uint8 RGB (size, size, 3), turned as its EXIF orientation says.
+    """The first frame of an image as uint8 RGB (size, size, 3), turned as its EXIF says.
 
     The size in the header is checked before anything is decoded. Transparent pixels are blended with white. Gray values
     above 8 bits are scaled by the least of 8, 10, 12, 14, 16 ... bits that holds the image's maximum. A file that lacks
@@ -119,7 +119,9 @@ def square(gray: UInt8[np.ndarray, "H W"], *, size: int) -> UInt8[np.ndarray, "s
 
 
 def pixel_digest(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> bytes:
-    """A hash of all pixels in 8-bit RGB and of their number: equal for files that show exactly the same.
+    """A hash of all pixels in 8-bit RGB and of their number.
+
+    It is equal for files that show exactly the same.
 
     Raises ImageError and UnreadableError as `read`, also for a file that would have to be repaired.
     """
@@ -141,7 +143,10 @@ def pixel_digest(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) ->
 
 @contextlib.contextmanager
 def opened(source: str | Path | bytes) -> Iterator[BufferedIOBase]:
-    """A file, or the contents of one, for reading. Raises UnreadableError if it is not regular or cannot be opened."""
+    """A file, or the contents of one, for reading.
+
+    Raises UnreadableError if it is not regular or cannot be opened.
+    """
     if isinstance(source, bytes):
         yield io.BytesIO(source)
         return
@@ -195,7 +200,10 @@ def _decode(file: BufferedIOBase, size: int, resize: Resize, max_pixels: int) ->
 
 
 def _open(file: BufferedIOBase) -> Image.Image:
-    """An image whose header was read. `Image.open` would refuse large ones by a limit of the whole process."""
+    """An image whose header was read.
+
+    `Image.open` would refuse large ones by a limit of the whole process.
+    """
     file.seek(0)
     start = file.read(16)
     reasons = []
@@ -252,7 +260,10 @@ def _room(pixels: int) -> Iterator[None]:
 
 
 def _turned(image: Image.Image) -> Image.Image:
-    """The image turned as its orientation tag says; the other tags are not looked at, as they may be corrupted."""
+    """The image turned as its orientation tag says.
+
+    The other tags are not looked at, as they may be corrupted.
+    """
     try:
         method = TRANSPOSITIONS.get(image.getexif().get(0x0112))  # type: ignore[arg-type]  # unhashable values raise
     except Exception:  # no tag can be read
@@ -261,7 +272,10 @@ def _turned(image: Image.Image) -> Image.Image:
 
 
 def _steps(whole: tuple[int, int], size: int, resize: Resize) -> tuple[int, int]:
-    """The whole numbers by which both sides may be reduced, at least 3 pixels being left for each of the result."""
+    """The whole numbers by which both sides may be reduced.
+
+    At least 3 pixels are left for each of the result.
+    """
     width, height = whole
     if resize.rule == "crop":
         width = height = min(width, height)
@@ -269,7 +283,10 @@ def _steps(whole: tuple[int, int], size: int, resize: Resize) -> tuple[int, int]
 
 
 def _to_rgb(image: Image.Image, steps: tuple[int, int], *, deep: bool) -> Image.Image:
-    """The image in RGB, reduced by whole steps. Strip by strip, so that a wide type is never made of all pixels."""
+    """The image in RGB, reduced by whole steps.
+
+    It is made strip by strip, so that a wide type never holds all pixels.
+    """
     (width, height), (x, y) = image.size, steps
     convert = _converter(image, deep)
     rows = max(STRIP // max(width, 1) // y, 1) * y
@@ -307,7 +324,10 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _full_scale(image: Image.Image) -> float:
-    """The value that becomes white: 1 for floats up to 1, else the largest of the least bit depth that holds all."""
+    """The value that becomes white.
+
+    It is 1 for floats up to 1, else the largest of the least bit depth that holds all.
+    """
     width, height = image.size
     rows, most = max(STRIP // width, 1), 0.0
     for top in range(0, height, rows):

@@ -1,4 +1,4 @@
-"""Batches of training images: a pure function of (seed, step), read ahead in threads by Grain."""
+"""Batches of training images, a function of (seed, step), read ahead in threads by Grain."""
 
 from collections.abc import Iterator
 from typing import Any

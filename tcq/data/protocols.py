@@ -1,4 +1,6 @@
-"""The published protocols: the indices of query, database, training and validation images, as functions of labels.
+"""The published protocols as functions of labels.
+
+They give the indices of query, database, training and validation images.
 
 The entries of `PROTOCOLS` describe them as data; docs/protocols.md lists them with their sources. Indices refer to the
 images in official order: for CIFAR-10 the 50,000 training images, then the 10,000 test images; for MIRFLICKR-25K im1 to
@@ -20,7 +22,10 @@ class ProtocolError(ValueError):
 
 
 class Split(NamedTuple):
-    """Indices of images in official order. Validation images are carved from the training images."""
+    """Indices of images in official order.
+
+    Validation images are carved from the training images.
+    """
 
     query: Int64[np.ndarray, " Q"]
     database: Int64[np.ndarray, " N"]
@@ -109,7 +114,10 @@ def split(
 
 
 def cut_off(name: str, k: int, num_database: int) -> int:
-    """The k of mAP@k: k itself, that of the protocol for -1, the whole database for 0; at most the whole database."""
+    """The k of mAP@k, at most the whole database.
+
+    It is k itself, that of the protocol for -1, and the whole database for 0.
+    """
     chosen = PROTOCOLS[name].k if k < 0 else k
     return min(chosen or num_database, num_database)
 
@@ -136,7 +144,7 @@ def _cifar10_spq(labels: np.ndarray, random: np.random.RandomState, _: float) ->
 
 
 def _cifar10_by_class(queries: int, train: int | None, *, in_database: bool) -> Callable[..., Draw]:
-    """For each class a permutation of its images: first queries, then training images, then the rest."""
+    """For each class its images in random order: queries, then training images, then the rest."""
 
     def draw(labels: np.ndarray, random: np.random.RandomState, _: float) -> Draw:
         _check_cifar10(labels)
@@ -160,7 +168,10 @@ def _flickr25k_deephash(labels: np.ndarray, random: np.random.RandomState, _: fl
 
 
 def _nus_wide_21(labels: np.ndarray, random: np.random.RandomState, _: float) -> Draw:
-    """In random order each image goes to its first concept that is not full: 500 to train, then 100 to query."""
+    """In random order each image goes to its first concept that is not full.
+
+    A concept is full with 500 training images, and then 100 queries.
+    """
     if labels.shape[1] != 21 or not labels.any(axis=1).all():
         raise ProtocolError(
             f"protocol nus_wide_21 needs images with at least one of 21 concepts, got {labels.shape[1]} concepts and "

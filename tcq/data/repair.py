@@ -1,4 +1,4 @@
-"""What can still be decoded of a file: without its metadata, or with the end that it lacks."""
+"""What can still be decoded of a file, without its metadata or with the end it lacks."""
 
 import re
 import struct
@@ -41,7 +41,10 @@ def attempts(file: BufferedIOBase, decode: Decode) -> Iterator[tuple[bytes, str]
 
 
 def without_metadata(data: bytes) -> bytes:
-    """A JPEG or PNG with only what its pixels and their orientation need, an AVIF without EXIF; others as they are."""
+    """A JPEG or PNG with only what its pixels and their orientation need.
+
+    An AVIF lacks only its EXIF, and others are as they were.
+    """
     if data.startswith(PNG):
         needed = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"eXIf", b"IEND")
         return PNG + b"".join(_chunk(kind, body) for kind, body in _chunks(data) if kind in needed)
@@ -53,7 +56,10 @@ def without_metadata(data: bytes) -> bytes:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Kind and contents of the chunks of a PNG; the last one may be cut. Stops at a corrupted chunk of pixels."""
+    """Kind and contents of the chunks of a PNG; the last one may be cut.
+
+    It stops at a corrupted chunk of pixels.
+    """
     place = len(PNG)
     while place + 8 <= len(data):
         length, kind = struct.unpack(">I4s", data[place : place + 8])
@@ -92,7 +98,10 @@ def _complete_png(data: bytes) -> Iterator[tuple[bytes, str]]:
 
 
 def _jpeg_without_metadata(data: bytes) -> bytes:
-    """A JPEG without comments and applications' segments but JFIF, Exif and Adobe's color transform."""
+    """A JPEG without comments and applications' segments.
+
+    JFIF, Exif and Adobe's color transform stay.
+    """
     parts, place = [JPEG], 2
     while place + 4 <= len(data) and data[place] == 0xFF and data[place + 1] != 0xDA:
         marker, length = data[place + 1], struct.unpack(">H", data[place + 2 : place + 4])[0]
@@ -105,7 +114,10 @@ def _jpeg_without_metadata(data: bytes) -> bytes:
 
 
 def _complete_jpeg(data: bytes, decode: Decode) -> Iterator[tuple[bytes, str]]:
-    """The JPEG with an end marker. Pixels that depend on what stands before the marker are the missing ones."""
+    """The JPEG with an end marker.
+
+    Pixels that depend on what stands before the marker are the missing ones.
+    """
     if not _scans_are_complete(data):
         return
     data = data.rstrip(b"\xff")
@@ -119,7 +131,10 @@ def _complete_jpeg(data: bytes, decode: Decode) -> Iterator[tuple[bytes, str]]:
 
 
 def _scans_are_complete(data: bytes) -> bool:
-    """Whether the last scan of a progressive JPEG brings the last bit; a baseline JPEG has only such a scan."""
+    """Whether the last scan of a progressive JPEG brings the last bit.
+
+    A baseline JPEG has only such a scan.
+    """
     place = data.rfind(b"\xff\xda")
     if place < 0 or place + 5 > len(data):
         return False

@@ -1,4 +1,4 @@
-"""Rows of several arrays as one array; an index reads the rows that it names, and no others."""
+"""Rows of several arrays as one array; an index reads only the rows that it names."""
 
 import mmap
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ AROUND = 2**21  # bytes that the operating system maps where a read begins, at m
 
 
 class Rows:
-    """Stands for an array (N, ...) whose rows lie in other arrays, such as files mapped from disk.
+    """An array (N, ...) whose rows lie in other arrays, such as files mapped from disk.
 
     An index reads only the rows it needs; `take` reads none.
     """
 
     def __init__(self, arrays: Sequence[np.ndarray], places: tuple[np.ndarray, np.ndarray] | None = None) -> None:
-        """`places` are for each row the number of its array and its row there; by default all rows in order."""
+        """Takes for each row its array's number and its row there; by default all rows in order."""
         self._arrays = list(arrays)
         if places is None:
             lengths = [len(a) for a in arrays]
@@ -44,7 +44,10 @@ class Rows:
         return out[0] if one else out
 
     def _forget(self, size: int) -> None:
-        """Gives mapped pages back after every `KEPT` bytes: the operating system keeps the files in its own cache."""
+        """Gives mapped pages back after every `KEPT` bytes.
+
+        The operating system keeps the files in its own cache.
+        """
         self._mapped += size
         if self._mapped < KEPT:
             return

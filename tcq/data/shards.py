@@ -120,7 +120,10 @@ def _connect(folder: Path) -> sqlite3.Connection:
 
 
 def known(database: sqlite3.Connection, rule: Rule) -> set[bytes]:
-    """The contents that the cache has an entry for; entries of shards that are gone or too short are deleted first."""
+    """The contents that the cache has an entry for.
+
+    Entries of shards that are gone or too short are deleted first.
+    """
     for shard, rows in database.execute("SELECT id, rows FROM shards WHERE rule = ?", (rule.key,)).fetchall():
         path = _path(rule.folder, shard)
         if not path.is_file() or path.stat().st_size < rows * _row_bytes(rule):
@@ -146,7 +149,10 @@ def delete_shard(database: sqlite3.Connection, folder: Path, shard: int) -> None
 
 
 def append(database: sqlite3.Connection, new: Sequence[NewImage], rule: Rule) -> int:
-    """Appends images to the newest shard, or to a new one if that is full; returns how many. Within a transaction."""
+    """Appends images to the newest shard, or to a new one if that is full.
+
+    Returns their number. It works within a transaction.
+    """
     width = _row_bytes(rule)
     most = max(SHARD_BYTES // width, 1)
     place = database.execute(
@@ -172,7 +178,10 @@ def append(database: sqlite3.Connection, new: Sequence[NewImage], rule: Rule) ->
 
 
 def open_rows(database: sqlite3.Connection, rule: Rule, shards: np.ndarray, rows: np.ndarray) -> Rows:
-    """The images at these rows of these shards, mapped from disk. Raises FileNotFoundError if a shard is gone."""
+    """The images at these rows of these shards, mapped from disk.
+
+    Raises FileNotFoundError if a shard is gone.
+    """
     used, places = np.unique(shards, return_inverse=True)
     arrays: list[np.ndarray] = []
     for shard in used.tolist():
@@ -186,7 +195,10 @@ def open_rows(database: sqlite3.Connection, rule: Rule, shards: np.ndarray, rows
 
 
 def evict(database: sqlite3.Connection, rule: Rule, used: set[bytes]) -> None:
-    """Deletes the longest unused shards until the cache is within its limit, but none with these contents."""
+    """Deletes the longest unused shards until the cache is within its limit.
+
+    None of those with these contents is deleted.
+    """
     own = {
         shard
         for digest, shard in database.execute("SELECT digest, shard FROM images WHERE rule = ?", (rule.key,))

@@ -1,4 +1,4 @@
-"""A source of images or embeddings: the arrays and names that every kind of source is read into."""
+"""A source of images or embeddings: arrays and names, the same for every kind of source."""
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-"""The kinds of sources: "digits", "tfds:<name>", "folder:<path>" and "embeddings:<folder>".
+"""The kinds of sources: digits, tfds:<name>, folder:<path> and embeddings:<folder>.
 
 Images are decoded once to uint8 and cached. Embeddings are mapped from their files.
 """
@@ -53,7 +53,9 @@ def _open(data: ConfigDict) -> Source:
 
 
 def folder(path: str | Path, rule: cache.Rule, *, labels: str = "auto", exclude: str = "") -> Source:
-    """Every image below a folder, local or in a bucket, sorted by path; files that are not images are skipped.
+    """Every image below a folder, local or in a bucket, sorted by path.
+
+    Files that are not images are skipped.
 
     Decoded images are cached by contents, so that a file which was moved, or has a copy, is decoded once.
     `labels` and `exclude` are as `data.labels` and `data.exclude`.

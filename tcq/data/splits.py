@@ -27,5 +27,5 @@ def of_source(source: Source, data: ConfigDict, *, validation: float | None = No
 
 
 def names_digest(source: Source) -> str:
-    """SHA-256 of the names of the images in their order: equal if two results used the same images."""
+    """SHA-256 of the names of images in their order; equal if two results used the same ones."""
     return hashlib.sha256(json.dumps(source.names).encode()).hexdigest()

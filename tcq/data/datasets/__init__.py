@@ -1,1 +1,1 @@
-"""Datasets in the format of TFDS: prepared from published files, and read, without TensorFlow."""
+"""Datasets in the format of TFDS: prepared from published files, read without TensorFlow."""

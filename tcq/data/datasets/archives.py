@@ -1,4 +1,7 @@
-"""Reading published archives safely: members by name into memory; nothing is unpickled, and no path is extracted."""
+"""Reading published archives safely: members by name into memory.
+
+Nothing is unpickled, and no path is extracted.
+"""
 
 import hashlib
 import lzma
@@ -13,11 +16,17 @@ MAX_MEMBER = 64 * 2**20  # bytes; the largest members read are CIFAR-10's batche
 
 
 class ArchiveError(ValueError):
-    """A file of the dataset is missing, corrupted, or not the published one; the message says what was expected."""
+    """A file of the dataset is missing, corrupted, or not the published one.
+
+    The message says what was expected.
+    """
 
 
 def find(folder: str | os.PathLike[str], name: str, *, size: int | None = None) -> Path:
-    """The file `name` in the folder. Raises ArchiveError if it is missing or does not have the published size."""
+    """The file `name` in the folder.
+
+    Raises ArchiveError if it is missing or does not have the published size.
+    """
     path = Path(folder) / name
     if not path.is_file():
         raise ArchiveError(f"{str(path)!r} not found")
@@ -40,7 +49,10 @@ def verify(path: Path, algorithm: str, digest: str) -> None:
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
-    """Opens a zip file for `read_member`. Raises ArchiveError if it is truncated or not a zip file."""
+    """Opens a zip file for `read_member`.
+
+    Raises ArchiveError if it is truncated or not a zip file.
+    """
     try:
         return zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
@@ -50,7 +62,10 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
 
 def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """One member, its checksum verified. Raises ArchiveError if it is missing, corrupted or above MAX_MEMBER bytes."""
+    """One member, its checksum verified.
+
+    Raises ArchiveError if it is missing, corrupted or above MAX_MEMBER bytes.
+    """
     where = f"{str(archive.filename)!r}, member {name!r}"
     try:
         info = archive.getinfo(name)
@@ -75,7 +90,10 @@ def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def read_tar(path: Path, names: Collection[str]) -> dict[str, bytes]:
-    """Regular members of a tar.gz file. Raises ArchiveError if one is missing, corrupted or above MAX_MEMBER bytes."""
+    """Regular members of a tar.gz file.
+
+    Raises ArchiveError if one is missing, corrupted or above MAX_MEMBER bytes.
+    """
     members: dict[str, bytes] = {}
     try:
         with tarfile.open(path, "r|gz") as archive:
@@ -98,7 +116,10 @@ def read_tar(path: Path, names: Collection[str]) -> dict[str, bytes]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file without trailing blank ones. Raises ArchiveError if it is missing or not text."""
+    """The lines of a text file without trailing blank ones.
+
+    Raises ArchiveError if it is missing or not text.
+    """
     try:
         return path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""CIFAR-10 of TFDS, prepared from the published tarball without network access or TensorFlow."""
+"""CIFAR-10 of TFDS, prepared from the published tarball without network or TensorFlow."""
 
 import io
 from collections.abc import Iterator
@@ -25,7 +25,9 @@ and put it into that folder. Its page asks to cite the technical report (Krizhev
 
 
 class Cifar10(tfds.image_classification.Cifar10, skip_registration=True):  # type: ignore[call-arg]
-    """The builder of TFDS, with the same name, version, features, ids and order; only the reading is ours.
+    """The builder of TFDS; only the reading is ours.
+
+    Name, version, features, ids and order are the same.
 
     verify: whether to refuse any file but the published one.
     """

@@ -1,4 +1,7 @@
-"""MIRFLICKR-25K as a TFDS dataset: 25,000 Flickr photos with 24 potential labels and 14 stricter ones."""
+"""MIRFLICKR-25K as a TFDS dataset of 25,000 Flickr photos.
+
+It has 24 potential labels and 14 stricter ones.
+"""
 
 import io
 import re
@@ -69,7 +72,9 @@ The photos are under Creative Commons licences with attribution; licence and cre
 
 
 class Mirflickr25k(tfds.core.GeneratorBasedBuilder):
-    """One split, "train", of all images in official order (feature `index`); the protocols make the splits.
+    """One split, "train", of all images in official order (feature `index`).
+
+    The protocols make the splits.
 
     verify: whether to refuse any files but the published ones.
     """
@@ -145,7 +150,10 @@ class Mirflickr25k(tfds.core.GeneratorBasedBuilder):
 
 
 def _photos(archive: ZipFile) -> list[str]:
-    """Members im1.jpg, im2.jpg, ... in this order. Raises ArchiveError if one is missing or is there twice."""
+    """Members im1.jpg, im2.jpg, ... in this order.
+
+    Raises ArchiveError if one is missing or is there twice.
+    """
     numbered: dict[int, str] = {}
     for name in archive.namelist():
         match = re.fullmatch(r"(?i:(?:.*/)?im([1-9]\d{0,6})\.jpe?g)", name.replace("\\", "/"))

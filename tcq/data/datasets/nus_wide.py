@@ -1,4 +1,7 @@
-"""NUS-WIDE as a TFDS dataset: Flickr photos with 81 concepts, and the subset with the 21 most frequent ones."""
+"""NUS-WIDE as a TFDS dataset: Flickr photos with 81 concepts.
+
+It has also the subset with the 21 most frequent ones.
+"""
 
 import io
 import re
@@ -34,13 +37,15 @@ University of Singapore gives the photos to those who sign its agreement and dis
 
 @dataclass(eq=False, kw_only=True)
 class NusWideConfig(tfds.core.BuilderConfig):
-    """The number of concepts that are labels. With 21, images without any of them are left out."""
+    """The number of concepts that are labels; 21 leaves out images without any of them."""
 
     num_concepts: int = 81
 
 
 class NusWide(tfds.core.GeneratorBasedBuilder):
-    """One split, "train", of all images in the order of the image list (feature `index`); protocols split it.
+    """One split, "train", of all images in the order of the image list (feature `index`).
+
+    The protocols split it.
 
     verify: whether to refuse other numbers of images, concepts and lines than published, and missing or corrupted
       photos.
@@ -215,7 +220,7 @@ def _column(path: Path, expected: int, listed_in: str) -> np.ndarray:
 
 
 def _locate(root: Path, names: list[str]) -> list[Path | None]:
-    """The file of each image, in any of the folders, with or without its sub-folder; None if there is none."""
+    """The file of each image, with or without its sub-folder in any folder; None without one."""
     bases = [(root / folder, flat) for folder in IMAGE_FOLDERS for flat in (False, True) if (root / folder).is_dir()]
     taken: set[Path] = set()
     files: list[Path | None] = []

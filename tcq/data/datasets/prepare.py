@@ -1,4 +1,4 @@
-"""Preparing a dataset once, from its published files on disk, without network access or TensorFlow."""
+"""Preparing a dataset once from its published files, without network or TensorFlow."""
 
 import contextlib
 import shutil
@@ -16,11 +16,16 @@ DATASETS = {
 
 
 class PrepareError(ValueError):
-    """The dataset cannot be prepared; the message says which file is missing, and where to get it and put it."""
+    """The dataset cannot be prepared.
+
+    The message says which file is missing, and where to get it and put it.
+    """
 
 
 def prepare(dataset: str, *, files: str | Path = "", data_dir: str | Path = "", verify: bool = True) -> Path:
-    """Writes the dataset in the format of TFDS (array_record) and returns its folder; leaves nothing behind on failure.
+    """Writes the dataset in the format of TFDS (array_record), and returns its folder.
+
+    A failure leaves nothing behind.
 
     Args:
       dataset: cifar10, mirflickr25k, nus_wide (of 21 concepts) or nus_wide/concepts81.
@@ -77,7 +82,7 @@ def instructions(name: str) -> str:
 
 
 def file_states(name: str, files: str | Path) -> dict[str, str]:
-    """For each published file (or folder) of a dataset: "found", "missing", or a text about its wrong size."""
+    """ "found", "missing", or a wrong size, for each published file or folder of a dataset."""
     states = {}
     for file, size in import_module(DATASETS[name][0]).FILES.items():
         path = Path(files) / file

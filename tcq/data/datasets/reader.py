@@ -76,7 +76,10 @@ def _read(name: str, folder: str, home: str, data: ConfigDict) -> Source:
 
 
 def _decode(key: str, builder: Any, rule: cache.Rule) -> tuple[cache.Entry, bytes]:
-    """The images of a dataset and its label features, which are remembered if all images can be decoded."""
+    """The images of a dataset and its label features.
+
+    They are remembered if all images can be decoded.
+    """
     items, columns = _rows(builder)
     entry, arrays = cache.decode(items, rule), _to_bytes(columns)
     if not entry.skipped:
@@ -96,7 +99,7 @@ def _from_bytes(data: bytes) -> dict[str, np.ndarray]:
 
 
 def _rows(builder: Any) -> tuple[Sequence[cache.Item], dict[str, np.ndarray]]:
-    """Encoded images, and the label features (numbers, or multi-hot columns), all in official order."""
+    """Encoded images, and label features (numbers, or multi-hot columns), in official order."""
     import tensorflow_datasets as tfds
 
     features, splits = builder.info.features, [s for s in ("train", "validation", "test") if s in builder.info.splits]
@@ -130,7 +133,7 @@ def _image(store: Any, row: int) -> bytes:
 
 
 def _advice(name: str, home: str, tfds_dir: str) -> str:
-    """The command that prepares a dataset, and for those of `prepare.DATASETS` the files it needs."""
+    """The command that prepares a dataset; for `prepare.DATASETS` also the files it needs."""
     short = name.partition("/")[0]
     if short not in prepare.DATASETS:
         where = f" --data_dir={tfds_dir}" if tfds_dir else ""
@@ -165,7 +168,10 @@ def _newest_version(name: str, data_dir: str) -> str:
 
 
 def _labels(columns: dict[str, np.ndarray], features: Any) -> tuple[np.ndarray | None, list[str]]:
-    """Class numbers of the feature `label`, or the columns of `labels` and `strict_labels`; and their names."""
+    """Class numbers of the feature `label`, or columns of `labels` and `strict_labels`.
+
+    The names of the classes come with them.
+    """
     if "label" in columns:
         return columns["label"], _names(features["label"])
     hot = [columns[k] for k in LABEL_FEATURES if k in columns]
