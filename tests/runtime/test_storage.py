@@ -17,7 +17,7 @@ from tcq import encode
 from tcq import index as indexes
 from tcq.runtime import storage
 
-FLAGS = small.flags("data.image_size=8", "eval.k=0", "data.query=0.2")
+FLAGS = small.flags("data.image_size=8", "eval.k=0", "checkpoint.keep=2", "data.query=0.2")
 
 
 @pytest.fixture(scope="module")
