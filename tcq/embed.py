@@ -214,7 +214,7 @@ def _begin(folder: Path, names: Sequence[str], identity: str) -> int:
 
 
 def _record(folder: Path, shards: Sequence[Any], identity: str, count: int) -> None:
-    """Writes that so many images are on the disk."""
+    """Records the number of images that are on the disk."""
     for shard in shards:
         shard.flush()
     storage.write_text(folder / STATE, json.dumps({"identity": identity, "images": count}))
