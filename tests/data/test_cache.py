@@ -1,3 +1,4 @@
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -173,8 +174,8 @@ def test_the_longest_unused_images_are_deleted(tmp_path, rule, decoded):
         if name == "a":
             first = held
         time.sleep(0.01)
-    database = sqlite3.connect(rule.folder / shards.DATABASE)
-    assert database.execute("SELECT count(*) FROM images").fetchone() == (8,)
+    with contextlib.closing(sqlite3.connect(rule.folder / shards.DATABASE)) as database:
+        assert database.execute("SELECT count(*) FROM images").fetchone() == (8,)
     assert np.asarray(first.images).shape == (4, 8, 8, 3)  # a process that uses them keeps them
     decoded.clear()
     assert len(cache.decode(items(tmp_path / "b"), limited).names) == 4 and not decoded
