@@ -134,7 +134,8 @@ def test_results_as_csv_text_and_picture(collection, tmp_path):
     assert [r["keep"] == "True" for r in rows] == [c["keep"] for g in groups for c in g["copies"]]
     done = small.main("duplicates", f"--index={path}", f"--gallery={tmp_path / 'x.png'}")
     assert done.stdout.count("keep\t") == len(groups) and "# same bytes" in done.stdout
-    assert Image.open(tmp_path / "x.png").size[1] > 100 * len(groups)
+    with Image.open(tmp_path / "x.png") as gallery:
+        assert gallery.size[1] > 100 * len(groups)
 
 
 def test_images_that_are_gone_can_only_have_the_same_bytes(collection, logs):

@@ -208,7 +208,8 @@ def test_near_copies_are_hidden(run, images, tmp_path):
     folder = shutil.copytree(images / "class 3", tmp_path / "photos")
     for i in range(4):
         shutil.copy(folder / "003.png", folder / f"copy {i}.png")
-    Image.open(folder / "003.png").resize((40, 32)).save(folder / "larger.png")
+    with Image.open(folder / "003.png") as image:
+        image.resize((40, 32)).save(folder / "larger.png")
     indexes.build(run, folder, tmp_path / "index")
     body = (folder / "003.png").read_bytes()
     copies = {f"copy {i}.png" for i in range(4)} | {"larger.png", "003.png"}
