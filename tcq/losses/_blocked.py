@@ -18,6 +18,7 @@ T = TypeVar("T")
 GATHERS = ("all", "ring")
 SCOPES = ("anchor", "batch")
 BLOCK = 2**22  # similarities of a block of the default size: 16 MiB, and a few temporaries of that size
+ALL = jnp.iinfo(jnp.int32).max  # of the pairs of an anchor are clipped
 MIN_BLOCK = 128  # anchors of such a block; smaller ones move the gradient of the columns through memory too often
 
 
@@ -36,11 +37,12 @@ class Settings(NamedTuple):
 class Pool(NamedTuple):
     """The negative pairs of the whole batch that are clipped.
 
-    They are the pairs above a value, and some of those that equal it.
+    They are the pairs above `high`, and some of those from `low` to `high`, which are equal up to rounding.
     """
 
-    value: Float[Array, ""]
-    room: Int32[Array, " R"]  # how many of the pairs of each anchor that equal the value are clipped, the first ones
+    low: Float[Array, ""]
+    high: Float[Array, ""]
+    room: Int32[Array, " R"]  # how many of these are clipped of each anchor, the first ones; ALL
 
 
 class Batch(NamedTuple):
@@ -202,15 +204,19 @@ def negatives(
     settings: Settings, batch: Batch, anchors: Array, own: Array, partner: Array
 ) -> tuple[Float[Array, "r C_and_Q"], int]:
     """Similarities of anchors to columns, -inf for non-negatives; and the batch column count."""
-    similarity = _similarities(settings, anchors, batch.columns)
+    similarity = similarities(settings, anchors, batch.columns)
     num_columns = similarity.shape[1]
     column = jax.lax.broadcasted_iota(jnp.int32, similarity.shape, 1)
     similarity = jnp.where((column == own[:, None]) | (column == partner[:, None]), -jnp.inf, similarity)
     if len(batch.queue):
-        valid = (jnp.arange(len(batch.queue), dtype=jnp.int32) < batch.filled)[None]
-        queued = jnp.where(valid, product(anchors, batch.queue.T), -jnp.inf)
-        similarity = jnp.concatenate([similarity, queued], axis=1)
+        similarity = jnp.concatenate([similarity, to_queue(batch, anchors)], axis=1)
     return similarity, num_columns
+
+
+def to_queue(batch: Batch, anchors: Array) -> Float[Array, "r Q"]:
+    """Similarities of anchors to the queue, -inf where it is not filled."""
+    filled = (jnp.arange(len(batch.queue), dtype=jnp.int32) < batch.filled)[None]
+    return jnp.where(filled, product(anchors, batch.queue.T), -jnp.inf)
 
 
 def _clip(
@@ -223,8 +229,8 @@ def _clip(
     if not settings.clips:
         return None, hardest, jnp.zeros(len(similarity), jnp.int32)
     if batch.pool is not None:
-        mask = _threshold.first_ties(similarity, batch.pool.value, room)
-        return mask, jnp.minimum(batch.pool.value, hardest), _threshold.count_true(mask)
+        mask = _threshold.first_ties(similarity, low=batch.pool.low, high=batch.pool.high, room=room)
+        return mask, jnp.minimum(batch.pool.low, hardest), _threshold.count_true(mask)
     clip = jnp.minimum(batch.clip, num_negatives)
     low = jnp.full(hardest.shape, -2.0, jnp.float32)  # below any cosine
     reach = jnp.broadcast_to(num_negatives, hardest.shape)
@@ -246,7 +252,7 @@ def _count_same(
     return count, jnp.sum(same & clipped[:, :num_columns], axis=1, dtype=jnp.int32)
 
 
-def _similarities(settings: Settings, anchors: Array, columns: Array) -> Float[Array, "r C"]:
+def similarities(settings: Settings, anchors: Array, columns: Array) -> Float[Array, "r C"]:
     """Similarities of anchors to the columns of all devices."""
     if settings.gather == "all":
         return product(anchors, columns.T)

@@ -5,6 +5,7 @@ instead: false position (the Illinois rule) on the logit of the share of larger 
 the bits of the floats, so that it always ends.
 """
 
+from collections.abc import Callable
 from math import gcd
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 SLICES = 8  # of a row, counted side by side: XLA vectorizes that on CPUs, but not a plain sum over the row
 CACHED = 2**18  # values searched at a time on a CPU: 1 MiB fits its cache
+PARTS = 4  # of this size, counted by one program for all threads
 
 
 class Threshold(NamedTuple):
@@ -54,18 +56,22 @@ def threshold(
     return Threshold(*(x.reshape(num_rows) for x in results))
 
 
-def first_ties(values: Float[Array, "R C"], value: Float[Array, ""], room: Int32[Array, " R"]) -> Bool[Array, "R C"]:
-    """The mask of the values above `value`, and of the first `room` in each row that equal it.
+def first_ties(
+    values: Float[Array, "R C"], *, low: Float[Array, ""], high: Float[Array, ""], room: Int32[Array, " R"]
+) -> Bool[Array, "R C"]:
+    """The mask of the values above `high`, and of the first `room` in each row from `low` to `high`.
 
     NaN is not selected.
     """
-    equal = values == value
-    ties = count_true(equal)
     last = jnp.where(room > 0, values.shape[1] - 1, -1).astype(jnp.int32)
-    rows = jnp.broadcast_to(value, last.shape)
-    some = (room > 0) & (room < ties)
-    last = jax.lax.cond(jnp.any(some), lambda: jnp.where(some, _last_tie(values, rows, room), last), lambda: last)
-    return select(values, Threshold(rows, last))
+    some = (room > 0) & (room < values.shape[1])
+
+    def find() -> Array:
+        return jnp.where(some, _last_of(room, lambda: (values >= low) & (values <= high)), last)
+
+    last = jax.lax.cond(jnp.any(some), find, lambda: last)
+    column = jax.lax.broadcasted_iota(jnp.int32, values.shape, 1)
+    return (values > high) | ((values >= low) & (column <= last[:, None]))
 
 
 def count_reaching(values: Float[Array, "R C"], trials: Float[Array, " P"]) -> Int32[Array, "R P"]:
@@ -74,19 +80,24 @@ def count_reaching(values: Float[Array, "R C"], trials: Float[Array, " P"]) -> I
         return jnp.sum(values[:, :, None] >= trials, axis=1, dtype=jnp.int32)
     num_rows, num_columns = values.shape
     rows = _cached_rows(num_rows, num_columns)
+    parts = gcd(num_rows // rows, PARTS)
+
+    def some_parts(some: Array) -> Array:
+        return jnp.stack([one_part(some[i]) for i in range(parts)])
 
     def one_part(part: Array) -> Array:
         return jnp.stack([count_true(part >= trials[i]) for i in range(len(trials))], axis=1)
 
-    return jax.lax.map(one_part, values.reshape(-1, rows, num_columns)).reshape(num_rows, len(trials))
+    counts = jax.lax.map(some_parts, values.reshape(-1, parts, rows, num_columns))
+    return counts.reshape(num_rows, len(trials))
 
 
 def rows_to_count(num_columns: int) -> int:
     """The number of rows for which `count_reaching` is fast.
 
-    On a CPU these are two parts that fit its cache, a loop unrolled.
+    On a CPU these are a few parts that fit its cache.
     """
-    return 2 * _cached_rows(1 << 20, num_columns) if jax.default_backend() == "cpu" else 1 << 20
+    return PARTS * _cached_rows(1 << 20, num_columns) if jax.default_backend() == "cpu" else 1 << 20
 
 
 def select(values: Float[Array, "R C"], by: Threshold) -> Bool[Array, "R C"]:
@@ -135,7 +146,9 @@ def _search(values: Array, count: Array, low: Array, reach: Array, high: Array) 
     end = jax.lax.while_loop(lambda s: jnp.any(is_open(s)), narrow, start)
     value = jnp.where(count > 0, flushed(to_ordered_int(end.under)), jnp.inf)
     ties = (end.reach_under > count) & (count > 0)
-    last = jax.lax.cond(jnp.any(ties), _last_tie, _last_column, values, value, count - end.reach_over)
+    room = count - end.reach_over
+    every = jnp.full(value.shape, num_columns - 1, jnp.int32)
+    last = jax.lax.cond(jnp.any(ties), lambda: _last_of(room, lambda: values == value[:, None]), lambda: every)
     return Threshold(value, jnp.where(count > 0, last, -1))
 
 
@@ -152,22 +165,19 @@ def _guess(s: _State, target: Array, num_columns: int) -> Int32[Array, " R"]:
     return jnp.where((s.i > 8) & (s.i % 4 == 0), middle, jnp.clip(position, s.under + 1, s.over - 1))
 
 
-def _last_column(values: Array, value: Array, room: Array) -> Array:
-    return jnp.full(value.shape, values.shape[1] - 1, jnp.int32)
-
-
-def _last_tie(values: Array, value: Array, room: Array) -> Array:
-    """The first column up to which `room` values equal the threshold; the last if fewer do."""
-    column = jax.lax.broadcasted_iota(jnp.int32, values.shape, 1)
+def _last_of(room: Int32[Array, " R"], ties: Callable[[], Bool[Array, "R C"]]) -> Int32[Array, " R"]:
+    """The first column up to which a row has `room` ties; the last if it has fewer."""
+    shape = jax.eval_shape(ties).shape
+    column = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
 
     def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         first, last = bounds
         middle = (first + last) // 2
-        enough = count_true((values == value[:, None]) & (column <= middle[:, None])) >= room
+        enough = count_true(ties() & (column <= middle[:, None])) >= room
         return jnp.where(enough, first, middle + 1), jnp.where(enough, middle, last)
 
-    ends = jnp.zeros(value.shape, jnp.int32), _last_column(values, value, room)
-    return jax.lax.fori_loop(0, values.shape[1].bit_length(), halve, ends)[1]
+    ends = jnp.zeros(room.shape, jnp.int32), jnp.full(room.shape, shape[1] - 1, jnp.int32)
+    return jax.lax.fori_loop(0, shape[1].bit_length(), halve, ends)[1]
 
 
 def _cached_rows(num_rows: int, num_columns: int) -> int:

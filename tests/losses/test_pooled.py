@@ -15,7 +15,7 @@ from tcq import losses
 
 
 @pytest.mark.parametrize("block_size", [None, 1, 5])
-@pytest.mark.parametrize("clip", [0, 1, 2.5, 8, 21, 29.9, 30])
+@pytest.mark.parametrize("clip", [0, 1 / 32, 1, 2.5, 81 / 32, 8, 21, 29.9, 959 / 32, 30])
 def test_loss_and_gradients_equal_the_oracle(clip, block_size):
     a, b = views(16, 7)
     got = of_the_batch(a, b, clip, temperature=0.2, block_size=block_size)
