@@ -31,6 +31,7 @@ FLAGS = small.flags(
     "optim.name=sgd",
     "optim.learning_rate=0.03",
     "loss.clip=0.2",
+    "loss.clip_scope=batch",
     "loss.queue=20",
     f"train.total_steps={STEPS}",
     f"eval.every_steps={STEPS}",
@@ -78,15 +79,34 @@ def test_a_signal_to_one_stops_all_after_the_same_step_and_they_resume(two):
     assert [line["step"] for line in lines(workdir) if "train/loss" in line] == list(range(1, STEPS + 1))
 
 
-def test_many_processes_train_as_one(two, images, tmp_path):
-    done = small.main(*train_arguments(images, tmp_path / "run"))
+@pytest.fixture(scope="module")
+def one(images, tmp_path_factory):
+    """The same run of one process."""
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    done = small.main(*train_arguments(images, workdir))
     assert done.returncode == 0, done.stderr
-    many, one = (encode.load(workdir, which=str(FIRST)).variables for workdir in (two[0], tmp_path / "run"))
-    for x, y in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
+    return workdir
+
+
+def test_many_processes_train_as_one(two, one):
+    assert_began_equally(two[0], one)
+
+
+def test_many_processes_pass_the_columns_round(one, images, tmp_path):
+    ring = "--config.loss.gather=ring", "--config.loss.block_size=5"
+    done = small.several(2, *train_arguments(images, tmp_path / "run"), *ring, devices=2)
+    assert done.returncode == 0, done.stdout
+    assert_began_equally(tmp_path / "run", one)
+
+
+def assert_began_equally(workdir, other):
+    """The parameters after FIRST steps, and what these logged."""
+    parameters = (encode.load(w, which=str(FIRST)).variables for w in (workdir, other))
+    for x, y in zip(*map(jax.tree.leaves, parameters), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)  # sums in another order
-    for line, other in zip(lines(two[0])[:FIRST], lines(tmp_path / "run")[:FIRST], strict=True):
-        for key in other.keys() - {k for k in other if k.startswith("speed/")}:
-            assert line[key] == pytest.approx(other[key], rel=1e-3, abs=1e-4), key
+    for one, two in zip(lines(workdir)[:FIRST], lines(other)[:FIRST], strict=True):
+        for key in two.keys() - {k for k in two if k.startswith("speed/")}:
+            assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-4), key
 
 
 @pytest.mark.slow
