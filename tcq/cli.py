@@ -248,13 +248,24 @@ def _add_judge(commands: flags.Commands) -> None:
     parser = flags.add_command(commands, "judge", help, _judge, compiles=True)
     parser.add_argument("--workdir", type=flags.path, required=True, help="workdir of a short first training run")
     parser.add_argument("--answers", type=flags.positive, default=50, help="number of answers in all (default: 50)")
-    parser.add_argument("--labels", action="store_true", help="let the labels of the images answer")
+    by = parser.add_mutually_exclusive_group()
+    by.add_argument("--labels", action="store_true", help="let the labels of the images answer")
+    by.add_argument("--page", action="store_true", help="ask on a page in the browser, not in the terminal")
+    flags.add_address(parser, port=8001)
 
 
 def _judge(arguments: argparse.Namespace, _: list[str]) -> int:
+    from tcq import web
     from tcq.evaluate import judge
 
-    print(judge.text(judge.run(arguments.workdir, count=arguments.answers, labels=arguments.labels)))
+    if not arguments.page:
+        print(judge.text(judge.run(arguments.workdir, count=arguments.answers, labels=arguments.labels)))
+        return 0
+    web.check_installed("tcq judge --page")
+    from tcq.evaluate import judge_page
+
+    source, judge_by = judge.prepare(arguments.workdir, count=arguments.answers, labels=False)
+    print(judge.text(judge_page.run(judge_by, source, host=arguments.host, port=arguments.port)))
     return 0
 
 

@@ -213,12 +213,7 @@ def add_serve(commands: flags.Commands) -> None:
         commands, "serve", "serve a search page and a JSON API for an index", _serve, compiles=True
     )
     parser.add_argument("--index", type=flags.path, required=True, help="a folder that tcq index build wrote")
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on (default: 127.0.0.1, this machine only); beyond it a token is needed",
-    )
-    parser.add_argument("--port", type=flags.port, default=8000, help="of the page (default: 8000)")
+    flags.add_address(parser, port=8000)
     parser.add_argument("--k", type=flags.positive, default=20, help="number of answers (default: 20)")
 
 

@@ -34,6 +34,16 @@ def add_distributed(parser: Any) -> None:
     )
 
 
+def add_address(parser: Any, *, port: int) -> None:
+    """Adds the flags that say where a page is served."""
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: 127.0.0.1, this machine only); beyond it a token is needed",
+    )
+    parser.add_argument("--port", type=port_number, default=port, help=f"of the page (default: {port})")
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1. Raises ArgumentTypeError."""
     if not text.isdecimal() or int(text) < 1:
@@ -41,7 +51,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def port(text: str) -> int:
+def port_number(text: str) -> int:
     """The number of a port; 0 is any free one. Raises ArgumentTypeError."""
     if not text.isdecimal() or int(text) > 65_535:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 0 to 65535")

@@ -11,7 +11,7 @@ import pytest
 
 LAYERS = (
     {"runtime", "quantizer", "augment", "metrics", "plots", "flags"},
-    {"models", "losses", "data", "ranking", "nearest"},
+    {"models", "losses", "data", "ranking", "nearest", "web"},
     {"config", "workdir"},
     {"encode", "sweep", "doctor"},
     {"embed"},

@@ -134,6 +134,15 @@ def run(workdir: str | Path, *, count: int, labels: bool, read: Callable[[str], 
 
     The answers are by labels, or by questions on the terminal. `read` shows a question and returns the answer; by then
     judge.png of the workdir shows the pair.
+    Raises as `prepare`.
+    """
+    source, judge_by = prepare(workdir, count=count, labels=labels)
+    return judge_by(by_labels(source) if labels else by_terminal(Path(workdir), source, read))
+
+
+def prepare(workdir: str | Path, *, count: int, labels: bool) -> tuple[Source, Callable[[Ask], Judgement]]:
+    """The source of a run, and `judge` for its training images and newest checkpoint.
+
     Raises EvaluateError if there is nothing to show, no labels, or the workdir is in a bucket, and as `encode.load` and
     `embed.open_source`.
     """
@@ -146,8 +155,7 @@ def run(workdir: str | Path, *, count: int, labels: bool, read: Callable[[str], 
         raise EvaluateError(f"{encoder.config.data.source} has no labels: leave out --labels, and answer yourself")
     if not labels and source.images.ndim != 4 and source.pictures is None:
         raise EvaluateError(f"{encoder.config.data.source} has no images to show: use --labels, if there are some")
-    ask = by_labels(source) if labels else by_terminal(Path(workdir), source, read)
-    return judge(Path(workdir), encoder, source, split, ask, count=count)
+    return source, partial(judge, Path(workdir), encoder, source, split, count=count)
 
 
 def judge(

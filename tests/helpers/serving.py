@@ -10,9 +10,10 @@ import urllib.error
 import urllib.request
 
 from tcq import index as indexes
-from tcq.index import serve
-from tcq.index.serve.guard import Guard
+from tcq import web
+from tcq.index.serve import app
 from tcq.runtime import signals
+from tcq.web.guard import Guard
 
 
 @contextlib.contextmanager
@@ -20,8 +21,8 @@ def running(path, *, token=None, k=3):
     """The address of a server of an index."""
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
-    server = serve.make_server(path, indexes.open_index(path), Guard(None if token else port, token), k=k)
-    thread = threading.Thread(target=lambda: asyncio.run(serve._run(server, listening)))
+    server = web.make_server(app.make(path, indexes.open_index(path), Guard(None if token else port, token), k=k))
+    thread = threading.Thread(target=lambda: asyncio.run(web.run(server, listening)))
     thread.start()
     end = time.monotonic() + 20
     while not server.started and time.monotonic() < end:

@@ -2,19 +2,15 @@
 
 import os
 import shutil
-import sys
-import time
-from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from browsing import WIDTHS, assert_no_barriers, assert_quiet, chromium, every, one, press, resize, wait
 from serving import running
 from tcq import index as indexes
 
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore::ResourceWarning")]
-AXE = Path(sys.prefix, "axe", "node_modules", "axe-core", "axe.min.js")
-WIDTHS = (360, 768, 1280)
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +34,8 @@ def address(collection):
 
 @pytest.fixture(scope="module")
 def browser():
-    selenium = pytest.importorskip("selenium.webdriver")
-    options = selenium.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = selenium.Chrome(options=options, service=selenium.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
+    with chromium() as driver:
+        yield driver
 
 
 @pytest.fixture
@@ -58,35 +47,11 @@ def page(browser, address):
     browser.get(address + "/")
     wait(browser, lambda: "images" in one(browser, "#about").text)
     yield browser
-    names = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
-    assert all(name.startswith((address, "data:", "blob:")) for name in names), names
-    assert [line for line in browser.get_log("browser") if "favicon" not in line["message"]] == []
-
-
-def resize(browser, width, *, dark=False):
-    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-
-
-def one(browser, selector):
-    return browser.find_element("css selector", selector)
-
-
-def every(browser, selector):
-    return browser.find_elements("css selector", selector)
+    assert_quiet(browser, address)
 
 
 def text(browser, selector):
     return "".join(element.text for element in every(browser, selector))
-
-
-def wait(browser, condition):
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end, one(browser, "#status").text
-        time.sleep(0.05)
 
 
 def shown(browser, count):
@@ -99,13 +64,6 @@ def shown(browser, count):
 
 def search(browser, *paths):
     one(browser, "#file").send_keys("\n".join(map(str, paths)))
-
-
-def press(browser, *keys):
-    from selenium.webdriver import ActionChains, Keys
-
-    for key in keys:
-        ActionChains(browser).send_keys(getattr(Keys, key, key)).perform()
 
 
 def with_shift(browser, key):
@@ -203,11 +161,7 @@ def test_no_barriers_at_any_width(page, collection, width, dark, tmp_path):
     resize(page, width, dark=dark)
     search(page, collection[1] / "class 3" / "003.png", collection[1] / "class 4" / "004.png")
     shown(page, 24)
-    assert page.execute_script("return document.documentElement.scrollWidth") <= width
-    page.execute_script(AXE.read_text())
-    result = page.execute_async_script("axe.run().then(arguments[0])")
-    assert [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in result["violations"]] == []
-    assert len(result["passes"]) > 15
+    assert_no_barriers(page, width)
     page.save_screenshot(
         os.environ.get("TCQ_SCREENSHOTS", str(tmp_path)) + f"/page-{width}-{'dark' if dark else 'light'}.png"
     )

@@ -19,9 +19,9 @@ from PIL import Image
 import small
 from serving import ask, running
 from tcq import index as indexes
-from tcq.index import serve
+from tcq import web
 from tcq.index.serve import app, searches
-from tcq.index.serve.guard import Guard
+from tcq.web.guard import Guard
 
 pytestmark = pytest.mark.whole
 
@@ -153,8 +153,8 @@ def test_other_sites_are_refused(address, headers, body):
 
 
 def test_beyond_this_machine_a_token_is_needed(index, body):
-    assert not serve.is_loopback("0.0.0.0") and not serve.is_loopback("example.org") and not serve.is_loopback("::")
-    assert serve.is_loopback("127.0.0.1") and serve.is_loopback("localhost") and serve.is_loopback("::1")
+    assert not web.is_loopback("0.0.0.0") and not web.is_loopback("example.org") and not web.is_loopback("::")
+    assert web.is_loopback("127.0.0.1") and web.is_loopback("localhost") and web.is_loopback("::1")
     with running(index, token="secret") as address:
         for path in ("/", "/api/info", "/page.js", "/?token=wrong", "/healthz"):
             assert ask(address, path)[0] == 401
@@ -291,7 +291,7 @@ def test_images_that_arrive_at_once_are_bounded(address, body, monkeypatch, name
 
 def test_slow_and_silent_clients_are_cut_off(index, body, monkeypatch):
     monkeypatch.setattr(app, "UPLOAD_SECONDS", 0.5)
-    monkeypatch.setattr(serve, "HEADER_SECONDS", 0.5)
+    monkeypatch.setattr(web, "HEADER_SECONDS", 0.5)
     with running(index) as address:
         host, port = address.removeprefix("http://").split(":")
         head = f"POST /api/search HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: {len(body)}\r\n\r\n".encode()

@@ -26,10 +26,10 @@ from tcq.data.images import ImageError, decode, resize_of
 from tcq.index import columns
 from tcq.index.contents import Index
 from tcq.index.search import image_of
-from tcq.index.serve import guard as guards
 from tcq.index.serve.searches import BusyError, Query, QueryError, Searcher, place_of
 from tcq.models import retriever
 from tcq.runtime import storage
+from tcq.web import guard as guards
 
 PAGE = Path(__file__).parents[1] / "page"
 FILES = {

@@ -38,7 +38,7 @@ def refusal(guard: Guard, host: str, origin: str | None, site: str, token: str) 
     elif origin is not None and origin.partition("://")[2] != host:
         return 403, "this page is not served to other sites"
     if guard.token is not None and not hmac.compare_digest(token.encode(), guard.token.encode()):
-        return 401, "the token is missing or wrong: use the address that tcq serve has printed"
+        return 401, "the token is missing or wrong: use the address that the command has printed"
     return None
 
 

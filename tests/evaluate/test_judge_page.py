@@ -1,0 +1,98 @@
+"""The questions of `tcq judge` on a page: real requests on the loopback interface."""
+
+import io
+import json
+import shutil
+import socket
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import small
+from judging import judging
+from serving import ask
+from tcq import web
+from tcq.evaluate import judge
+from tcq.runtime import signals
+
+
+@pytest.fixture
+def workdir(digits_run, tmp_path):
+    return shutil.copytree(digits_run, tmp_path / "run")
+
+
+def reply(address, number, answer):
+    status, _, state = ask(address, f"/api/answers/{number}", json.dumps({"answer": answer}).encode())
+    assert status == 200, state
+    return state
+
+
+def test_a_person_answers_on_the_page(workdir):
+    source, judge_by = judge.prepare(workdir, count=3, labels=False)
+    with judging(judge_by, source) as (address, ends):
+        _, headers, page = ask(address, "/")
+        assert b"the same kind of thing?" in page and "default-src 'none'" in headers["content-security-policy"]
+        state, seen = ask(address, "/api/question?after=0")[2], []
+        for given in ("same", "different", "same"):
+            seen.append((*state["names"], given == "same"))
+            for side, name in zip(("first", "second"), state["names"], strict=True):
+                _, headers, png = ask(address, f"/api/pictures/{state['number']}/{side}")
+                pixels = source.images[source.names.index(name)]
+                with Image.open(io.BytesIO(png)) as image:
+                    shown = np.asarray(image.convert("RGB").resize(pixels.shape[:2], Image.Resampling.NEAREST))
+                np.testing.assert_array_equal(shown, np.broadcast_to(pixels, shown.shape))
+                assert headers["content-type"] == "image/png" and image.width >= 160
+            state = reply(address, state["number"], given)
+        assert state["result"].startswith("3 answers: ") and "--config.loss.clip=" in state["result"]
+    rows = [json.loads(line) for line in (workdir / judge.ANSWERS).read_text().splitlines()]
+    assert [(r["first"], r["second"], r["same"]) for r in rows] == seen
+    assert ends[0].answers == 3 and judge.text(ends[0]) == state["result"]
+
+
+def test_only_the_open_question_is_answered_and_by_one_of_three(workdir):
+    source, judge_by = judge.prepare(workdir, count=9, labels=False)
+    with judging(judge_by, source) as (address, ends):
+        number = ask(address, "/api/question?after=0")[2]["number"]
+        after = reply(address, number, "same")["number"]
+        assert after == number + 1
+        assert reply(address, number, "same")["number"] == after  # a second click: nothing new
+        assert ask(address, f"/api/pictures/{number}/first")[0] == 404
+        for body in (b"", b"{}", b"[]", b'{"answer": null}', b'{"answer": "perhaps"}', b"[" * 900, b"\xff"):
+            status, _, error = ask(address, f"/api/answers/{after}", body)
+            assert status == 400 and "one of same, different, stop" in error["error"]
+        assert ask(address, f"/api/answers/{after}", b"x" * 2000)[0] == 413
+        for text in ("-1", "x", "9" * 30, "%C2%B2"):
+            assert ask(address, f"/api/answers/{text}", b'{"answer": "same"}')[0] == 400
+        foreign = ask(address, "/api/question", None, {"Origin": "http://example.org"})
+        assert foreign[0] == 403
+        state = reply(address, after, "stop")
+        assert state["result"].startswith("1 answers: ")
+    assert ends[0].answers == 1
+
+
+def test_a_signal_stops_the_page_and_answers_are_kept(workdir):
+    source, judge_by = judge.prepare(workdir, count=9, labels=False)
+    with judging(judge_by, source, ends_itself=False) as (address, ends):
+        reply(address, ask(address, "/api/question?after=0")[2]["number"], "different")
+    assert isinstance(ends[0], signals.Stopped)
+    assert [json.loads(r)["same"] for r in (workdir / judge.ANSWERS).read_text().splitlines()] == [False]
+
+
+def test_an_error_of_the_judge_ends_the_page(workdir):
+    source, _ = judge.prepare(workdir, count=9, labels=False)
+
+    def fails(ask):
+        raise ValueError("no pairs")
+
+    with judging(fails, source) as (_, ends):
+        pass
+    assert isinstance(ends[0], ValueError) and "no pairs" in str(ends[0])
+
+
+def test_a_port_in_use_is_refused(workdir):
+    with socket.create_server(("127.0.0.1", 0)) as used:
+        port = used.getsockname()[1]
+        done = small.main("judge", f"--workdir={workdir}", "--page", f"--port={port}")
+        small.assert_refused(done, f"--port={port}: Address already in use")
+    assert issubclass(web.PageError, ValueError)
