@@ -1,4 +1,4 @@
-"""Pages for people on this machine, and beyond it with a token: a uvicorn server for an ASGI app."""
+"""Pages on this machine, and beyond it with a token: a uvicorn server for an ASGI app."""
 
 import asyncio
 import contextlib
