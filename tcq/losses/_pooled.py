@@ -55,7 +55,7 @@ def pool(settings: Settings, batch: Batch, count: UInt32[Array, ""]) -> Pool:
     Ties go by anchor, then by column. All devices of the axis get one value; `batch` needs no gradient.
     """
     num_rows = len(batch.anchors)
-    few = min(num_rows, settings.block_size, FEW)
+    few = min(num_rows, max(settings.block_size, 2), FEW)  # 2: all of a single image, whose anchors own nothing
 
     def is_open(s: _State) -> Array:
         return (s.over - 1 > s.under) & (s.reach_under > count) & (count > 0)

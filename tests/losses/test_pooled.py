@@ -157,6 +157,14 @@ def test_memory_grows_no_faster_than_the_batch(gather):
     assert large < 2.1 * small
 
 
+@pytest.mark.parametrize("clip", [0, 0.5, 1, 3])
+def test_one_image_and_a_queue(clip):
+    a, b = views(1, 6)
+    queue = views(3, 6, seed=3)[0]
+    got = of_the_batch(a, b, clip, queue, temperature=0.3, block_size=1)
+    assert_equals_the_oracle(got, oracle.nt_xent_and_gradients(a, b, 0.3, clip, 0.0, queue, scope="batch"))
+
+
 def test_nan_is_not_searched_for_ever():
     a, b = views(16, 7)
     a[3] = np.nan
