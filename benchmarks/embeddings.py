@@ -53,7 +53,8 @@ def faiss_codes(folder: Path) -> None:
 
     items = embeddings.open_folder(folder / "items").images
     sample = np.asarray(items[np.sort(np.random.RandomState(0).permutation(len(items))[:SAMPLE])], "f4")
-    opq = faiss.OPQMatrix(items.shape[1], CODEBOOKS, WIDTH)
+    opq, pq = faiss.OPQMatrix(items.shape[1], CODEBOOKS, WIDTH), faiss.ProductQuantizer(WIDTH, CODEBOOKS, 4)
+    opq.pq = pq  # else the rotation is for 256 codewords
     opq.train(sample)
     index = faiss.IndexPQ(WIDTH, CODEBOOKS, 4)
     index.train(opq.apply(sample))

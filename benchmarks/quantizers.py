@@ -18,7 +18,7 @@ from tcq import config as configs
 from tcq import embed, encode, evaluate, ranking
 from tcq.data import splits
 from tcq.evaluate import baselines, retrieval
-from tcq.models import retriever
+from tcq.models import opq, retriever
 
 Scores = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of queries (Q, D) and items (N, D): (Q, N)
 
@@ -32,8 +32,8 @@ def product(num_codebooks: int, num_codewords: int, width: int, *, optimized: bo
 
     def scores(queries: np.ndarray, items: np.ndarray) -> np.ndarray:
         if optimized:
-            rotate = baselines.faiss_opq(items, num_codebooks=num_codebooks, width=width)
-            queries, items = rotate(queries), rotate(items)
+            rotation = opq.rotation(items, num_codebooks=num_codebooks, num_codewords=num_codewords, width=width)
+            queries, items = queries @ rotation, items @ rotation
         codebooks, codes = baselines.faiss_pq(items, [items], num_codebooks=num_codebooks, num_codewords=num_codewords)
         table = ranking.lookup_table(baselines.pad(queries, num_codebooks), codebooks, metric="l2")
         return np.asarray(ranking.scores(table, codes))

@@ -184,8 +184,8 @@ def _quantizer() -> ConfigDict:
     quantizer.bits = 0  # per image; 0 or M * log2(K)
     quantizer.scale = 5.0  # inverse temperature of soft assignment
     quantizer.metric = "l2"  # l2 (SPQ) | ip (MeCoQ)
-    quantizer.init = "data"  # of the codewords: kmeans | data (features of images) | random
-    quantizer.init_images = 1024  # training images for the first two, drawn by train.seed
+    quantizer.init = "data"  # of the codewords: kmeans | data (features of images) | random; opq: projection and kmeans
+    quantizer.init_images = 1024  # training images for all but random, drawn by train.seed
     return quantizer
 
 

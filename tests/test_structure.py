@@ -28,7 +28,13 @@ ONLY_IN = {
     "fsspec": {"tcq.runtime.storage"},
     "orbax": {"tcq.workdir.checkpoint"},
     "grain": {"tcq.data.loader"},
-    "faiss": {"tcq.evaluate.baselines", "tcq.models.kmeans", "tcq.index.export", "tcq.nearest.candidates"},
+    "faiss": {
+        "tcq.evaluate.baselines",
+        "tcq.models.kmeans",
+        "tcq.models.opq",
+        "tcq.index.export",
+        "tcq.nearest.candidates",
+    },
 }
 LAYER = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
 

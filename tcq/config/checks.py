@@ -19,7 +19,7 @@ from tcq.models import embedder, resnet, vit
 OPTIMIZERS = ("adamw", "lars", "sgd")
 DTYPES = ("float32", "bfloat16")
 RAMPS = ("linear", "cosine")
-INITS = ("kmeans", "data", "random")
+INITS = ("opq", "kmeans", "data", "random")
 
 
 class Choice(NamedTuple):
@@ -197,9 +197,9 @@ def check_run(config: ConfigDict, *, num_devices: int, num_train: int, num_valid
             f"{num_train // num_devices * num_devices}"
         )
     available = min(q.init_images, num_train)
-    if q.init == "kmeans" and available < q.num_codewords:
+    if q.init in ("kmeans", "opq") and available < q.num_codewords:
         problems.append(
-            f"quantizer.init kmeans cannot make {q.num_codewords} codewords of {available} images: "
+            f"quantizer.init {q.init} cannot make {q.num_codewords} codewords of {available} images: "
             f"use quantizer.init=data or fewer codewords"
         )
     _raise(problems)

@@ -17,7 +17,7 @@ from tcq.data import protocols, splits
 from tcq.data.rows import take
 from tcq.evaluate import baselines, clipped, report, retrieval
 from tcq.evaluate.report import NAMES, EvaluateError, Evaluation, read_recorded, table
-from tcq.models import retriever
+from tcq.models import opq, retriever
 from tcq.runtime import processes, storage
 
 __all__ = ["NAMES", "EvaluateError", "evaluate", "read_recorded", "table"]
@@ -176,11 +176,12 @@ def _baselines(evaluation: Evaluation) -> dict[str, retrieval.Scorer]:
     if name == "pq_embeddings":
         mean = inputs(split.database[sample]).mean(axis=0, keepdims=True)
         others["float_embeddings"] = _cosine(inputs(split.query) - mean, inputs(split.database) - mean)
-    if name == "pq_embeddings" and len(sample) >= baselines.OPQ_ROWS:
+    if name == "pq_embeddings" and len(sample) >= q.num_codewords:
         width = q.num_codebooks * q.codeword_dim
-        rotate = baselines.faiss_opq(inputs(split.database[sample]) - mean, num_codebooks=q.num_codebooks, width=width)
-        rotated = rotate(inputs(split.query) - mean)
-        others["opq_embeddings"] = pq(lambda b: rotated[b], lambda i: rotate(inputs(split.database[i]) - mean))
+        shape = {"num_codebooks": q.num_codebooks, "num_codewords": q.num_codewords, "width": width}
+        rotation = opq.rotation(inputs(split.database[sample]), **shape)
+        rotated = (inputs(split.query) - mean) @ rotation
+        others["opq_embeddings"] = pq(lambda b: rotated[b], lambda i: (inputs(split.database[i]) - mean) @ rotation)
     fewer = sample[: int(config.eval.baseline_mib * 2**20 / inputs(split.query[:1]).nbytes)]
     if len(fewer) >= min(FAISS_LEAST * q.num_codewords, len(sample)):
         others[name] = pq(lambda b: inputs(split.query[b]), lambda i: inputs(split.database[i]), fewer)

@@ -11,8 +11,6 @@ from jaxtyping import Float, UInt
 from tcq import quantizer
 from tcq.runtime import signals
 
-OPQ_ROWS = 256  # fewest rows by which FAISS trains a rotation: it takes 256 codewords, whatever the code has
-
 
 def faiss_pq(
     train: Float[np.ndarray, "T D"],
@@ -50,25 +48,6 @@ def pad(vectors: Float[np.ndarray, "N D"], num_codebooks: int) -> Float[np.ndarr
     """float32 vectors, padded with zeros until M divides their width; copied only if padded."""
     extra = -vectors.shape[1] % num_codebooks
     return np.ascontiguousarray(np.pad(vectors, [(0, 0), (0, extra)]) if extra else vectors, np.float32)
-
-
-def faiss_opq(
-    train: Float[np.ndarray, "T D"], *, num_codebooks: int, width: int
-) -> Callable[[np.ndarray], Float[np.ndarray, "N E"]]:
-    """FAISS's optimized rotation to at most `width` numbers, as a map of (N, D) rows.
-
-    The result's width is a multiple of M. Raises ValueError if there are fewer than 256 rows to train on.
-    """
-    import faiss
-
-    if len(train) < OPQ_ROWS:
-        raise ValueError(f"FAISS needs at least {OPQ_ROWS} vectors for its rotation, got {len(train)}")
-
-    train = np.ascontiguousarray(train, np.float32)
-    width = max(min(width, train.shape[1]) // num_codebooks, 1) * num_codebooks
-    matrix = faiss.OPQMatrix(train.shape[1], num_codebooks, width)
-    matrix.train(train)
-    return lambda rows: matrix.apply(np.ascontiguousarray(rows, np.float32))
 
 
 def pca(train: Float[np.ndarray, "T D"], width: int) -> Callable[[np.ndarray], np.ndarray]:

@@ -125,7 +125,10 @@ def _inside(s: _State, values: Array) -> Array:
 
 
 def _shrink(settings: Settings, s: _State, values: Float[Array, "r V"]) -> _State:
-    """The state whose interval ends at the least and the largest value inside, so that ties end the search."""
+    """The state whose interval ends at the least and the largest value inside.
+
+    So ties end the search.
+    """
     inside = _inside(s, values)
     least = jnp.min(jnp.where(inside, values, HIGH))
     largest = jnp.max(jnp.where(inside, values, LOW))
@@ -151,7 +154,10 @@ def _between(settings: Settings, start: _State, end: _State, values: Float[Array
 
 
 def _key(value: Array) -> Array:
-    """The largest key of the floats that XLA takes for equal: those below 1e-38 are 0 when it compares."""
+    """The largest key of the floats that XLA takes for equal.
+
+    Those below 1e-38 are 0 when it compares.
+    """
     return jnp.where(value == 0, LARGEST_ZERO, to_ordered_int(value))
 
 
@@ -190,7 +196,10 @@ def _sample(settings: Settings, batch: Batch, share: Array) -> Float[Array, " S"
 
 
 def _place(s: _State, count: Array) -> _State:
-    """The state with trial values inside the interval: near the one that interpolation expects, and evenly."""
+    """The state with trial values inside the interval.
+
+    They are near the one that interpolation expects, and spread evenly.
+    """
     inside = jnp.maximum((s.reach_under - s.reach_over).astype(jnp.float32), 1)
     position = (s.reach_under - count).astype(jnp.float32) / inside
     error = jnp.sqrt(2 * position * (1 - position) / inside)  # a pair counts twice
@@ -233,9 +242,9 @@ def _count_owned(settings: Settings, batch: Batch, keys: Int32[Array, " P"]) -> 
 def _of_owners(
     settings: Settings, batch: Batch, anchors: Array, own: Array, around: Array | None = None
 ) -> tuple[Float[Array, "r C"], Float[Array, "r Q"]]:
-    """Similarities of anchors to the columns they own, and to the queue; -inf for other columns.
+    """Similarities of anchors to the columns they own, and to the queue.
 
-    With `around`, the columns followed by those at their beginning, the anchors are consecutive: then only the columns
+    Other columns have -inf. With `around`, the columns followed by those at their beginning, the anchors are consecutive: then only the columns
     are computed that one of them owns.
     """
     queued = _blocked.to_queue(batch, anchors)
@@ -258,7 +267,10 @@ def _count(owned: Float[Array, "r C"], queued: Float[Array, "r Q"], trials: Floa
 
 
 def _ties_of_few(settings: Settings, s: _State, own: Array, owned: Array, queued: Array) -> Int32[Array, " C"]:
-    """How many pairs inside the interval each anchor of the global batch has; all are among the given ones."""
+    """How many pairs inside the interval each anchor of the global batch has.
+
+    All of them are among the given similarities.
+    """
     tied = _inside(s, owned)
     by_row = jnp.sum(tied, axis=1, dtype=jnp.int32) + jnp.sum(_inside(s, queued), axis=1, dtype=jnp.int32)
     return _over_devices(jax.lax.psum, settings, jnp.sum(tied, axis=0, dtype=jnp.int32).at[own].add(by_row))

@@ -59,9 +59,9 @@ def threshold(
 def first_ties(
     values: Float[Array, "R C"], *, low: Float[Array, ""], high: Float[Array, ""], room: Int32[Array, " R"]
 ) -> Bool[Array, "R C"]:
-    """The mask of the values above `high`, and of the first `room` in each row from `low` to `high`.
+    """The mask of the values above `high`, and of some from `low` to `high`.
 
-    NaN is not selected.
+    In each row these are the first `room`. NaN is not selected.
     """
     last = jnp.where(room > 0, values.shape[1] - 1, -1).astype(jnp.int32)
     some = (room > 0) & (room < values.shape[1])

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key, UInt8
 from ml_collections import ConfigDict
 
 from tcq import quantizer
-from tcq.models import embedder, kmeans, resnet, vit
+from tcq.models import embedder, kmeans, opq, resnet, vit
 
 Params = Mapping[str, Any]
 Variables = Mapping[str, Any]  # "params", and for a ResNet "batch_stats"
@@ -70,6 +70,10 @@ class Retriever(nn.Module):
             return self.backbone(images.astype(jnp.float32))
         pixels = normalized(images, self.mean, self.std)
         return self.backbone(pixels, train=train and not self.frozen).astype(jnp.float32)
+
+    def features(self, images: Float[Array, "N H W 3"] | Float[Array, "N F"]) -> Float[Array, "N D"]:
+        """The features of images, or of embeddings."""
+        return self.projection(self.embed(images))
 
     def head(self, embedded: Float[Array, "N F"]) -> Outputs:
         """Projection and quantizer, applied to the output of the backbone."""
@@ -184,11 +188,11 @@ def init(
       codewords: how the codebooks are initialized, see below.
       backbone: variables of the backbone, such as published weights; None: random ones.
 
-    With codewords "data" or "kmeans" (our choice) the projection is centred and scaled, so that over `images` the
-    features have mean zero and the subvectors a mean squared length of 1. Each codebook then consists of such
+    With codewords "data", "kmeans" or "opq" (our choice) the projection is centred and scaled, so that over `images`
+    the features have mean zero and the subvectors a mean squared length of 1. Each codebook then consists of such
     subvectors, drawn without replacement if there are enough, or of their k-means centres. Soft codes start spread over
-    the codewords: with larger features they would start almost hard, with hardly any gradient. With "random" the bias
-    is zero and the codewords are normal.
+    the codewords: with larger features they would start almost hard, with hardly any gradient. "opq" starts with the
+    projection of `opq.rotation`, and k-means. With "random" the bias is zero and the codewords are normal.
     """
     init_key, draw_key = jax.random.split(key)
     variables: dict[str, Any] = dict(jax.jit(model.init)(init_key, scaled(images[:1])))
@@ -198,12 +202,15 @@ def init(
         variables[collection] = {**variables[collection], "backbone": values}
     if codewords == "random":
         return variables
-    features = _features(model, variables, images)
+    if codewords == "opq":
+        embedded = np.asarray(_outputs(model, variables, images, "embed"))
+        variables["params"]["projection"] = {**variables["params"]["projection"], "kernel": _rotation(model, embedded)}
+    features = _outputs(model, variables, images, "features")
     mean = features.mean(axis=0)
     subvectors = (features - mean[None]).reshape(len(images), model.num_codebooks, model.codeword_dim)
     shrink = jax.lax.rsqrt(jnp.maximum(jnp.mean(jnp.sum(subvectors**2, axis=-1)), 1e-12))
     subvectors = subvectors * shrink
-    if codewords == "kmeans":
+    if codewords in ("kmeans", "opq"):
         spherical = model.metric == "ip"
         codebooks: ArrayLike = kmeans.kmeans(np.asarray(subvectors), model.num_codewords, spherical=spherical)
     else:
@@ -218,12 +225,24 @@ def init(
     return variables
 
 
-def _features(model: Retriever, variables: Variables, images: np.ndarray) -> Float[Array, "N D"]:
-    """The features of images, computed in batches.
+def _rotation(model: Retriever, embedded: np.ndarray) -> Float[Array, "F D"]:
+    """The kernel of the projection by OPQ.
+
+    It has columns of zeros where the embedding has fewer numbers than the features.
+    """
+    shape = {"num_codebooks": model.num_codebooks, "num_codewords": model.num_codewords}
+    rotation = opq.rotation(embedded, **shape, width=model.num_codebooks * model.codeword_dim)
+    parts = rotation.reshape(len(rotation), model.num_codebooks, -1)
+    padded = np.pad(parts, [(0, 0), (0, 0), (0, model.codeword_dim - parts.shape[-1])])
+    return jnp.asarray(padded.reshape(len(rotation), -1))
+
+
+def _outputs(model: Retriever, variables: Variables, images: np.ndarray, method: str) -> Float[Array, "N D"]:
+    """What a method of the model returns for images, computed in batches.
 
     The activations of a large backbone on all images would not fit in memory.
     """
-    run = jax.jit(lambda v, x: model.apply(v, scaled(x)).features)  # type: ignore[union-attr]
+    run = jax.jit(lambda v, x: model.apply(v, scaled(x), method=method))
     size = min(INIT_BATCH, len(images))
     padded = np.pad(images, [(0, -len(images) % size)] + [(0, 0)] * (images.ndim - 1))
     parts = [run(variables, padded[i : i + size]) for i in range(0, len(padded), size)]

@@ -54,7 +54,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def guard_of(host: str, bound: socket.socket) -> tuple[Guard, str]:
-    """Who may use a page, and its address, which has a token if the host is beyond this machine."""
+    """Who may use a page, and its address; with a token if the host is beyond this machine."""
     number = bound.getsockname()[1]
     beyond = not is_loopback(host)
     shown = f"[{host}]" if ":" in host else host
@@ -101,9 +101,9 @@ def make_server(app: Any) -> Any:
 
 
 async def run(server: Any, bound: socket.socket, ready: str = "") -> None:
-    """Runs a server until a signal, or until its `should_exit` is set; the handlers of tcq stay.
+    """Runs a server until a signal, or until its `should_exit` is set.
 
-    Logs `ready` once requests are answered.
+    The handlers of tcq stay. Logs `ready` once requests are answered.
     """
     server.capture_signals = contextlib.nullcontext
 

@@ -3,7 +3,7 @@ import pytest
 
 from tcq import encode, ranking
 from tcq.data import sources
-from tcq.evaluate import baselines, retrieval
+from tcq.evaluate import retrieval
 from tcq.runtime import devices
 
 
@@ -69,12 +69,3 @@ def test_a_query_can_be_excluded_from_its_answers(world):
             **options,
         )
         np.testing.assert_allclose(one.average_precision, excluded.average_precision[q], atol=1e-12)
-
-
-def test_the_rotation_of_opq_has_orthogonal_rows_and_needs_256_vectors():
-    train = np.random.RandomState(0).randn(300, 12).astype("f4")
-    rotate = baselines.faiss_opq(train, num_codebooks=4, width=10)
-    unit = rotate(np.eye(12, dtype="f4")) - rotate(np.zeros((1, 12), "f4"))
-    np.testing.assert_allclose(unit.T @ unit, np.eye(8), atol=1e-4)
-    with pytest.raises(ValueError, match="at least 256 vectors for its rotation, got 255"):
-        baselines.faiss_opq(train[:255], num_codebooks=4, width=10)

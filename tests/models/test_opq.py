@@ -1,0 +1,50 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tcq.evaluate import baselines
+from tcq.models import embedder, opq, retriever
+
+
+def test_the_rotation_has_orthogonal_rows():
+    train = np.random.RandomState(0).randn(300, 12).astype("f4")
+    rotation = opq.rotation(train, num_codebooks=4, num_codewords=16, width=10)
+    np.testing.assert_allclose(rotation.T @ rotation, np.eye(8), atol=1e-4)
+    with pytest.raises(ValueError, match="at least 16 vectors for its rotation, got 15"):
+        opq.rotation(train[:15], num_codebooks=4, num_codewords=16, width=10)
+
+
+def test_the_rotation_is_for_the_number_of_codewords():
+    """Codes of 16 codewords lose less of 16-number vectors than after a rotation for 256."""
+    random = np.random.RandomState(0)
+    train = (random.randn(40, 16)[random.randint(0, 40, 1500)] + random.randn(1500, 16)).astype("f4")
+    losses = {}
+    for rotated_for in (16, 256):
+        rotation = opq.rotation(train, num_codebooks=4, num_codewords=rotated_for, width=16)
+        rows = train @ rotation
+        codebooks, codes = baselines.faiss_pq(rows, [rows], num_codebooks=4, num_codewords=16)
+        decoded = np.concatenate([codebooks[m][codes[:, m]] for m in range(4)], axis=1)
+        losses[rotated_for] = np.mean((rows - decoded) ** 2)
+    assert losses[16] < 0.98 * losses[256], losses
+
+
+@pytest.mark.parametrize(("numbers", "width"), [(40, 8), (12, 4)])
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_a_retriever_of_embeddings_starts_with_the_projection_of_opq(numbers, width, metric):
+    """Its codes lose less than those of a random projection; missing columns of narrow embeddings are zero."""
+    random = np.random.RandomState(0)
+    points = (random.randn(30, numbers)[random.randint(0, 30, 600)] + 0.7 * random.randn(600, numbers)).astype("f4")
+    model = retriever.Retriever(embedder.Standardize(numbers), 4, 16, width, 10.0, metric)
+    losses = {}
+    for init in ("kmeans", "opq"):
+        variables = jax.tree.map(jnp.asarray, retriever.init(jax.random.key(0), model, points, codewords=init))
+        features = np.asarray(model.apply(variables, jnp.asarray(points), method="features")).reshape(600, 4, width)
+        if metric == "ip":
+            features = features / np.linalg.norm(features, axis=-1, keepdims=True)
+        words = np.asarray(variables["params"]["codebooks"])
+        distance = ((features[:, :, None] - words[None]) ** 2).sum(-1).min(-1)
+        losses[init] = distance.mean() / (features**2).sum(-1).mean()
+    assert losses["opq"] < 0.95 * losses["kmeans"], losses
+    kernel = np.asarray(variables["params"]["projection"]["kernel"]).reshape(numbers, 4, width)
+    assert np.all((np.abs(kernel).sum(axis=0) > 0) == (np.arange(width) < numbers // 4)[None])
