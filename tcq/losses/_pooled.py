@@ -244,8 +244,8 @@ def _of_owners(
 ) -> tuple[Float[Array, "r C"], Float[Array, "r Q"]]:
     """Similarities of anchors to the columns they own, and to the queue.
 
-    Other columns have -inf. With `around`, the columns followed by those at their beginning, the anchors are consecutive: then only the columns
-    are computed that one of them owns.
+    Other columns have -inf. With `around`, the columns followed by those at their beginning, the anchors are
+    consecutive: then only the columns are computed that one of them owns.
     """
     queued = _blocked.to_queue(batch, anchors)
     num_owned = _blocked.num_columns(settings, batch) // 2 - 1
