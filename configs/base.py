@@ -47,7 +47,7 @@ def set_backbone(c: ConfigDict, backbone: str, weights: str, *, image_size: int)
 
 
 def train_on_embeddings(c: ConfigDict, kinds: str = "") -> None:
-    """Only projection and codebooks are trained.
+    """Only projection and codebooks are trained, from those of OPQ on.
 
     `kinds` is about how many kinds of things there are, "" if unknown. Temperature and clip follow the validation
     images of three sets (docs/clipping.md): without `kinds` few pairs are clipped, at a high temperature, which lost
@@ -59,10 +59,12 @@ def train_on_embeddings(c: ConfigDict, kinds: str = "") -> None:
         )
     c.quantizer.metric = "ip"
     c.quantizer.scale = 10.0
+    c.quantizer.init = "opq"
+    c.quantizer.init_images = 65_536  # as many as FAISS takes
     c.loss.temperature = 0.2 if kinds else 0.7
     c.loss.clip = f"kinds={kinds}" if kinds else 0.02
     c.loss.clip_scope = "anchor" if kinds and int(kinds) <= FEW_KINDS else "batch"
-    c.optim.learning_rate = 1e-3
+    c.optim.learning_rate = 1e-4
     c.optim.weight_decay = 1e-4
     c.optim.warmup_steps = 0.1
     c.train.total_steps = 1000

@@ -178,6 +178,7 @@ def init(
     *,
     codewords: str,
     backbone: Variables | None = None,
+    views: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Initial variables of the model.
 
@@ -187,12 +188,13 @@ def init(
       images: training images, uint8, of the size that the model is for; or embeddings, whose mean and spread are kept.
       codewords: how the codebooks are initialized, see below.
       backbone: variables of the backbone, such as published weights; None: random ones.
+      views: embeddings (I, V, F) of V views of some images, which "opq" whitens by.
 
     With codewords "data", "kmeans" or "opq" (our choice) the projection is centred and scaled, so that over `images`
     the features have mean zero and the subvectors a mean squared length of 1. Each codebook then consists of such
     subvectors, drawn without replacement if there are enough, or of their k-means centres. Soft codes start spread over
     the codewords: with larger features they would start almost hard, with hardly any gradient. "opq" starts with the
-    projection of `opq.rotation`, and k-means. With "random" the bias is zero and the codewords are normal.
+    projection of `opq.projection`, and k-means. With "random" the bias is zero and the codewords are normal.
     """
     init_key, draw_key = jax.random.split(key)
     variables: dict[str, Any] = dict(jax.jit(model.init)(init_key, scaled(images[:1])))
@@ -203,8 +205,8 @@ def init(
     if codewords == "random":
         return variables
     if codewords == "opq":
-        embedded = np.asarray(_outputs(model, variables, images, "embed"))
-        variables["params"]["projection"] = {**variables["params"]["projection"], "kernel": _rotation(model, embedded)}
+        kernel = _projection(model, variables, images, views)
+        variables["params"]["projection"] = {**variables["params"]["projection"], "kernel": kernel}
     features = _outputs(model, variables, images, "features")
     mean = features.mean(axis=0)
     subvectors = (features - mean[None]).reshape(len(images), model.num_codebooks, model.codeword_dim)
@@ -225,16 +227,22 @@ def init(
     return variables
 
 
-def _rotation(model: Retriever, embedded: np.ndarray) -> Float[Array, "F D"]:
+def _projection(
+    model: Retriever, variables: Variables, images: np.ndarray, views: np.ndarray | None
+) -> Float[Array, "F D"]:
     """The kernel of the projection by OPQ.
 
     It has columns of zeros where the embedding has fewer numbers than the features.
     """
     shape = {"num_codebooks": model.num_codebooks, "num_codewords": model.num_codewords}
-    rotation = opq.rotation(embedded, **shape, width=model.num_codebooks * model.codeword_dim)
-    parts = rotation.reshape(len(rotation), model.num_codebooks, -1)
+    embedded = np.asarray(_outputs(model, variables, images, "embed"))
+    if views is not None:
+        rows = np.asarray(_outputs(model, variables, views.reshape(-1, views.shape[-1]), "embed"))
+        views = rows.reshape(views.shape)
+    kernel = opq.projection(embedded, views, **shape, width=model.num_codebooks * model.codeword_dim)
+    parts = kernel.reshape(len(kernel), model.num_codebooks, -1)
     padded = np.pad(parts, [(0, 0), (0, 0), (0, model.codeword_dim - parts.shape[-1])])
-    return jnp.asarray(padded.reshape(len(rotation), -1))
+    return jnp.asarray(padded.reshape(len(kernel), -1))
 
 
 def _outputs(model: Retriever, variables: Variables, images: np.ndarray, method: str) -> Float[Array, "N D"]:

@@ -85,6 +85,11 @@ def replicate(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(np.array(x), sharding), tree)
 
 
+def from_first(tree: Any) -> Any:
+    """The arrays of the first process, in all processes."""
+    return multihost_utils.broadcast_one_to_all(tree) if jax.process_count() > 1 else tree
+
+
 def place(tree: Any) -> Any:
     """As `replicate`, but arrays that are on all local devices already stay as they are.
 

@@ -26,6 +26,8 @@ from tcq.train import optimizer as optimizers
 from tcq.workdir import CONFIG, checkpoint
 from tcq.workdir.journal import Journal
 
+INIT_VIEWS = 65_536  # of which the first projection learns in which directions views of one image differ
+
 logger = logging.getLogger(__name__)
 
 
@@ -104,7 +106,13 @@ def initial_state(
     processes.set_phase("initializing")
     shuffled = np.random.RandomState(config.train.seed).permutation(split.train)
     drawn = np.sort(shuffled[: config.quantizer.init_images])
-    return step.initial_state(config, model, optimizer, np.asarray(source.images[drawn]))
+    views = None
+    if config.quantizer.init == "opq":
+        logger.info(f"optimizing the first projection on {len(drawn):,} images (quantizer.init=opq)")
+        if source.views is not None:
+            views = np.asarray(source.views[np.sort(shuffled[: INIT_VIEWS // source.views.shape[1]])])
+    state = step.initial_state(config, model, optimizer, np.asarray(source.images[drawn]), views)
+    return devices.from_first(state)  # FAISS may round differently on other machines
 
 
 def make_job(

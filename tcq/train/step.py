@@ -292,11 +292,13 @@ def queue_filled(config: ConfigDict, steps: int, step: Int32[Array, ""]) -> Int3
     return jnp.where(step.astype(jnp.float32) < c.queue_from * steps, 0, valid)
 
 
-def initial_state(config: ConfigDict, model: retriever.Retriever, optimizer: Any, images: np.ndarray) -> TrainState:
-    """The state before the first step; `images` are training images for `retriever.init`."""
+def initial_state(
+    config: ConfigDict, model: retriever.Retriever, optimizer: Any, images: np.ndarray, views: np.ndarray | None = None
+) -> TrainState:
+    """The state before the first step; `images` and `views` are training images for `retriever.init`."""
     key = jax.random.fold_in(jax.random.key(config.train.seed), INIT_KEY)
     weights = encode.backbone_from_weights(config, model) if config.model.weights else None
-    variables = retriever.init(key, model, images, codewords=config.quantizer.init, backbone=weights)
+    variables = retriever.init(key, model, images, codewords=config.quantizer.init, backbone=weights, views=views)
     params = variables["params"]
     queue: Any = jnp.zeros(_queue_shape(config), jnp.float32) if config.loss.queue else {}
     return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), optimizer.init(params), queue)

@@ -48,3 +48,25 @@ def test_a_retriever_of_embeddings_starts_with_the_projection_of_opq(numbers, wi
     assert losses["opq"] < 0.95 * losses["kmeans"], losses
     kernel = np.asarray(variables["params"]["projection"]["kernel"]).reshape(numbers, 4, width)
     assert np.all((np.abs(kernel).sum(axis=0) > 0) == (np.arange(width) < numbers // 4)[None])
+
+
+def test_whitening_is_that_of_the_definition():
+    random = np.random.RandomState(0)
+    views = (random.randn(50, 1, 5) + random.randn(50, 4, 5) * [3, 1, 1, 0.5, 0.1]).astype("f4")
+    white = opq.whitening(views).astype("f8")
+    apart = (views - views.mean(1, keepdims=True)).reshape(-1, 5).astype("f8")
+    values, vectors = np.linalg.eigh(apart.T @ apart)
+    ridge = opq.RIDGE * values.mean()
+    wanted = vectors @ np.diag(1 / np.sqrt(values + ridge)) @ vectors.T
+    np.testing.assert_allclose(white / np.linalg.norm(white), wanted / np.linalg.norm(wanted), atol=1e-5)
+
+
+def test_directions_in_which_views_differ_are_shrunk():
+    """Items differ as much in all directions; views only in the first half, which then has smaller weights."""
+    random = np.random.RandomState(0)
+    items = random.randn(600, 8)
+    views = (items[:, None] + random.randn(600, 3, 8) * np.repeat([3, 0.1], 4)).astype("f4")
+    model = retriever.Retriever(embedder.Standardize(8), 2, 16, 4, 10.0, "ip")
+    variables = retriever.init(jax.random.key(0), model, items.astype("f4"), codewords="opq", views=views)
+    lengths = np.linalg.norm(variables["params"]["projection"]["kernel"], axis=1)
+    assert lengths[4:].min() > 3 * lengths[:4].max()
