@@ -51,7 +51,7 @@ def train_on_embeddings(c: ConfigDict, kinds: str = "") -> None:
 
     `kinds` is about how many kinds of things there are, "" if unknown. Temperature and clip follow the validation
     images of three sets (docs/clipping.md): without `kinds` few pairs are clipped, at a high temperature, which lost
-    0.01 to 0.08 of mAP against the best. The rest is our choice.
+    0 to 0.08 of mAP against the best. The rest is our choice.
     """
     if kinds and (not kinds.isdecimal() or int(kinds) < 2):
         raise ValueError(
