@@ -184,7 +184,7 @@ def _sample(settings: Settings, batch: Batch, share: Array) -> Float[Array, " S"
     negative = (others != own) & (others != partner)
     values = jnp.where(negative, similarity, -jnp.inf).ravel()
     total = jnp.sum(negative, dtype=jnp.int32)
-    logs = np.log(NEAR) * np.array([-1, 0, 1], np.float32)
+    logs = np.array([-np.log(NEAR), 0, np.log(NEAR)], np.float32)
     rank = (share * jnp.exp(logs) * total.astype(jnp.float32)).astype(jnp.int32)
     rank = jnp.clip(rank, jnp.minimum(total, 1), total).astype(jnp.int32)
     low, reach, high = (jnp.broadcast_to(x, rank.shape) for x in (jnp.float32(LOW), total, jnp.max(values)))

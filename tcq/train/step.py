@@ -295,7 +295,7 @@ def queue_filled(config: ConfigDict, steps: int, step: Int32[Array, ""]) -> Int3
 def initial_state(
     config: ConfigDict, model: retriever.Retriever, optimizer: Any, images: np.ndarray, views: np.ndarray | None = None
 ) -> TrainState:
-    """The state before the first step; `images` and `views` are training images for `retriever.init`."""
+    """The state before the first step; for `images` and `views` see `retriever.init`."""
     key = jax.random.fold_in(jax.random.key(config.train.seed), INIT_KEY)
     weights = encode.backbone_from_weights(config, model) if config.model.weights else None
     variables = retriever.init(key, model, images, codewords=config.quantizer.init, backbone=weights, views=views)
