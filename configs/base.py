@@ -50,8 +50,8 @@ def train_on_embeddings(c: ConfigDict, kinds: str = "") -> None:
     """Only projection and codebooks are trained, from those of OPQ on.
 
     `kinds` is about how many kinds of things there are, "" if unknown. Temperature and clip follow the validation
-    images of three sets (docs/clipping.md): without `kinds` few pairs are clipped, at a high temperature, which lost
-    0 to 0.08 of mAP against the best. The rest is our choice.
+    images of three sets with another start (docs/clipping.md): without `kinds` few pairs are clipped, at a high
+    temperature. Start and learning rate follow one of these sets. The rest is our choice.
     """
     if kinds and (not kinds.isdecimal() or int(kinds) < 2):
         raise ValueError(

@@ -18,7 +18,7 @@ T = TypeVar("T")
 GATHERS = ("all", "ring")
 SCOPES = ("anchor", "batch")
 BLOCK = 2**22  # similarities of a block of the default size: 16 MiB, and a few temporaries of that size
-ALL = jnp.iinfo(jnp.int32).max  # of the pairs of an anchor are clipped
+ALL = jnp.iinfo(jnp.int32).max  # `Pool.room` of an anchor all of whose equal pairs are clipped
 MIN_BLOCK = 128  # anchors of such a block; smaller ones move the gradient of the columns through memory too often
 
 
@@ -42,7 +42,7 @@ class Pool(NamedTuple):
 
     low: Float[Array, ""]
     high: Float[Array, ""]
-    room: Int32[Array, " R"]  # how many of these are clipped of each anchor, the first ones; ALL
+    room: Int32[Array, " R"]  # how many of these are clipped of each anchor, the first ones, or ALL
 
 
 class Batch(NamedTuple):
