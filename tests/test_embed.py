@@ -16,6 +16,7 @@ from tcq import embed, encode, evaluate, index, train
 from tcq.data import embeddings, sources, splits
 from tcq.models import embedder, retriever
 from tcq.train import optimizer, step
+from tcq.train import run as runs
 
 TINY = small.ROOT / "tests" / "helpers" / "tiny_embedder.py"
 HEAD = ("data.image_size=16", "data.views=3", f"model.embedder={TINY}:embed", "loss.clip=0.1", "loss.clip_scope=batch")
@@ -269,3 +270,20 @@ def test_noise_is_a_function_of_the_seed_the_step_and_the_place(tmp_path):
         losses[n] = [float(logs["loss"]) for _, logs in small.run_steps(body, start, batches, n)]
     np.testing.assert_allclose(losses[1], losses[8], rtol=1e-5)
     assert losses[1][0] != losses[1][1]
+
+
+@pytest.mark.parametrize("num_views", [0, 3])
+def test_training_starts_with_a_projection_by_the_views(tmp_path, num_views):
+    """Where views differ in the first six numbers, these have smaller weights."""
+    folder = folder_of(tmp_path / "e", num_views)
+    if num_views:
+        file = folder / "view_emb" / "view_emb_0.npy"
+        np.save(file, np.load(file) + np.random.RandomState(1).randn(400, 3, 12).astype("f4") * np.repeat([9, 0], 6))
+    overrides = [*small.SMALL, f"data.source=embeddings:{folder}", "quantizer.init=opq", "quantizer.init_images=400"]
+    config = configs.load("configs/embeddings.py", overrides)
+    model, source = retriever.from_config(config, axis_name="batch"), embeddings.open_folder(folder)
+    with jax.numpy_dtype_promotion("standard"):
+        rule = optimizer.make(config, 10)
+        state = runs.initial_state(config, model, rule, source, splits.of_source(source, config.data))
+    lengths = np.linalg.norm(state.params["projection"]["kernel"], axis=1)
+    assert (lengths[6:].mean() > 3 * lengths[:6].mean()) == (num_views > 0)

@@ -24,9 +24,9 @@ from tcq.losses._threshold import to_ordered_int
 
 MAX_PAIRS = 2**32 - 1  # pairs are counted in uint32
 LOW, HIGH = -1.5, 1.5  # below and above all cosines
-# Trial values of the first pass: so many times SAMPLE_ERROR off the value that the sample says.
+# Trial values of the first pass: this many times SAMPLE_ERROR off the value estimated from the sample.
 FIRST_STEPS = np.array([-32, -6, -2, -0.5, 0.5, 2, 6, 32], np.float32)
-# Of the later ones: so many standard deviations off the value that interpolation says, at least LEAST_STEPS floats.
+# Of the later ones: this many standard deviations off the interpolated value, at least LEAST_STEPS floats.
 STEPS = np.array([-3, -1.6, -0.8, -0.25, 0.25, 0.8, 1.6, 3], np.float32)
 LEAST_STEPS = np.array([4, 3, 2, 1, 1, 2, 3, 4], np.float32)
 EVEN = 1  # further ones, evenly over the interval
