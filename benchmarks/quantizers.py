@@ -32,7 +32,8 @@ def product(num_codebooks: int, num_codewords: int, width: int, *, optimized: bo
 
     def scores(queries: np.ndarray, items: np.ndarray) -> np.ndarray:
         if optimized:
-            rotation = opq.rotation(items, num_codebooks=num_codebooks, num_codewords=num_codewords, width=width)
+            shape = {"num_codebooks": num_codebooks, "num_codewords": num_codewords, "width": width}
+            rotation = opq.rotation(items, **shape, seed=0)
             queries, items = queries @ rotation, items @ rotation
         codebooks, codes = baselines.faiss_pq(items, [items], num_codebooks=num_codebooks, num_codewords=num_codewords)
         table = ranking.lookup_table(baselines.pad(queries, num_codebooks), codebooks, metric="l2")

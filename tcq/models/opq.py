@@ -18,9 +18,10 @@ def projection(
     num_codebooks: int,
     num_codewords: int,
     width: int,
+    seed: int,
 ) -> Float[np.ndarray, "F E"]:
     """`rotation`, after `whitening` if there are several views of some items."""
-    shape = {"num_codebooks": num_codebooks, "num_codewords": num_codewords, "width": width}
+    shape = {"num_codebooks": num_codebooks, "num_codewords": num_codewords, "width": width, "seed": seed}
     if views is None or views.shape[1] < 2:
         return rotation(rows, **shape)
     white = whitening(views)
@@ -44,22 +45,28 @@ def whitening(views: Float[np.ndarray, "I V F"]) -> Float[np.ndarray, "F F"]:
 
 
 def rotation(
-    train: Float[np.ndarray, "T F"], *, num_codebooks: int, num_codewords: int, width: int
+    train: Float[np.ndarray, "T F"], *, num_codebooks: int, num_codewords: int, width: int, seed: int
 ) -> Float[np.ndarray, "F E"]:
     """Orthonormal columns, to multiply rows with: at most `width`, and a multiple of M.
 
     They are for codes of K codewords. FAISS takes 256 by default, which costs 0.05 to 0.09 of mAP at K = 16
-    (docs/clipping.md). Raises ValueError if there are fewer than K rows to train on.
+    (docs/clipping.md). FAISS always starts from the same rotation. Here the seed draws an order and signs of the columns
+    first, so that each seed finds another of many local optima. Raises ValueError if there are fewer than K rows to
+    train on.
     """
     import faiss
 
     if len(train) < num_codewords:
         raise ValueError(f"FAISS needs at least {num_codewords} vectors for its rotation, got {len(train)}")
-    train = np.ascontiguousarray(train - train.mean(axis=0, keepdims=True), np.float32)
+    random = np.random.RandomState(seed)
+    order, signs = random.permutation(train.shape[1]), random.choice(np.float32([-1, 1]), train.shape[1])
+    train = np.ascontiguousarray((train - train.mean(axis=0, keepdims=True))[:, order] * signs[None], np.float32)
     width = max(min(width, train.shape[1]) // num_codebooks, 1) * num_codebooks
     pq = faiss.ProductQuantizer(width, num_codebooks, quantizer.code_bits(num_codewords))
     pq.cp.min_points_per_centroid = 1  # no warning on standard error for small collections
     matrix = faiss.OPQMatrix(train.shape[1], num_codebooks, width)
     matrix.pq = pq
     matrix.train(train)
-    return faiss.vector_to_array(matrix.A).reshape(width, train.shape[1]).T.copy()
+    columns = np.empty((train.shape[1], width), np.float32)
+    columns[order] = (faiss.vector_to_array(matrix.A).reshape(width, train.shape[1]) * signs[None]).T
+    return columns

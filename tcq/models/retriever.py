@@ -205,7 +205,7 @@ def init(
     if codewords == "random":
         return variables
     if codewords == "opq":
-        kernel = _projection(model, variables, images, views)
+        kernel = _projection(model, variables, images, views, seed=int(jax.random.bits(draw_key, dtype=jnp.uint32)))
         variables["params"]["projection"] = {**variables["params"]["projection"], "kernel": kernel}
     features = _outputs(model, variables, images, "features")
     mean = features.mean(axis=0)
@@ -228,7 +228,7 @@ def init(
 
 
 def _projection(
-    model: Retriever, variables: Variables, images: np.ndarray, views: np.ndarray | None
+    model: Retriever, variables: Variables, images: np.ndarray, views: np.ndarray | None, *, seed: int
 ) -> Float[Array, "F D"]:
     """The kernel of the projection by OPQ.
 
@@ -239,7 +239,7 @@ def _projection(
     if views is not None:
         rows = np.asarray(_outputs(model, variables, views.reshape(-1, views.shape[-1]), "embed"))
         views = rows.reshape(views.shape)
-    kernel = opq.projection(embedded, views, **shape, width=model.num_codebooks * model.codeword_dim)
+    kernel = opq.projection(embedded, views, **shape, width=model.num_codebooks * model.codeword_dim, seed=seed)
     parts = kernel.reshape(len(kernel), model.num_codebooks, -1)
     padded = np.pad(parts, [(0, 0), (0, 0), (0, model.codeword_dim - parts.shape[-1])])
     return jnp.asarray(padded.reshape(len(kernel), -1))

@@ -9,10 +9,30 @@ from tcq.models import embedder, opq, retriever
 
 def test_the_rotation_has_orthogonal_rows():
     train = np.random.RandomState(0).randn(300, 12).astype("f4")
-    rotation = opq.rotation(train, num_codebooks=4, num_codewords=16, width=10)
+    rotation = opq.rotation(train, num_codebooks=4, num_codewords=16, width=10, seed=0)
     np.testing.assert_allclose(rotation.T @ rotation, np.eye(8), atol=1e-4)
     with pytest.raises(ValueError, match="at least 16 vectors for its rotation, got 15"):
-        opq.rotation(train[:15], num_codebooks=4, num_codewords=16, width=10)
+        opq.rotation(train[:15], num_codebooks=4, num_codewords=16, width=10, seed=0)
+
+
+def test_each_seed_starts_from_its_own_rotation():
+    """It finds another optimum, which is as good; the same seed finds the same one."""
+    random = np.random.RandomState(0)
+    train = (random.randn(60, 12)[random.randint(0, 60, 900)] + random.randn(900, 12)).astype("f4")
+    found, losses = {}, {}
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+        found[name] = opq.rotation(train, num_codebooks=3, num_codewords=16, width=12, seed=seed)
+        losses[name] = _loss_of_pq(train @ found[name], num_codebooks=3)
+    assert np.array_equal(found["first"], found["again"])
+    assert np.abs(found["first"] - found["other"]).max() > 0.1
+    assert losses["other"] == pytest.approx(losses["first"], rel=0.03)
+    assert losses["first"] < 0.98 * _loss_of_pq(train, num_codebooks=3)
+
+
+def _loss_of_pq(rows: np.ndarray, *, num_codebooks: int) -> float:
+    codebooks, codes = baselines.faiss_pq(rows, [rows], num_codebooks=num_codebooks, num_codewords=16)
+    decoded = np.concatenate([codebooks[m][codes[:, m]] for m in range(num_codebooks)], axis=1)
+    return float(np.mean((rows - decoded) ** 2))
 
 
 def test_the_rotation_is_for_the_number_of_codewords():
@@ -21,11 +41,8 @@ def test_the_rotation_is_for_the_number_of_codewords():
     train = (random.randn(40, 16)[random.randint(0, 40, 1500)] + random.randn(1500, 16)).astype("f4")
     losses = {}
     for rotated_for in (16, 256):
-        rotation = opq.rotation(train, num_codebooks=4, num_codewords=rotated_for, width=16)
-        rows = train @ rotation
-        codebooks, codes = baselines.faiss_pq(rows, [rows], num_codebooks=4, num_codewords=16)
-        decoded = np.concatenate([codebooks[m][codes[:, m]] for m in range(4)], axis=1)
-        losses[rotated_for] = np.mean((rows - decoded) ** 2)
+        rotation = opq.rotation(train, num_codebooks=4, num_codewords=rotated_for, width=16, seed=0)
+        losses[rotated_for] = _loss_of_pq(train @ rotation, num_codebooks=4)
     assert losses[16] < 0.98 * losses[256], losses
 
 
