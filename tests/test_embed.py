@@ -272,18 +272,19 @@ def test_noise_is_a_function_of_the_seed_the_step_and_the_place(tmp_path):
     assert losses[1][0] != losses[1][1]
 
 
-@pytest.mark.parametrize("num_views", [0, 3])
-def test_training_starts_with_a_projection_by_the_views(tmp_path, num_views):
+@pytest.mark.parametrize(("num_views", "strength"), [(0, 1.0), (3, 1.0), (3, 0.0)])
+def test_training_starts_with_a_projection_by_the_views(tmp_path, num_views, strength):
     """Where views differ in the first six numbers, these have smaller weights."""
     folder = folder_of(tmp_path / "e", num_views)
     if num_views:
         file = folder / "view_emb" / "view_emb_0.npy"
         np.save(file, np.load(file) + np.random.RandomState(1).randn(400, 3, 12).astype("f4") * np.repeat([9, 0], 6))
     overrides = [*small.SMALL, f"data.source=embeddings:{folder}", "quantizer.init=opq", "quantizer.init_images=400"]
+    overrides.append(f"quantizer.whitening={strength}")
     config = configs.load("configs/embeddings.py", overrides)
     model, source = retriever.from_config(config, axis_name="batch"), embeddings.open_folder(folder)
     with jax.numpy_dtype_promotion("standard"):
         rule = optimizer.make(config, 10)
         state = runs.initial_state(config, model, rule, source, splits.of_source(source, config.data))
     lengths = np.linalg.norm(state.params["projection"]["kernel"], axis=1)
-    assert (lengths[6:].mean() > 3 * lengths[:6].mean()) == (num_views > 0)
+    assert (lengths[6:].mean() > 3 * lengths[:6].mean()) == (num_views * strength > 0)

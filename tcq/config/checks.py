@@ -116,6 +116,7 @@ ALLOWED: dict[str, Choice | Range] = {
     "quantizer.metric": _one_of(quantizer.METRICS),
     "quantizer.init": _one_of(INITS),
     "quantizer.init_images": POSITIVE_COUNT,
+    "quantizer.whitening": Range(0, 1),
     "loss.pairing": _one_of(losses.PAIRINGS),
     "loss.temperature": POSITIVE,
     "loss.clip_from": SHARE,

@@ -179,6 +179,7 @@ def init(
     codewords: str,
     backbone: Variables | None = None,
     views: np.ndarray | None = None,
+    whitening: float = 1.0,
 ) -> dict[str, Any]:
     """Initial variables of the model.
 
@@ -189,6 +190,7 @@ def init(
       codewords: how the codebooks are initialized, see below.
       backbone: variables of the backbone, such as published weights; None: random ones.
       views: embeddings (I, V, F) of V views of some images, which "opq" whitens by.
+      whitening: its strength, 0 to 1.
 
     With codewords "data", "kmeans" or "opq" (our choice) the projection is centred and scaled, so that over `images`
     the features have mean zero and the subvectors a mean squared length of 1. Each codebook then consists of such
@@ -205,7 +207,8 @@ def init(
     if codewords == "random":
         return variables
     if codewords == "opq":
-        kernel = _projection(model, variables, images, views, seed=int(jax.random.bits(draw_key, dtype=jnp.uint32)))
+        seed = int(jax.random.bits(draw_key, dtype=jnp.uint32))
+        kernel = _projection(model, variables, images, views, seed=seed, strength=whitening)
         variables["params"]["projection"] = {**variables["params"]["projection"], "kernel": kernel}
     features = _outputs(model, variables, images, "features")
     mean = features.mean(axis=0)
@@ -228,18 +231,19 @@ def init(
 
 
 def _projection(
-    model: Retriever, variables: Variables, images: np.ndarray, views: np.ndarray | None, *, seed: int
+    model: Retriever, variables: Variables, images: np.ndarray, views: np.ndarray | None, *, seed: int, strength: float
 ) -> Float[Array, "F D"]:
     """The kernel of the projection by OPQ.
 
     It has columns of zeros where the embedding has fewer numbers than the features.
     """
-    shape = {"num_codebooks": model.num_codebooks, "num_codewords": model.num_codewords}
+    width = model.num_codebooks * model.codeword_dim
+    shape = {"num_codebooks": model.num_codebooks, "num_codewords": model.num_codewords, "width": width}
     embedded = np.asarray(_outputs(model, variables, images, "embed"))
     if views is not None:
         rows = np.asarray(_outputs(model, variables, views.reshape(-1, views.shape[-1]), "embed"))
         views = rows.reshape(views.shape)
-    kernel = opq.projection(embedded, views, **shape, width=model.num_codebooks * model.codeword_dim, seed=seed)
+    kernel = opq.projection(embedded, views, **shape, seed=seed, strength=strength)
     parts = kernel.reshape(len(kernel), model.num_codebooks, -1)
     padded = np.pad(parts, [(0, 0), (0, 0), (0, model.codeword_dim - parts.shape[-1])])
     return jnp.asarray(padded.reshape(len(kernel), -1))

@@ -298,7 +298,10 @@ def initial_state(
     """The state before the first step; for `images` and `views` see `retriever.init`."""
     key = jax.random.fold_in(jax.random.key(config.train.seed), INIT_KEY)
     weights = encode.backbone_from_weights(config, model) if config.model.weights else None
-    variables = retriever.init(key, model, images, codewords=config.quantizer.init, backbone=weights, views=views)
+    q = config.quantizer
+    variables = retriever.init(
+        key, model, images, codewords=q.init, backbone=weights, views=views, whitening=q.whitening
+    )
     params = variables["params"]
     queue: Any = jnp.zeros(_queue_shape(config), jnp.float32) if config.loss.queue else {}
     return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), optimizer.init(params), queue)

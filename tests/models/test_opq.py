@@ -67,14 +67,15 @@ def test_a_retriever_of_embeddings_starts_with_the_projection_of_opq(numbers, wi
     assert np.all((np.abs(kernel).sum(axis=0) > 0) == (np.arange(width) < numbers // 4)[None])
 
 
-def test_whitening_is_that_of_the_definition():
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_whitening_is_that_of_the_definition(strength):
     random = np.random.RandomState(0)
     views = (random.randn(50, 1, 5) + random.randn(50, 4, 5) * [3, 1, 1, 0.5, 0.1]).astype("f4")
-    white = opq.whitening(views).astype("f8")
+    white = opq.whitening(views, strength=strength).astype("f8")
     apart = (views - views.mean(1, keepdims=True)).reshape(-1, 5).astype("f8")
     values, vectors = np.linalg.eigh(apart.T @ apart)
     ridge = opq.RIDGE * values.mean()
-    wanted = vectors @ np.diag(1 / np.sqrt(values + ridge)) @ vectors.T
+    wanted = vectors @ np.diag((values + ridge) ** (-strength / 2)) @ vectors.T
     np.testing.assert_allclose(white / np.linalg.norm(white), wanted / np.linalg.norm(wanted), atol=1e-5)
 
 
