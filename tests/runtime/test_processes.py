@@ -242,6 +242,27 @@ def test_a_process_that_fails_ends_the_others_which_name_it(monkeypatch, event):
             assert "no process has advanced for" in output and re.search(r"process 1 on \S+: step 812", output), output
 
 
+TURNED = """
+import sys
+from tcq import cli
+from tcq.models import opq
+rotation = opq.rotation
+if sys.argv[-1] == "--process_id=1":
+    opq.rotation = lambda *arguments, **options: -rotation(*arguments, **options)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_all_start_from_the_state_of_process_0(images, tmp_path):
+    """Even if a library computes something else on another machine; training compares the bits of all replicas."""
+    start = ("--config.quantizer.init=opq", "--config.train.total_steps=4", "--config.train.compare_every_steps=1")
+    command = [sys.executable, "-c", TURNED, *train_arguments(images, tmp_path / "run"), *start]
+    with Running([command, command]) as run:
+        for i in range(2):
+            status, output = run.end(i)
+            assert status == 0, output
+
+
 def both_end(*commands):
     """Exit status and output of two processes of one run."""
     with Running([small.command(*command) for command in commands]) as run:
