@@ -23,7 +23,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test check
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-# Whole programs: several processes, signals, servers, databases, copies, the notebook, the wheel.
+# Whole programs (several processes, signals, servers, databases, copies, the notebook, the wheel), and what compiles long.
 test-whole: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "whole and not slow"
 

@@ -16,6 +16,7 @@ STRICT = [("jax_numpy_dtype_promotion", "strict"), ("jax_enable_x64", True), ("j
 
 @pytest.mark.parametrize(("flag", "value"), STRICT)
 @pytest.mark.parametrize("scope", losses.SCOPES)
+@pytest.mark.whole
 def test_losses_are_float32_and_the_same(flag, value, scope):
     a, b = (np.random.RandomState(i).randn(16, 8).astype("f4") for i in (0, 1))
 

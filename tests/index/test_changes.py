@@ -218,6 +218,7 @@ def test_the_lock_of_a_killed_process_is_free_and_that_of_a_living_one_names_it(
     process.stdout.close()
 
 
+@pytest.mark.whole
 def test_readers_see_the_old_or_the_new_index(built, images):
     from tcq.index import store
 

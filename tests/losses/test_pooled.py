@@ -152,6 +152,7 @@ def test_a_clip_that_changes_is_the_same_loss():
 
 
 @pytest.mark.parametrize("gather", losses.GATHERS)
+@pytest.mark.whole
 def test_memory_grows_no_faster_than_the_batch(gather):
     small, large = (memory(n, gather=gather, clip=n // 50, clip_scope="batch") for n in (2**13, 2**14))
     assert large < 2.1 * small

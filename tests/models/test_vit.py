@@ -78,6 +78,7 @@ def test_the_first_block_is_never_dropped_and_the_last_at_the_given_rate(images)
     np.testing.assert_array_equal(run(params), run(without("block_1")))
 
 
+@pytest.mark.whole
 def test_scan_and_remat_change_neither_parameters_nor_results(images):
     shape = SMALL | {"depth": 3, "layer_scale": True, "registers": 2, "dropout": 0.2, "drop_path": 0.4}
     params = vit.ViT(**shape).init(jax.random.key(0), images)
@@ -99,6 +100,7 @@ def test_scan_and_remat_change_neither_parameters_nor_results(images):
             np.testing.assert_allclose(b, a, rtol=1e-4, atol=2e-5, err_msg=str(options))
 
 
+@pytest.mark.whole
 def test_remat_stores_less_and_scan_compiles_one_block():
     images = jnp.ones((64, 32, 32, 3))
 

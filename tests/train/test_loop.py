@@ -32,6 +32,7 @@ def assert_same_run(workdir, other):
         ("step 9/12", 11),  # step 10 tells all processes, and its logs are read after step 11
     ],
 )
+@pytest.mark.whole
 def test_a_signal_stops_after_a_step_that_is_saved_and_the_run_resumes(digits_run, tmp_path, logs, text, saved):
     with small.signal_at(text), pytest.raises(signals.Stopped, match=rf"after step {saved}, which is saved") as stopped:
         train.train(small.shared(), tmp_path)
@@ -41,6 +42,7 @@ def test_a_signal_stops_after_a_step_that_is_saved_and_the_run_resumes(digits_ru
     assert_same_run(tmp_path, digits_run)
 
 
+@pytest.mark.whole
 def test_a_validation_that_was_interrupted_is_repeated(digits_run, tmp_path, monkeypatch, logs):
     real = devices.map_in_batches
 

@@ -98,6 +98,7 @@ def one_step(config):
 
 
 class TestFrozen:
+    @pytest.mark.whole
     def test_only_other_parts_move_and_have_state_and_a_backward_pass(self):
         shared = ("model.depth=3", "model.pooling=cls", "optim.learning_rate=0.1", "optim.warmup_steps=0")
         names, sizes, flops = {}, {}, {}

@@ -262,6 +262,7 @@ def test_a_ring_passes_columns_on():
     assert set(collectives("loss.gather=ring")) == {"all-reduce", "collective-permute"}
 
 
+@pytest.mark.whole
 def test_the_step_is_float32_where_jax_defaults_to_float64():
     c = small.shared(
         *SGD,

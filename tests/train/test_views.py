@@ -30,6 +30,7 @@ def test_an_image_has_that_many_views():
     np.testing.assert_allclose(again, rows[[2, 0]], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.whole
 def test_training_on_stored_features_equals_training_on_images():
     c = small.config(*PLAIN, *EMBEDDED, "data.augment.crop=0.5", "optim.learning_rate=0.5", "loss.clip=0.2")
     images, body, start = small.first_step(c)

@@ -47,6 +47,7 @@ def test_what_was_saved_is_read_back_before_an_older_one_is_deleted(manager, tmp
 
 
 @pytest.mark.parametrize("step", [6, 12])
+@pytest.mark.whole
 def test_a_run_ends_only_with_a_checkpoint_that_can_be_read(tmp_path, monkeypatch, logs, step):
     real = checkpoint.verify_newest
 
@@ -88,6 +89,7 @@ def test_a_refusal_leaves_no_folder_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.whole
 def test_what_a_killed_run_was_writing_goes_at_the_next_one(tmp_path):
     (tmp_path / "run").mkdir()
     old, new = (tmp_path / "run" / f".tmp-config.json-{i}" for i in (1, 2))
