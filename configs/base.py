@@ -49,9 +49,9 @@ def set_backbone(c: ConfigDict, backbone: str, weights: str, *, image_size: int)
 def train_on_embeddings(c: ConfigDict, kinds: str = "") -> None:
     """Only projection and codebooks are trained, from those of OPQ on.
 
-    `kinds` is about how many kinds of things there are, "" if unknown. Temperature and clip follow the validation
-    images of three sets with another start (docs/clipping.md): without `kinds` few pairs are clipped, at a high
-    temperature. Start and learning rate follow one of these sets. The rest is our choice.
+    `kinds` is about how many kinds of things there are, "" if unknown. Start, temperature and clip follow the
+    validation images of three sets, and the learning rate those of one (docs/clipping.md). Without `kinds` few pairs
+    are clipped, at a high temperature. The rest is our choice.
     """
     if kinds and (not kinds.isdecimal() or int(kinds) < 2):
         raise ValueError(
