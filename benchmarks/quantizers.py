@@ -33,7 +33,7 @@ def product(num_codebooks: int, num_codewords: int, width: int, *, optimized: bo
     def scores(queries: np.ndarray, items: np.ndarray) -> np.ndarray:
         if optimized:
             shape = {"num_codebooks": num_codebooks, "num_codewords": num_codewords, "width": width}
-            rotation = opq.rotation(items, **shape, seed=0)
+            rotation = opq.rotation(items, **shape, seed=None)
             queries, items = queries @ rotation, items @ rotation
         codebooks, codes = baselines.faiss_pq(items, [items], num_codebooks=num_codebooks, num_codewords=num_codewords)
         table = ranking.lookup_table(baselines.pad(queries, num_codebooks), codebooks, metric="l2")

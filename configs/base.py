@@ -188,7 +188,7 @@ def _quantizer() -> ConfigDict:
     quantizer.metric = "l2"  # l2 (SPQ) | ip (MeCoQ)
     quantizer.init = "data"  # of the codewords: kmeans | data (features of images) | random; opq: projection and kmeans
     quantizer.init_images = 1024  # training images for all but random, drawn by train.seed
-    quantizer.whitening = 1.0  # strength of whitening by views before opq: 0 (none) to 1; embeddings of several views
+    quantizer.whitening = 1.0  # strength of whitening by the views before opq, 0 (none) to 1; needs several views
     return quantizer
 
 

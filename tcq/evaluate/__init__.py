@@ -179,7 +179,7 @@ def _baselines(evaluation: Evaluation) -> dict[str, retrieval.Scorer]:
     if name == "pq_embeddings" and len(sample) >= q.num_codewords:
         width = q.num_codebooks * q.codeword_dim
         shape = {"num_codebooks": q.num_codebooks, "num_codewords": q.num_codewords, "width": width}
-        rotation = opq.rotation(inputs(split.database[sample]), **shape, seed=0)
+        rotation = opq.rotation(inputs(split.database[sample]), **shape, seed=None)
         rotated = (inputs(split.query) - mean) @ rotation
         others["opq_embeddings"] = pq(lambda b: rotated[b], lambda i: (inputs(split.database[i]) - mean) @ rotation)
     fewer = sample[: int(config.eval.baseline_mib * 2**20 / inputs(split.query[:1]).nbytes)]

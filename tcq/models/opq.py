@@ -3,6 +3,8 @@
 They give a projection that codes lose least of, of what differs between images and not between views of one.
 """
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float
 
@@ -18,22 +20,27 @@ def projection(
     num_codebooks: int,
     num_codewords: int,
     width: int,
-    seed: int,
+    seed: int | None,
     strength: float = 1.0,
 ) -> Float[np.ndarray, "F E"]:
-    """`rotation`, after `whitening` of that strength if there are several views of some items."""
-    shape = {"num_codebooks": num_codebooks, "num_codewords": num_codewords, "width": width, "seed": seed}
+    """The projection by `rotation`, after `whitening` if there are several views."""
+    options: dict[str, Any] = {
+        "num_codebooks": num_codebooks,
+        "num_codewords": num_codewords,
+        "width": width,
+        "seed": seed,
+    }
     if views is None or views.shape[1] < 2 or not strength:
-        return rotation(rows, **shape)
+        return rotation(rows, **options)
     white = whitening(views, strength=strength)
-    return white @ rotation(rows @ white, **shape)
+    return white @ rotation(rows @ white, **options)
 
 
 def whitening(views: Float[np.ndarray, "I V F"], *, strength: float = 1.0) -> Float[np.ndarray, "F F"]:
     """A matrix after which views of one item differ as much in all directions.
 
     It is the inverse square root of their covariance about the means of their items (relevant component analysis,
-    Bar-Hillel et al. 2005), with RIDGE of its mean eigenvalue added. A strength below 1 is a power of that matrix.
+    Bar-Hillel et al. 2005), with RIDGE of its mean eigenvalue added. The result is that matrix to the power `strength`.
     """
     covariance = np.zeros((views.shape[2],) * 2)
     for block in np.array_split(views, max(len(views) // 1024, 1)):
@@ -46,22 +53,23 @@ def whitening(views: Float[np.ndarray, "I V F"], *, strength: float = 1.0) -> Fl
 
 
 def rotation(
-    train: Float[np.ndarray, "T F"], *, num_codebooks: int, num_codewords: int, width: int, seed: int
+    train: Float[np.ndarray, "T F"], *, num_codebooks: int, num_codewords: int, width: int, seed: int | None
 ) -> Float[np.ndarray, "F E"]:
     """Orthonormal columns, to multiply rows with: at most `width`, and a multiple of M.
 
     They are for codes of K codewords. FAISS takes 256 by default, which costs 0.05 to 0.09 of mAP at K = 16
-    (docs/clipping.md). FAISS always starts from the same rotation. Here the seed draws an order and signs of the
-    columns first, so that each seed finds another of many local optima. Raises ValueError if there are fewer than K
-    rows to train on.
+    (docs/clipping.md). FAISS always starts from the same rotation, as here without a seed. A seed draws an order and
+    signs of the columns first, so that each seed leads to another solution. Raises ValueError if there are fewer than
+    K rows to train on.
     """
     import faiss
 
     if len(train) < num_codewords:
         raise ValueError(f"FAISS needs at least {num_codewords} vectors for its rotation, got {len(train)}")
-    random = np.random.RandomState(seed)
-    order = random.permutation(train.shape[1])
-    signs = random.choice(np.array([-1, 1], np.float32), len(order))
+    order, signs = np.arange(train.shape[1]), np.ones(train.shape[1], np.float32)
+    if seed is not None:
+        random = np.random.RandomState(seed)
+        order, signs = random.permutation(order), random.choice(np.array([-1, 1], np.float32), len(order))
     train = np.ascontiguousarray((train - train.mean(axis=0, keepdims=True))[:, order] * signs[None], np.float32)
     width = max(min(width, train.shape[1]) // num_codebooks, 1) * num_codebooks
     pq = faiss.ProductQuantizer(width, num_codebooks, quantizer.code_bits(num_codewords))

@@ -190,7 +190,7 @@ def init(
       codewords: how the codebooks are initialized, see below.
       backbone: variables of the backbone, such as published weights; None: random ones.
       views: embeddings (I, V, F) of V views of some images, which "opq" whitens by.
-      whitening: its strength, 0 to 1.
+      whitening: the strength of that whitening, 0 to 1.
 
     With codewords "data", "kmeans" or "opq" (our choice) the projection is centred and scaled, so that over `images`
     the features have mean zero and the subvectors a mean squared length of 1. Each codebook then consists of such
@@ -240,10 +240,10 @@ def _projection(
     width = model.num_codebooks * model.codeword_dim
     shape = {"num_codebooks": model.num_codebooks, "num_codewords": model.num_codewords, "width": width}
     embedded = np.asarray(_outputs(model, variables, images, "embed"))
-    if views is not None:
+    if views is not None and strength:
         rows = np.asarray(_outputs(model, variables, views.reshape(-1, views.shape[-1]), "embed"))
         views = rows.reshape(views.shape)
-    kernel = opq.projection(embedded, views, **shape, seed=seed, strength=strength)
+    kernel = opq.projection(embedded, views if strength else None, **shape, seed=seed, strength=strength)
     parts = kernel.reshape(len(kernel), model.num_codebooks, -1)
     padded = np.pad(parts, [(0, 0), (0, 0), (0, model.codeword_dim - parts.shape[-1])])
     return jnp.asarray(padded.reshape(len(kernel), -1))

@@ -242,7 +242,7 @@ def test_a_process_that_fails_ends_the_others_which_name_it(monkeypatch, event):
             assert "no process has advanced for" in output and re.search(r"process 1 on \S+: step 812", output), output
 
 
-TURNED = """
+NEGATED = """
 import sys
 from tcq import cli
 from tcq.models import opq
@@ -254,9 +254,9 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def test_all_start_from_the_state_of_process_0(images, tmp_path):
-    """Even if a library computes something else on another machine; training compares the bits of all replicas."""
+    """Process 1 gets another rotation, and training, which compares the bits of all replicas, goes on."""
     start = ("--config.quantizer.init=opq", "--config.train.total_steps=4", "--config.train.compare_every_steps=1")
-    command = [sys.executable, "-c", TURNED, *train_arguments(images, tmp_path / "run"), *start]
+    command = [sys.executable, "-c", NEGATED, *train_arguments(images, tmp_path / "run"), *start]
     with Running([command, command]) as run:
         for i in range(2):
             status, output = run.end(i)
