@@ -30,7 +30,7 @@ def projection(
         "width": width,
         "seed": seed,
     }
-    if views is None or views.shape[1] < 2 or not strength:
+    if views is None or views.shape[1] < 2:
         return rotation(rows, **options)
     white = whitening(views, strength=strength)
     return white @ rotation(rows @ white, **options)

@@ -208,7 +208,7 @@ def init(
         return variables
     if codewords == "opq":
         seed = int(jax.random.bits(draw_key, dtype=jnp.uint32))
-        kernel = _projection(model, variables, images, views, seed=seed, strength=whitening)
+        kernel = _projection(model, variables, images, views if whitening else None, seed=seed, strength=whitening)
         variables["params"]["projection"] = {**variables["params"]["projection"], "kernel": kernel}
     features = _outputs(model, variables, images, "features")
     mean = features.mean(axis=0)
@@ -240,10 +240,10 @@ def _projection(
     width = model.num_codebooks * model.codeword_dim
     shape = {"num_codebooks": model.num_codebooks, "num_codewords": model.num_codewords, "width": width}
     embedded = np.asarray(_outputs(model, variables, images, "embed"))
-    if views is not None and strength:
+    if views is not None:
         rows = np.asarray(_outputs(model, variables, views.reshape(-1, views.shape[-1]), "embed"))
         views = rows.reshape(views.shape)
-    kernel = opq.projection(embedded, views if strength else None, **shape, seed=seed, strength=strength)
+    kernel = opq.projection(embedded, views, **shape, seed=seed, strength=strength)
     parts = kernel.reshape(len(kernel), model.num_codebooks, -1)
     padded = np.pad(parts, [(0, 0), (0, 0), (0, model.codeword_dim - parts.shape[-1])])
     return jnp.asarray(padded.reshape(len(kernel), -1))
