@@ -212,6 +212,7 @@ def test_what_a_model_on_embeddings_cannot_take_is_refused(tmp_path, run, images
         small.assert_refused(small.main(*arguments), message)
 
 
+@pytest.mark.whole
 def test_embed_writes_what_training_reads(tmp_path):
     flags = [*small.flags(*HEAD), f"--config.data.cache_dir={tmp_path / 'cache'}"]
     done = small.main("embed", "--config=configs/digits.py", *flags, f"--out={tmp_path / 'e'}")
@@ -242,6 +243,7 @@ def test_tcq_embed_goes_on_and_of_other_settings_starts_anew(tmp_path, logs):
     assert embeddings.open_folder(tmp_path / "e").views.shape[:2] == (1797, 2)
 
 
+@pytest.mark.whole
 def test_a_backbone_of_ours_embeds_too(digits_run, tmp_path):
     flags = ["--config.data.views=2", f"--config.model.weights={digits_run}", "--config.data.image_size=8"]
     done = small.main("embed", "--config=configs/digits.py", *flags, f"--out={tmp_path / 'e'}")
@@ -257,6 +259,7 @@ def test_a_backbone_of_ours_embeds_too(digits_run, tmp_path):
     small.assert_refused(done, "nothing to embed with: give --config.model.embedder")
 
 
+@pytest.mark.whole
 def test_noise_is_a_function_of_the_seed_the_step_and_the_place(tmp_path):
     folder = folder_of(tmp_path / "e", 0)
     overrides = [*small.SMALL, f"data.source=embeddings:{folder}", "optim.name=sgd", "optim.momentum=0"]

@@ -45,6 +45,7 @@ def test_similarities_are_those_of_features_and_decoded_codes(digits_run):
         np.testing.assert_allclose(similarity[i, j], x @ y / np.linalg.norm(x) / np.linalg.norm(y), rtol=1e-5)
 
 
+@pytest.mark.whole
 def test_a_run_leaves_a_picture_if_it_clips(tmp_path, digits_run):
     train.train(small.config("loss.clip=0.1", "loss.clip_scope=batch", "train.total_steps=2"), tmp_path / "run")
     with Image.open(tmp_path / "run" / clipped.CLIPPED) as picture:

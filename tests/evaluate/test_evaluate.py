@@ -115,6 +115,7 @@ def test_few_images_have_no_faiss_baselines(tmp_path):
     assert "random order" in evaluate.table(results)
 
 
+@pytest.mark.whole
 def test_without_labels_there_is_nothing_to_score(tmp_path):
     write_images(tmp_path / "images", [f"{i}.png" for i in range(12)])
     flags = ["data.batch_size=8", "train.total_steps=1", "eval.every_steps=0"]

@@ -33,6 +33,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.whole
 def test_docs_list_every_named_model_with_its_parameter_count():
     rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \|", Path("docs/weights.md").read_text(), re.MULTILINE)
     table = {name: int(count.replace(",", "")) for name, count in rows}

@@ -114,6 +114,7 @@ def test_replicas_are_compared_after_the_first_step_and_regularly(digits_run, tm
     assert compared == [7, 8, 12]
 
 
+@pytest.mark.whole
 def test_images_on_the_devices_and_a_stream_of_them_give_the_same_bits(digits_run, tmp_path, logs):
     train.train(small.shared("data.resident=0"), tmp_path)
     assert "the training images are on every device" not in logs.text

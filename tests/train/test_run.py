@@ -48,6 +48,7 @@ def test_leaves_everything_and_the_best_beside_the_newest(digits_run):
     assert encode.load(digits_run).step == max(scores, key=scores.get)
 
 
+@pytest.mark.whole
 def test_nothing_is_compiled_after_the_first_validation(tmp_path, monkeypatch):
     compiled, after = [], []
     real = held_out.validate
