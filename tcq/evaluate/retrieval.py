@@ -65,7 +65,7 @@ def retrieve(
         on each accelerator, or on the CPU, while the one before them is evaluated in threads.
 
     The results have the same bits for any block size, and for any number of processes, which share the blocks.
-    Raises Stopped if a process of the run was asked to stop.
+    Raises Stopped if a process of the run got a signal to stop.
     """
     at_once = 1 + len(devices.scorers())
     size = max(1, max_scores // at_once // max(len(database_labels), 1) // ranking.ROWS) * ranking.ROWS
@@ -94,7 +94,7 @@ def _evaluate_blocks(
 ) -> list[metrics.Scores]:
     """Evaluates blocks in threads, each while the next ones are scored.
 
-    Stops early when the process is asked to.
+    Stops early if the process got a signal to stop.
     """
     threads, scored = os.cpu_count() or 1, len(devices.scorers())
     parts: list[metrics.Scores] = []

@@ -182,7 +182,7 @@ def map_in_batches(function: Callable[[Any, Any], Any], params: Any, rows: Any, 
       NumPy arrays of the length of the rows. The processes of a run share the work, and each gets all results.
 
     Raises:
-      Stopped: a process of the run was asked to stop.
+      Stopped: a process of the run got a signal to stop.
     """
     length = len(jax.tree.leaves(rows)[0])
     devices = jax.local_device_count()

@@ -186,7 +186,7 @@ def require_visible(path: str | Path) -> None:
 
 
 def agree_to_stop() -> None:
-    """Raises Stopped in all processes if any was asked to stop. All of them have to call it."""
+    """Raises Stopped in all processes if any got a signal to stop. All have to call it."""
     names = [name for name in exchange(signals.requested()) if name]
     if names:
         signals.request(names[0])

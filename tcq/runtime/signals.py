@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Stopped(BaseException):
-    """A signal asked the process to stop, and it has reached a safe point.
+    """The process got a signal to stop, and has reached a safe point.
 
     `status` is the exit status of the process. Stopped derives from BaseException, as KeyboardInterrupt does, so that
     `except Exception` does not swallow it.
@@ -72,7 +72,7 @@ def handle(number: int, frame: FrameType | None) -> None:
 
 
 def requested() -> str | None:
-    """Name of the signal that asked this process or another of its run to stop; else None."""
+    """Name of the signal to stop that this process or another of its run got; else None."""
     return _State.requested
 
 

@@ -44,7 +44,7 @@ def train(
         what.
       LockedError: another process trains in this workdir.
       TrainError: the numbers of the run are not finite, or its devices differ.
-      Stopped: a signal asked the process to stop; the state is saved.
+      Stopped: the process got a signal to stop; the state is saved.
     """
     checkpoint.check_place(workdir)
     promotion = jax.numpy_dtype_promotion("standard")  # which optax and flax take for granted

@@ -57,7 +57,7 @@ class Events(NamedTuple):
 class Outcome(NamedTuple):
     """Flags from the logs of a step, equal on all processes."""
 
-    stop: bool = False  # a process was asked to stop
+    stop: bool = False  # a process got a signal to stop
     skipped: bool = False  # the step was not finite
 
 
@@ -77,7 +77,7 @@ def events(config: ConfigDict, steps: int, step: int) -> Events:
 def loop(job: Job, state: TrainState) -> dict[str, float]:
     """Trains from the step of a state to the last one; returns the last validation.
 
-    Raises TooManySkippedSteps, TrainError, or Stopped when a process was asked to stop, after the state was saved.
+    Raises TooManySkippedSteps, TrainError, or Stopped when a process got a signal to stop, after the state was saved.
     """
     start = int(state.step)
     state = devices.replicate(state)
@@ -122,7 +122,7 @@ def loop(job: Job, state: TrainState) -> dict[str, float]:
 
 
 def _next_batch(stream: Iterator[devices.Batch], speed: Speed, step: int) -> devices.Batch:
-    """The next batch, with whether this process was asked to stop."""
+    """The next batch, with whether this process got a signal to stop."""
     processes.set_phase(f"step {step}, waiting for data")
     start = time.monotonic()
     batch = next(stream)
