@@ -3,7 +3,7 @@
 They give a projection that codes lose least of, of what differs between images and not between views of one.
 """
 
-from typing import Any
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float
@@ -24,16 +24,11 @@ def projection(
     strength: float = 1.0,
 ) -> Float[np.ndarray, "F E"]:
     """The projection by `rotation`, after `whitening` if there are several views."""
-    options: dict[str, Any] = {
-        "num_codebooks": num_codebooks,
-        "num_codewords": num_codewords,
-        "width": width,
-        "seed": seed,
-    }
+    rotate = partial(rotation, num_codebooks=num_codebooks, num_codewords=num_codewords, width=width, seed=seed)
     if views is None or views.shape[1] < 2:
-        return rotation(rows, **options)
+        return rotate(rows)
     white = whitening(views, strength=strength)
-    return white @ rotation(rows @ white, **options)
+    return white @ rotate(rows @ white)
 
 
 def whitening(views: Float[np.ndarray, "I V F"], *, strength: float = 1.0) -> Float[np.ndarray, "F F"]:

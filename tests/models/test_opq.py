@@ -30,6 +30,19 @@ def test_each_seed_starts_from_its_own_rotation():
     assert losses["first"] < 0.98 * _loss_of_pq(train, num_codebooks=3)
 
 
+def test_the_key_of_a_retriever_chooses_the_solution():
+    points = np.random.RandomState(0).randn(300, 8).astype("f4")
+    model = retriever.Retriever(embedder.Standardize(8), 2, 16, 4, 10.0, "ip")
+    first, again, other = (
+        np.asarray(
+            retriever.init(jax.random.key(seed), model, points, codewords="opq")["params"]["projection"]["kernel"]
+        )
+        for seed in (0, 0, 1)
+    )
+    np.testing.assert_allclose(first, again, atol=1e-4)
+    assert np.abs(first - other).max() > 0.1
+
+
 def _loss_of_pq(rows: np.ndarray, *, num_codebooks: int) -> float:
     codebooks, codes = baselines.faiss_pq(rows, [rows], num_codebooks=num_codebooks, num_codewords=16)
     decoded = np.concatenate([codebooks[m][codes[:, m]] for m in range(num_codebooks)], axis=1)
