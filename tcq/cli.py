@@ -244,10 +244,12 @@ def _score(
 
 
 def _add_judge(commands: flags.Commands) -> None:
-    help = "ask which pairs of images are the same kind of thing, and say how much to clip"
+    help = "ask which images are the same kind of thing, and say how much to clip"
     parser = flags.add_command(commands, "judge", help, _judge, compiles=True)
     parser.add_argument("--workdir", type=flags.path, required=True, help="workdir of a short first training run")
-    parser.add_argument("--answers", type=flags.positive, default=50, help="number of answers in all (default: 50)")
+    parser.add_argument(
+        "--answers", type=flags.positive, default=50, help="answers in all, about 8 images each (default: 50)"
+    )
     by = parser.add_mutually_exclusive_group()
     by.add_argument("--labels", action="store_true", help="let the labels of the images answer")
     by.add_argument("--page", action="store_true", help="ask on a page in the browser, not in the terminal")

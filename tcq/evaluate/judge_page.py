@@ -1,4 +1,4 @@
-"""The questions of `tcq judge` on a page: two pictures, and three answers.
+"""The questions of `tcq judge` on a page: an anchor, and images that may be of its kind.
 
 The judge runs in a thread, and its questions wait for the page. An answer names the number of its question, so that an
 old page or a second click answers no other question.
@@ -24,7 +24,7 @@ from starlette.routing import Route
 
 from tcq import web
 from tcq.data.source import Source
-from tcq.evaluate import judge
+from tcq.evaluate import judge, kinds
 from tcq.runtime import signals
 from tcq.web import guard as guards
 
@@ -37,14 +37,16 @@ FILES = {
 WAIT = 10.0  # seconds that a request waits for the next question
 MAX_BYTES = 1000  # of an answer
 SIDE = 320  # pixels of a small picture, which is enlarged without smoothing
-ANSWERS = {"same": True, "different": False, "stop": None}
+STOP = "stop"  # instead of an answer: no further question
+
+Answer = list[int] | str  # places of the images of the anchor's kind, from 1; or STOP
 
 
 class Question(NamedTuple):
-    """What the page shows: a pair, or the result at the end."""
+    """What the page shows: images, or the result at the end."""
 
     number: int
-    pair: tuple[int, int] | None = None  # positions in the source
+    images: tuple[int, ...] = ()  # positions in the source, the anchor first
     result: str = ""
 
 
@@ -52,27 +54,30 @@ class Exchange:
     """Passes questions of one thread to the page, and its answers back."""
 
     def __init__(self) -> None:
-        self.question, self.answer, self.closed = Question(0), "", False
+        self.question, self.closed = Question(0), False
+        self.answer: Answer | None = None
         self.changed = threading.Condition()
 
-    def ask(self, first: int, second: int) -> bool | None:
+    def ask(self, anchor: int, others: list[int]) -> list[bool] | None:
         """The answer to a new question; None if there is to be no further one."""
         with self.changed:
-            self.question, self.answer = Question(self.question.number + 1, (first, second)), ""
+            self.question, self.answer = Question(self.question.number + 1, (anchor, *others)), None
             self.changed.notify_all()
-            self.changed.wait_for(lambda: self.answer or self.closed)
-            return None if self.closed else ANSWERS[self.answer]
+            self.changed.wait_for(lambda: self.answer is not None or self.closed)
+            if self.closed or self.answer is None or self.answer == STOP:
+                return None
+            return [place in self.answer for place in range(1, len(others) + 1)]
 
     def finish(self, result: str) -> None:
         """Shows the result."""
         with self.changed:
-            self.question = Question(self.question.number + 1, None, result)
+            self.question = Question(self.question.number + 1, (), result)
             self.changed.notify_all()
 
-    def reply(self, number: int, answer: str) -> None:
+    def reply(self, number: int, answer: Answer) -> None:
         """Answers the question of this number, if it is still open."""
         with self.changed:
-            if number == self.question.number and self.question.pair and not self.answer:
+            if number == self.question.number and self.question.images and self.answer is None:
                 self.answer = answer
                 self.changed.notify_all()
 
@@ -89,7 +94,7 @@ class Exchange:
             self.changed.notify_all()
 
 
-def run(judge_by: Callable[[judge.Ask], judge.Judgement], source: Source, *, host: str, port: int) -> judge.Judgement:
+def run(judge_by: Callable[[judge.Ask], kinds.Judgement], source: Source, *, host: str, port: int) -> kinds.Judgement:
     """What `judge_by` returns, whose questions a person answers on the page.
 
     Raises PageError if the address cannot be used, what `judge_by` raises, and Stopped after a signal.
@@ -124,9 +129,8 @@ def make(exchange: Exchange, source: Source, guard: guards.Guard, finished: Call
 
     async def state(number: int) -> Response:
         question = await anyio.to_thread.run_sync(exchange.after, number, abandon_on_cancel=True)
-        content: dict[str, Any] = {"number": question.number, "result": question.result, "names": []}
-        if question.pair:
-            content["names"] = [_text(source.names[i]) for i in question.pair]
+        names = [_text(source.names[i]) for i in question.images]
+        content = {"number": question.number, "result": question.result, "names": names}
         background = BackgroundTask(finished) if question.result else None
         return JSONResponse(content, headers={"cache-control": "no-store"}, background=background)
 
@@ -139,18 +143,17 @@ def make(exchange: Exchange, source: Source, guard: guards.Guard, finished: Call
         return await state(number)
 
     async def picture(request: Request) -> Response:
-        now = exchange.question
-        side = {"first": 0, "second": 1}.get(request.path_params["side"])
-        if now.pair is None or side is None or _number(request.path_params["number"]) != now.number:
+        now, place = exchange.question, _number(request.path_params["place"])
+        if _number(request.path_params["number"]) != now.number or place >= len(now.images):
             raise HTTPException(404, "this question is over")
-        png = await anyio.to_thread.run_sync(_png, pictures, now.pair[side])
+        png = await anyio.to_thread.run_sync(_png, pictures, now.images[place])
         return Response(png, media_type="image/png", headers={"cache-control": "no-store"})
 
     routes = [Route(path, _file) for path in FILES]
     routes += [
         Route("/api/question", question),
         Route("/api/answers/{number}", answer, methods=["POST"]),
-        Route("/api/pictures/{number}/{side}", picture),
+        Route("/api/pictures/{number}/{place}", picture),
     ]
     handlers: Any = {HTTPException: _error}
     return guards.wrap(Starlette(routes=routes, exception_handlers=handlers), guard)
@@ -165,7 +168,7 @@ async def _file(request: Request) -> Response:
     return FileResponse(PAGE / name, headers={"content-type": kind, "cache-control": "no-cache"})
 
 
-async def _answer(request: Request) -> str:
+async def _answer(request: Request) -> Answer:
     body = b""
     async for part in request.stream():
         body += part
@@ -175,8 +178,9 @@ async def _answer(request: Request) -> str:
         answer = json.loads(body)["answer"]
     except (ValueError, KeyError, TypeError, RecursionError):
         answer = None
-    if not isinstance(answer, str) or answer not in ANSWERS:
-        raise HTTPException(400, f'an answer is {{"answer": ...}}, one of {", ".join(ANSWERS)}')
+    places = range(1, kinds.NEIGHBOURS + 1)
+    if answer != STOP and not (isinstance(answer, list) and all(type(p) is int and p in places for p in answer)):
+        raise HTTPException(400, f'an answer is {{"answer": "{STOP}"}} or a list of numbers from 1 to {places[-1]}')
     return answer
 
 

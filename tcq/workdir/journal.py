@@ -27,7 +27,7 @@ class Journal:
         from tensorboardX import SummaryWriter
 
         path = folder / METRICS
-        lines = [line for line in _read(path) if line["step"] <= step]
+        lines = [line for line in read(path) if line["step"] <= step]
         self._groups = {(line["step"], key.partition("/")[0]) for line in lines for key in line}
         storage.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._lines: TextIO = open(path, "a")
@@ -66,7 +66,7 @@ class Journal:
             self._events.close()
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[Any]:
     """All lines of a file that are whole; the last line of a killed run may be cut."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else ():

@@ -5,95 +5,68 @@ import numpy as np
 import pytest
 
 import small
-from tcq.evaluate import judge
+from tcq.data.source import Source
+from tcq.evaluate import judge, kinds
+from tcq.evaluate.report import EvaluateError
 
 
-def curve(u, half, slope):
-    return 1 / (1 + (np.asarray(u) / half) ** slope)
+@pytest.fixture
+def workdir(digits_run, tmp_path):
+    return shutil.copytree(digits_run, tmp_path / "run")
 
 
-def simulate(half, slope, seed, count, *, rank=None):
-    """Answers of a judge for whom p(u) is a curve; ranks are chosen by the posterior, or drawn evenly."""
-    random, answers = np.random.RandomState(seed), []
-    for _ in range(count):
-        u = judge.next_rank(judge.posterior(answers)) if rank is None else rank(random)
-        answers.append((u, bool(random.rand() < curve(u, half, slope))))
-    return answers
+def stored(workdir):
+    return [json.loads(line) for line in (workdir / judge.ANSWERS).read_text().splitlines()]
 
 
-RANKS = judge.pair_ranks(np.random.RandomState(0).randn(30, 30))
+def test_labels_answer_and_answers_are_kept(workdir):
+    done = small.main("judge", f"--workdir={workdir}", "--answers=3", "--labels")
+    assert done.returncode == 0 and "3 answers: " in done.stdout and "--config.loss.clip=" in done.stdout
+    rows = stored(workdir)
+    assert len(rows) == len({(r["first"], r["second"]) for r in rows}) == 3 * kinds.NEIGHBOURS
+    source = judge.prepare(workdir, count=1, labels=True)[0]
+    label = dict(zip(source.names, source.labels, strict=True))
+    assert all(r["same"] == (label[r["first"]] == label[r["second"]]) for r in rows)
+    assert len({r["same"] for r in rows}) == 2
+    done = small.main("judge", f"--workdir={workdir}", "--answers=5", "--labels")
+    again = stored(workdir)
+    assert "5 answers: " in done.stdout and again[: len(rows)] == rows and len(again) == 5 * kinds.NEIGHBOURS
+    assert small.main("judge", f"--workdir={workdir}", "--answers=5", "--labels").stdout == done.stdout
 
 
-@pytest.mark.parametrize(("half", "slope"), [(0.02, 2.0), (0.1, 3.0), (0.005, 1.0)])
-def test_the_interval_holds_the_share(half, slope):
-    u = (np.arange(10**6) + 0.5) / 10**6
-    truth = curve(u, half, slope).mean()
-    results = [judge.judgement(simulate(half, slope, seed, 50), RANKS) for seed in range(8)]
-    assert sum(r.low <= truth <= r.high for r in results) >= 6
-    assert np.median([abs(np.log(r.share / truth)) for r in results]) < 0.6
-    expected = [curve(u, half, slope)[u < r.clip].mean() for r in results]
-    assert abs(np.mean([r.precision for r in results]) - np.mean(expected)) < 0.15
+def test_images_that_share_one_of_several_labels_are_of_one_kind():
+    labels = np.array([[1, 1, 0], [0, 1, 0], [0, 0, 1], [1, 0, 1]], bool)
+    source = Source(images=np.zeros((4, 8, 8, 3), np.uint8), labels=labels, names=list("abcd"), classes=[], skipped=[])
+    assert judge.by_labels(source)(0, [1, 2, 3]) == [True, False, True]
 
 
-def test_chosen_questions_tell_more_than_random_ones():
-    def width(rank):
-        results = [judge.judgement(simulate(0.02, 2.0, seed, 30, rank=rank), RANKS) for seed in range(4)]
-        return np.mean([np.log(r.high / r.low) for r in results])
-
-    assert width(None) < 0.7 * width(lambda random: random.rand())
-
-
-def test_ranks_are_shares_of_more_similar_pairs():
-    similarity = np.random.RandomState(0).randn(6, 6)
-    ranks = judge.pair_ranks(similarity)
-    both = np.maximum(similarity, similarity.T)
-    values = both[np.triu_indices(6, 1)]
-    np.testing.assert_allclose(ranks[1, 4], (values >= both[1, 4]).sum() / 15)
-    np.testing.assert_array_equal(ranks, ranks.T)
-
-
-def test_many_or_few_of_ones_kind_decide_the_scope():
-    labels = np.repeat(np.arange(31), [60] + [3] * 30)
-    for kinds, scope in ((labels, "batch"), (np.arange(len(labels)) % 10, "anchor")):
-        same = kinds[:, None] == kinds
-        ranks = judge.pair_ranks(same + 0.01 * np.random.RandomState(0).rand(*same.shape))
-        share = same[np.triu_indices(len(same), 1)].mean()
-        answers = [(float(u), bool(u < share)) for u in judge.RANKS]
-        result = judge.judgement(answers, ranks)
-        assert result.scope == scope
-        assert f"--config.loss.clip_scope={scope}" in result.overrides
-        careful = {"batch": judge.BATCH_PART, "anchor": 1.0}[scope] * result.share
-        assert result.low * judge.BATCH_PART < result.clip <= careful * 1.001
-
-
-def test_labels_answer_and_answers_are_kept(digits_run, tmp_path):
-    workdir = shutil.copytree(digits_run, tmp_path / "run")
-    done = small.main("judge", f"--workdir={workdir}", "--answers=6", "--labels")
-    assert done.returncode == 0 and "6 answers: " in done.stdout and "--config.loss.clip=" in done.stdout
-    rows = [json.loads(line) for line in (workdir / judge.ANSWERS).read_text().splitlines()]
-    assert len(rows) == len({(r["first"], r["second"]) for r in rows}) == 6
-    done = small.main("judge", f"--workdir={workdir}", "--answers=9", "--labels")
-    again = [json.loads(line) for line in (workdir / judge.ANSWERS).read_text().splitlines()]
-    assert "9 answers: " in done.stdout and again[:6] == rows and len(again) == 9
-
-
-def test_questions_end_with_the_pairs(digits_run, tmp_path, monkeypatch):
-    workdir = shutil.copytree(digits_run, tmp_path / "run")
+def test_questions_end_with_the_pairs(workdir, monkeypatch):
     monkeypatch.setattr(judge, "IMAGES", 3)
     for _ in range(2):
         done = small.main("judge", f"--workdir={workdir}", "--labels")
-        assert done.returncode == 0 and "3 answers: " in done.stdout
-    assert len((workdir / judge.ANSWERS).read_text().splitlines()) == 3
+        assert done.returncode == 0 and "2 answers: " in done.stdout
+    assert len({frozenset((r["first"], r["second"])) for r in stored(workdir)}) == len(stored(workdir)) == 3
 
 
 def test_a_bucket_is_refused():
     small.assert_refused(small.main("judge", "--workdir=gs://bucket/run"), "is in a bucket")
 
 
-def test_a_person_sees_a_picture_and_can_stop(digits_run, tmp_path):
-    workdir = shutil.copytree(digits_run, tmp_path / "run")
-    given = iter(["perhaps", "Y", "n", "q"])
-    done = judge.run(workdir, count=50, labels=False, read=lambda question: next(given))
-    assert done.answers == 2
-    assert [json.loads(r)["same"] for r in (workdir / judge.ANSWERS).read_text().splitlines()] == [True, False]
+def test_a_file_of_other_lines_is_refused_and_a_cut_line_is_not(workdir):
+    (workdir / judge.ANSWERS).write_text('{"first": "a", "second": "b", "same": true}\n{"first": "a", "sec')
+    source, judge_by = judge.prepare(workdir, count=1, labels=True)
+    assert judge_by(judge.by_labels(source)).answers == 1
+    for line in ('{"first": "a"}', "3", '{"first": [], "second": "b", "same": true}'):
+        (workdir / judge.ANSWERS).write_text(line + "\n")
+        with pytest.raises(EvaluateError, match="is no answer: it needs first, second, same"):
+            judge_by(judge.by_labels(source))
+
+
+def test_a_person_sees_a_picture_and_can_stop(workdir):
+    given, questions = iter(["perhaps", "", "1 9", "3, 1", "0", "Q"]), []
+    done = judge.run(workdir, count=50, labels=False, read=lambda question: questions.append(question) or next(given))
+    assert done.answers == 2 and len({*questions}) == 1
+    assert str(workdir / judge.PICTURE) in questions[0] and "which are the same kind of thing" in questions[0]
+    same = [r["same"] for r in stored(workdir)]
+    assert same == [True, False, True] + [False] * (2 * kinds.NEIGHBOURS - 3)
     assert (workdir / judge.PICTURE).stat().st_size > 1000

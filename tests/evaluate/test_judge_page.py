@@ -13,7 +13,7 @@ import small
 from judging import judging
 from serving import ask
 from tcq import web
-from tcq.evaluate import judge
+from tcq.evaluate import judge, kinds
 from tcq.runtime import signals
 
 
@@ -32,13 +32,18 @@ def test_a_person_answers_on_the_page(workdir):
     source, judge_by = judge.prepare(workdir, count=3, labels=False)
     with judging(judge_by, source) as (address, ends):
         _, headers, page = ask(address, "/")
-        assert b"the same kind of thing?" in page and "default-src 'none'" in headers["content-security-policy"]
+        assert (
+            b"the same kind of thing as the first?" in page
+            and "default-src 'none'" in headers["content-security-policy"]
+        )
         state, seen = ask(address, "/api/question?after=0")[2], []
-        for given in ("same", "different", "same"):
-            seen.append((*state["names"], given == "same"))
-            for side, name in zip(("first", "second"), state["names"], strict=True):
-                _, headers, png = ask(address, f"/api/pictures/{state['number']}/{side}")
-                pixels = source.images[source.names.index(name)]
+        for given in ([2, 8], [], [1, 1]):
+            names = state["names"]
+            assert len(names) == 1 + kinds.NEIGHBOURS
+            seen += [(names[0], name, place in given) for place, name in enumerate(names[1:], 1)]
+            for place in (0, 3, 8):
+                _, headers, png = ask(address, f"/api/pictures/{state['number']}/{place}")
+                pixels = source.images[source.names.index(names[place])]
                 with Image.open(io.BytesIO(png)) as image:
                     shown = np.asarray(image.convert("RGB").resize(pixels.shape[:2], Image.Resampling.NEAREST))
                 np.testing.assert_array_equal(shown, np.broadcast_to(pixels, shown.shape))
@@ -50,20 +55,24 @@ def test_a_person_answers_on_the_page(workdir):
     assert ends[0].answers == 3 and judge.text(ends[0]) == state["result"]
 
 
-def test_only_the_open_question_is_answered_and_by_one_of_three(workdir):
+def test_only_the_open_question_is_answered_and_by_numbers(workdir):
     source, judge_by = judge.prepare(workdir, count=9, labels=False)
     with judging(judge_by, source) as (address, ends):
         number = ask(address, "/api/question?after=0")[2]["number"]
-        after = reply(address, number, "same")["number"]
+        after = reply(address, number, [1])["number"]
         assert after == number + 1
-        assert reply(address, number, "same")["number"] == after  # a second click: nothing new
-        assert ask(address, f"/api/pictures/{number}/first")[0] == 404
-        for body in (b"", b"{}", b"[]", b'{"answer": null}', b'{"answer": "perhaps"}', b"[" * 900, b"\xff"):
+        assert reply(address, number, [1])["number"] == after  # a second click: nothing new
+        for place in (f"{number}/0", f"{after}/9", f"{after + 1}/0"):
+            assert ask(address, f"/api/pictures/{place}")[0] == 404
+        wrong = (b"null", b'"perhaps"', b"[0]", b"[9]", b"[true]", b"[1.0]", b'["1"]', b"{}", b"1")
+        bodies = [b'{"answer": ' + value + b"}" for value in wrong]
+        for body in (b"", b"{}", b"[]", b"[" * 900, b"\xff", *bodies):
             status, _, error = ask(address, f"/api/answers/{after}", body)
-            assert status == 400 and "one of same, different, stop" in error["error"]
+            assert status == 400 and "a list of numbers from 1 to 8" in error["error"]
         assert ask(address, f"/api/answers/{after}", b"x" * 2000)[0] == 413
         for text in ("-1", "x", "9" * 30, "%C2%B2"):
-            assert ask(address, f"/api/answers/{text}", b'{"answer": "same"}')[0] == 400
+            assert ask(address, f"/api/answers/{text}", b'{"answer": [1]}')[0] == 400
+            assert ask(address, f"/api/pictures/{after}/{text}")[0] == 400
         foreign = ask(address, "/api/question", None, {"Origin": "http://example.org"})
         assert foreign[0] == 403
         state = reply(address, after, "stop")
@@ -74,9 +83,10 @@ def test_only_the_open_question_is_answered_and_by_one_of_three(workdir):
 def test_a_signal_stops_the_page_and_answers_are_kept(workdir):
     source, judge_by = judge.prepare(workdir, count=9, labels=False)
     with judging(judge_by, source, ends_itself=False) as (address, ends):
-        reply(address, ask(address, "/api/question?after=0")[2]["number"], "different")
+        reply(address, ask(address, "/api/question?after=0")[2]["number"], [])
     assert isinstance(ends[0], signals.Stopped)
-    assert [json.loads(r)["same"] for r in (workdir / judge.ANSWERS).read_text().splitlines()] == [False]
+    rows = (workdir / judge.ANSWERS).read_text().splitlines()
+    assert [json.loads(r)["same"] for r in rows] == [False] * kinds.NEIGHBOURS
 
 
 def test_an_error_of_the_judge_ends_the_page(workdir):

@@ -1,6 +1,4 @@
 const at = (id) => document.getElementById(id)
-const buttons = [...document.querySelectorAll('[data-answer]')]
-const keys = { y: 'same', n: 'different', q: 'stop' }
 let number = 0
 
 function say(text, failed = false) {
@@ -15,6 +13,33 @@ async function ask(path, options) {
   return content
 }
 
+const others = () => [...at('others').querySelectorAll('button')]
+const picked = () => others().flatMap((button, i) => (button.ariaPressed === 'true' ? [i + 1] : []))
+
+function enable(on) {
+  for (const button of [...others(), at('next'), at('stop')]) button.disabled = !on
+}
+
+function toggle(button) {
+  button.ariaPressed = button.ariaPressed === 'true' ? 'false' : 'true'
+  const count = picked().length
+  at('next').firstChild.textContent = ['None of them ', 'This one '][count] ?? `These ${count} `
+}
+
+function other(name, place) {
+  const [item, button, image, caption, key] = ['li', 'button', 'img', 'span', 'kbd'].map((tag) => document.createElement(tag))
+  button.type = 'button'
+  button.ariaPressed = 'false'
+  button.ariaKeyShortcuts = key.textContent = place
+  image.src = `api/pictures/${number}/${place}`
+  image.alt = `Image ${place}`
+  caption.textContent = name
+  button.append(image, key, caption)
+  button.addEventListener('click', () => toggle(button))
+  item.append(button)
+  return item
+}
+
 function show(state) {
   if (state.result) {
     at('question').hidden = true
@@ -27,20 +52,20 @@ function show(state) {
   }
   if (state.number === number) return
   number = state.number
-  for (const [i, id] of ['first', 'second'].entries()) {
-    at(id).src = `api/pictures/${number}/${id}`
-    at(id).nextElementSibling.textContent = state.names[i]
-  }
+  at('anchor').firstChild.src = `api/pictures/${number}/0`
+  at('anchor').lastChild.textContent = state.names[0]
+  at('others').replaceChildren(...state.names.slice(1).map((name, i) => other(name, i + 1)))
+  at('next').firstChild.textContent = 'None of them '
   at('progress').textContent = `question ${number}`
   at('question').hidden = false
   say('')
-  for (const button of buttons) button.disabled = false
+  enable(true)
 }
 
-async function answer(text) {
-  if (at('question').hidden || buttons[0].disabled) return
-  for (const button of buttons) button.disabled = true
-  const options = { method: 'POST', body: JSON.stringify({ answer: text }) }
+async function answer(value) {
+  if (at('question').hidden || at('next').disabled) return
+  enable(false)
+  const options = { method: 'POST', body: JSON.stringify({ answer: value }) }
   await follow(() => ask(`api/answers/${number}`, options))
 }
 
@@ -52,13 +77,16 @@ async function follow(first) {
     show(state)
   } catch (error) {
     say(`No answer from tcq judge (${error.message}). Is it still running? Answers so far are kept.`, true)
-    for (const button of buttons) button.disabled = false
+    enable(true)
   }
 }
 
-for (const button of buttons) button.addEventListener('click', () => answer(button.dataset.answer))
+at('next').addEventListener('click', () => answer(picked()))
+at('stop').addEventListener('click', () => answer('stop'))
 document.addEventListener('keydown', (event) => {
   if (event.repeat || event.ctrlKey || event.metaKey || event.altKey) return
-  if (keys[event.key]) answer(keys[event.key])
+  if (event.key === 'n') answer(picked())
+  else if (event.key === 'q') answer('stop')
+  else others()[event.key - 1]?.click()
 })
 follow(() => ask('api/question?after=0'))

@@ -1,0 +1,141 @@
+"""How many pairs of a collection are of one kind, by answers about some of them.
+
+A question shows an anchor and NEIGHBOURS other images: which are of its kind? The chance that a pair is of one kind
+falls with its rank u, the share of pairs that are more similar, as the curve
+p(u) = floor + (top - floor) / (1 + (u / half)^slope): our choice. A grid over these four holds its posterior. Pairs are
+drawn in proportion to sqrt(p (1 - p)), the allocation of Neyman (1934), which narrows the share of pairs of one kind,
+the integral of p, most.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+NEIGHBOURS = 8  # images of a question, beside the anchor
+# Our choices, by validation images of three sets (docs/clipping.md):
+SKEW = 0.9  # standard deviation over mean of the number of an image's nearest pairs, from which scope "batch" fits
+TEMPERATURE = 0.2
+INTERVAL = (0.05, 0.95)
+RESAMPLES = 100  # of the answers
+RANKS = np.geomspace(1e-4, 1.0, 41)  # where the chances are known when a question is drawn
+_FLOORS, _TOPS = [0.0, 0.01, 0.02, 0.05, 0.1, 0.15], [0.6, 0.75, 0.9, 1.0]
+_CURVES = np.meshgrid(np.geomspace(1e-4, 1.0, 33), np.geomspace(0.4, 6.0, 10), _FLOORS, _TOPS)
+_HALF, _SLOPE, _FLOOR, _TOP = (x.ravel() for x in _CURVES)
+_EDGES = np.concatenate([[0.0], np.geomspace(1e-6, 1.0, 240)])  # of the intervals that the integral sums over
+
+
+class Judgement(NamedTuple):
+    """What some answers say."""
+
+    share: float  # of all pairs that are of one kind, which is the `loss.clip` that fits
+    low: float
+    high: float  # the share is in between with 90 %
+    scope: str  # the `loss.clip_scope` that fits
+    precision: float  # of the clipped pairs, if this share is clipped in the whole batch
+    answers: int
+
+    @property
+    def overrides(self) -> list[str]:
+        """The overrides of a config that follow this judgement."""
+        values = {"clip": f"{self.share:.3g}", "clip_scope": self.scope, "temperature": TEMPERATURE}
+        return [f"--config.loss.{key}={value}" for key, value in values.items()]
+
+
+def chance(u: Any) -> Float[np.ndarray, "G ..."]:
+    """p(u) for every curve of the grid.
+
+    It is halfway from top to floor at the rank `half`, and steeper with `slope`.
+    """
+    u = np.asarray(u, np.float64)
+    half, slope, floor, top = (x.reshape(-1, *[1] * u.ndim) for x in (_HALF, _SLOPE, _FLOOR, _TOP))
+    logits = slope * (np.log(np.maximum(u, 1e-9))[None] - np.log(half))
+    return floor + (top - floor) / (1 + np.exp(np.clip(logits, -50, 50)))
+
+
+_MIDDLES, _WIDTHS = (_EDGES[1:] + _EDGES[:-1]) / 2, np.diff(_EDGES)
+_SHARES = chance(_MIDDLES) @ _WIDTHS  # of every curve
+_AT_RANKS = chance(RANKS)
+
+
+def likelihood(ranks: Float[np.ndarray, " m"], same: Bool[np.ndarray, " m"]) -> Float[np.ndarray, " G"]:
+    """The log likelihood of every curve by one answer: ranks of pairs, and which are alike."""
+    p = chance(ranks)
+    return np.log(np.maximum(np.where(same, p, 1 - p), 1e-12)).sum(axis=1)
+
+
+def posterior(answers: list[Float[np.ndarray, " G"]]) -> Float[np.ndarray, " G"]:
+    """The probability of every curve after answers, each a `likelihood`.
+
+    Before any, all are equal. It is the mean of the posteriors of RESAMPLES resamples of the answers (bagged posterior,
+    Huggins and Miller 2019). So it is as wide as the answers differ: the pairs of a question share an anchor, and the
+    curve is only our choice.
+    """
+    if not answers:
+        return np.full(len(_HALF), 1 / len(_HALF))
+    counts = np.random.RandomState(0).multinomial(len(answers), np.full(len(answers), 1 / len(answers)), RESAMPLES)
+    log = counts @ np.stack(answers)
+    weights = np.exp(log - log.max(axis=1, keepdims=True))
+    return (weights / weights.sum(axis=1, keepdims=True)).mean(axis=0)
+
+
+def draw(
+    weights: Float[np.ndarray, " G"],
+    ranks: Float[np.ndarray, "B B"],
+    is_open: Bool[np.ndarray, "B B"],
+    random: np.random.RandomState,
+) -> tuple[int, Int[np.ndarray, " m"]] | None:
+    """The anchor of the next question, and at most NEIGHBOURS images; None without open pairs.
+
+    Each pair is about as likely as sqrt(p (1 - p)) at its rank. The images come in random order.
+    """
+    p = weights @ _AT_RANKS
+    telling = np.interp(np.log(ranks), np.log(RANKS), np.sqrt(np.maximum(p * (1 - p), 1e-4))) * is_open
+    total = telling.sum(axis=1)
+    if not total.any():
+        return None
+    anchor = int(random.choice(len(ranks), p=total / total.sum()))
+    order = np.argsort(ranks[anchor], kind="stable")
+    order = order[is_open[anchor, order]]
+    places = (np.arange(NEIGHBOURS) + random.uniform()) / NEIGHBOURS  # spread evenly over the ranks
+    chosen = np.searchsorted(np.cumsum(telling[anchor, order]) / total[anchor], places)
+    return anchor, random.permutation(order[np.unique(np.minimum(chosen, len(order) - 1))])
+
+
+def judgement(answers: list[Float[np.ndarray, " G"]], ranks: Float[np.ndarray, "B B"]) -> Judgement:
+    """What answers, each a `likelihood`, say of a collection.
+
+    `ranks` are of sampled pairs, with 1 on the diagonal.
+    """
+    weights = posterior(answers)
+    order = np.argsort(_SHARES)
+    quantiles = (INTERVAL[0], 0.5, INTERVAL[1])
+    low, share, high = np.interp(quantiles, np.cumsum(weights[order]), _SHARES[order]).tolist()
+    scope = "batch" if skew(ranks, share / 2) > SKEW else "anchor"  # half of it, in case the share is too high
+    inside = np.clip(share - _EDGES[:-1], 0, _WIDTHS)
+    precision = float(weights @ chance(_MIDDLES) @ inside / share)
+    return Judgement(share, low, high, scope, precision, len(answers))
+
+
+def skew(ranks: Float[np.ndarray, "B B"], share: float) -> float:
+    """How unevenly the most similar `share` of all pairs is spread over the images.
+
+    It is the deviation of the counts over their mean.
+    """
+    near = ranks <= share
+    np.fill_diagonal(near, False)
+    counts = near.sum(axis=1)
+    return float(counts.std() / max(counts.mean(), 1e-9))
+
+
+def pair_ranks(similarity: Float[np.ndarray, "B B"]) -> Float[np.ndarray, "B B"]:
+    """The share of pairs at least as similar as each pair, in (0, 1]; 1 on the diagonal."""
+    both = np.maximum(similarity, similarity.T)
+    first, second = np.triu_indices(len(both), 1)
+    values = both[first, second]
+    order = np.argsort(-values, kind="stable")
+    shares = np.empty(len(values))
+    shares[order] = (np.arange(len(values)) + 1) / len(values)
+    ranks = np.ones(both.shape)
+    ranks[first, second] = ranks[second, first] = shares
+    return ranks

@@ -1,0 +1,129 @@
+import numpy as np
+import pytest
+
+from tcq.evaluate import kinds
+
+
+def curve(u, half, slope, top=1.0):
+    return top / (1 + (np.asarray(u) / half) ** slope)
+
+
+def collection(seed, n=200):
+    return kinds.pair_ranks(np.random.RandomState(seed).randn(n, n))
+
+
+def answers(ranks, same, seed, count, *, even=False):
+    """Answers about a collection for whose pairs `same` is known; `even` draws pairs as if no answer told more."""
+    random, found, is_open = np.random.RandomState(seed), [], ~np.eye(len(ranks), dtype=bool)
+    for _ in range(count):
+        if even:
+            anchor, others = random.randint(len(ranks)), random.randint(len(ranks), size=kinds.NEIGHBOURS)
+            others = others[others != anchor]
+        else:
+            anchor, others = kinds.draw(kinds.posterior(found), ranks, is_open, random)
+            is_open[anchor] = is_open[others, anchor] = False
+        found.append(kinds.likelihood(ranks[anchor, others], same[anchor, others]))
+    return found
+
+
+@pytest.mark.parametrize(("half", "slope", "top"), [(0.02, 2.0, 1.0), (0.1, 3.0, 0.8), (0.02, 1.0, 1.0)])
+def test_the_interval_holds_the_share(half, slope, top):
+    u = (np.arange(10**6) + 0.5) / 10**6
+    truth = curve(u, half, slope, top).mean()
+    results = []
+    for seed in range(4):
+        ranks = collection(seed)
+        drawn = np.triu(np.random.RandomState(seed).rand(*ranks.shape), 1)
+        same = drawn + drawn.T < curve(ranks, half, slope, top)
+        results.append(kinds.judgement(answers(ranks, same, seed, 30), ranks))
+    assert sum(r.low <= truth <= r.high for r in results) >= 3
+    assert np.median([abs(np.log(r.share / truth)) for r in results]) < 0.25
+    expected = [curve(u, half, slope, top)[u < r.share].mean() for r in results]
+    assert abs(np.mean([r.precision for r in results]) - np.mean(expected)) < 0.08
+
+
+def test_the_interval_holds_although_pairs_of_an_anchor_are_alike():
+    """Kinds of different frequency, and features that tell little: the answers of one question depend."""
+    holds, widths = 0, []
+    for seed in range(8):
+        random = np.random.RandomState(seed)
+        labels = random.choice(11, size=200, p=np.r_[0.5, np.full(10, 0.05)])
+        same = labels[:, None] == labels
+        ranks = kinds.pair_ranks(random.randn(*same.shape))
+        truth = same[np.triu_indices(len(same), 1)].mean()
+        found = answers(ranks, same, seed, 20)
+        result, together = kinds.judgement(found, ranks), kinds.judgement([sum(found)], ranks)
+        holds += result.low <= truth <= result.high
+        widths.append([np.log(r.high / r.low) for r in (result, together)])
+    assert holds >= 7
+    width, as_if_independent = np.mean(widths, axis=0)
+    assert width > 1.3 * as_if_independent
+
+
+def test_the_likelihood_is_that_of_independent_pairs():
+    u, same = np.array([0.003, 0.2]), np.array([True, False])
+    p = kinds.chance(u)
+    np.testing.assert_allclose(kinds.likelihood(u, same), np.log(p[:, 0]) + np.log(1 - p[:, 1]), rtol=1e-12)
+    one = np.exp(kinds.likelihood(u, same))
+    np.testing.assert_allclose(kinds.posterior([np.log(one)]), one / one.sum(), rtol=1e-9)
+
+
+def test_chosen_questions_tell_more_than_even_ones():
+    def width(even):
+        found = []
+        for seed in range(4):
+            ranks = collection(seed)
+            same = np.random.RandomState(seed).rand(*ranks.shape) < curve(ranks, 0.02, 2.0)
+            found.append(kinds.judgement(answers(ranks, same, seed, 20, even=even), ranks))
+        return np.mean([np.log(r.high / r.low) for r in found])
+
+    assert width(False) < 0.7 * width(True)
+
+
+def test_a_question_has_open_pairs_of_many_ranks():
+    random = np.random.RandomState(0)
+    ranks, is_open = collection(0, 40), ~np.eye(40, dtype=bool)
+    is_open[:, 20:] = False
+    weights = kinds.posterior([kinds.likelihood(np.array([0.01, 0.5]), np.array([True, False]))])
+    for _ in range(20):
+        anchor, others = kinds.draw(weights, ranks, is_open, random)
+        assert is_open[anchor, others].all() and len({*others}) == len(others) <= kinds.NEIGHBOURS
+        assert np.ptp(ranks[anchor, others]) > 0.2
+    assert kinds.draw(weights, ranks, np.zeros_like(is_open), random) is None
+
+
+def test_pairs_are_drawn_as_often_as_their_answers_are_uncertain():
+    ranks, random = collection(0, 60), np.random.RandomState(1)
+    is_open, weights = ~np.eye(60, dtype=bool), np.zeros_like(kinds.posterior([]))
+    u = np.array([0.01, 0.1, 0.5])
+    weights[np.argmin(abs(kinds.chance(u) - curve(u, 0.1, 2.0)).sum(axis=1))] = 1
+    counts = np.zeros_like(ranks)
+    for _ in range(3000):
+        anchor, others = kinds.draw(weights, ranks, is_open, random)
+        counts[anchor, others] += 1
+    p = weights @ kinds.chance(np.clip(ranks, 0, 0.999)).reshape(len(weights), -1)
+    wanted = np.sqrt(p * (1 - p)).reshape(ranks.shape) * is_open
+    for low, high in ((0.0, 0.05), (0.05, 0.2), (0.2, 0.5), (0.5, 0.99)):
+        here = (ranks > low) & (ranks <= high)
+        np.testing.assert_allclose(counts[here].sum() / counts.sum(), wanted[here].sum() / wanted.sum(), rtol=0.1)
+
+
+def test_ranks_are_shares_of_more_similar_pairs():
+    similarity = np.random.RandomState(0).randn(6, 6)
+    ranks = kinds.pair_ranks(similarity)
+    both = np.maximum(similarity, similarity.T)
+    values = both[np.triu_indices(6, 1)]
+    np.testing.assert_allclose(ranks[1, 4], (values >= both[1, 4]).sum() / 15)
+    np.testing.assert_array_equal(ranks, ranks.T)
+
+
+def test_many_or_few_of_ones_kind_decide_the_scope():
+    labels = np.repeat(np.arange(31), [60] + [3] * 30)
+    for of, scope in ((labels, "batch"), (np.arange(len(labels)) % 10, "anchor")):
+        same = of[:, None] == of
+        ranks = kinds.pair_ranks(same + 0.01 * np.random.RandomState(0).rand(*same.shape))
+        share = same[np.triu_indices(len(same), 1)].mean()
+        result = kinds.judgement(3 * [kinds.likelihood(kinds.RANKS, share > kinds.RANKS)], ranks)
+        assert result.scope == scope and abs(np.log(result.share / share)) < 0.3
+        assert f"--config.loss.clip_scope={scope}" in result.overrides
+        assert f"--config.loss.clip={result.share:.3g}" in result.overrides
