@@ -72,9 +72,14 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 def suggestion(key: str, known: Mapping[str, Any]) -> str:
-    """The end of a message about an unknown key: the most similar known one, if there is one."""
-    by_name = {k.split(".")[-1]: k for k in known}
-    near = difflib.get_close_matches(key, list(known), 1, 0.6) or [
-        by_name[name] for name in difflib.get_close_matches(key.split(".")[-1], list(by_name), 1, 0.6)
-    ]
-    return f": did you mean {near[0]}?" if near else "; configs/base.py lists all keys"
+    """The end of a message about an unknown key.
+
+    It names the known keys of the same last name, or the most similar key.
+    """
+    name, by_name = key.split(".")[-1], {k.split(".")[-1]: k for k in known}
+    near = (
+        [k for k in known if k.split(".")[-1] == name]
+        or difflib.get_close_matches(key, list(known), 1, 0.6)
+        or [by_name[n] for n in difflib.get_close_matches(name, list(by_name), 1, 0.6)]
+    )
+    return f": did you mean {' or '.join(near)}?" if near else "; configs/base.py lists all keys"

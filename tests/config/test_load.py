@@ -19,6 +19,7 @@ def refused(overrides, file="configs/digits.py"):
     ("override", "message"),
     [
         ("loss.tempreture=1", "--config.loss.tempreture is unknown: did you mean loss.temperature?"),
+        ("train.batch_size=1", "is unknown: did you mean data.batch_size or eval.batch_size?"),
         ("lr=1", "--config.lr is unknown"),
         (
             "optim.warmup_steps=soon",
