@@ -57,7 +57,7 @@ def measure(workdir: Path, table: Path, counts: list[int], seeds: int) -> None:
         holds = np.mean([j.low <= truth <= j.high for j in found])
         batch = np.mean([j.scope == "batch" for j in found])
         loss = np.array(
-            [best - np.interp(np.log(j.share), np.log(scores[j.scope][0]), scores[j.scope][1]) for j in found]
+            [best - np.interp(np.log(j.clip), np.log(scores[j.scope][0]), scores[j.scope][1]) for j in found]
         )
         print(
             f"| {count} | {middle:.1%} ({low:.1%} to {high:.1%}) | {holds:.0%} | {batch:.0%} | "

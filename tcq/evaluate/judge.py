@@ -32,7 +32,7 @@ def text(j: kinds.Judgement) -> str:
     return (
         f"{j.answers} answers: {j.share:.2%} of the pairs are of one kind ({j.low:.2%} to {j.high:.2%} with 90 %), "
         f"about {1 / j.share:,.0f} kinds\n"
-        f"if as many are clipped, {j.precision:.0%} of the clipped pairs are of one kind\n"
+        f"if {j.clip:.2%} are clipped, {j.precision:.0%} of the clipped pairs are of one kind\n"
         f"{' '.join(j.overrides)}"
     )
 
