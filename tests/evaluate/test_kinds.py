@@ -42,6 +42,7 @@ def test_the_interval_holds_the_share(half, slope, top):
     assert abs(np.mean([r.precision for r in results]) - np.mean(expected)) < 0.08
 
 
+@pytest.mark.whole
 def test_the_interval_holds_although_pairs_of_an_anchor_are_alike():
     """Kinds of different frequency, and features that tell little: the answers of one question depend."""
     holds, widths = 0, []
@@ -68,6 +69,7 @@ def test_the_likelihood_is_that_of_independent_pairs():
     np.testing.assert_allclose(kinds.posterior([np.log(one)]), one / one.sum(), rtol=1e-9)
 
 
+@pytest.mark.whole
 def test_chosen_questions_tell_more_than_even_ones():
     def width(even):
         found = []
