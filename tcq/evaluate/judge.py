@@ -90,6 +90,8 @@ def judge(
         answers.append(kinds.likelihood(ranks[anchor, others], same))
         _close(is_open, anchor, others)
     with (folder / ANSWERS).open("a") as out:
+        if out.tell() and not (folder / ANSWERS).read_text().endswith("\n"):
+            out.write("\n")  # the last line of a killed process may be cut
         while len(answers) < count:
             drawn = kinds.draw(kinds.posterior(answers), ranks, is_open, random)
             if drawn is None:
@@ -107,7 +109,7 @@ def judge(
 
 
 def _close(is_open: Bool[np.ndarray, "B B"], anchor: int, others: Int[np.ndarray, " m"]) -> None:
-    """No image is an anchor twice, and no pair is asked about twice."""
+    """Afterwards no image is an anchor twice, and no pair is shown twice."""
     is_open[anchor] = False
     is_open[others, anchor] = False
 

@@ -56,6 +56,8 @@ def test_a_file_of_other_lines_is_refused_and_a_cut_line_is_not(workdir):
     (workdir / judge.ANSWERS).write_text('{"first": "a", "second": "b", "same": true}\n{"first": "a", "sec')
     source, judge_by = judge.prepare(workdir, count=1, labels=True)
     assert judge_by(judge.by_labels(source)).answers == 1
+    lines = (workdir / judge.ANSWERS).read_text().splitlines()
+    assert [set(json.loads(line)) for line in lines[2:]] == kinds.NEIGHBOURS * [set(judge.KEYS)]
     for line in ('{"first": "a"}', "3", '{"first": [], "second": "b", "same": true}'):
         (workdir / judge.ANSWERS).write_text(line + "\n")
         with pytest.raises(EvaluateError, match="is no answer: it needs first, second, same"):

@@ -32,10 +32,8 @@ def test_a_person_answers_on_the_page(workdir):
     source, judge_by = judge.prepare(workdir, count=3, labels=False)
     with judging(judge_by, source) as (address, ends):
         _, headers, page = ask(address, "/")
-        assert (
-            b"the same kind of thing as the first?" in page
-            and "default-src 'none'" in headers["content-security-policy"]
-        )
+        assert b"the same kind of thing as the first?" in page
+        assert "default-src 'none'" in headers["content-security-policy"]
         state, seen = ask(address, "/api/question?after=0")[2], []
         for given in ([2, 8], [], [1, 1]):
             names = state["names"]
