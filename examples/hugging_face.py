@@ -10,11 +10,13 @@ import os
 from functools import cache
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 from transformers import AutoImageProcessor, AutoModel
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# With a process for each GPU (launch/local.py), each takes its own.
+DEVICE = f"cuda:{jax.process_index() % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
 def embed(images: np.ndarray) -> np.ndarray:

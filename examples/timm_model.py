@@ -10,11 +10,13 @@ TIMM_MODEL is a name that timm.list_models() shows. TIMM_WEIGHTS may name a file
 import os
 from functools import cache
 
+import jax
 import numpy as np
 import timm
 import torch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# With a process for each GPU (launch/local.py), each takes its own.
+DEVICE = f"cuda:{jax.process_index() % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
 def embed(images: np.ndarray) -> np.ndarray:

@@ -2,9 +2,9 @@
 
     python launch/local.py --processes=4 -- train --config=configs/digits.py --workdir=runs/digits
 
-Write a tcq command that takes --distributed (train, evaluate, index, doctor) after --. The output of process i begins
-with [i]. SIGTERM and SIGINT are passed to all processes. When one fails, the others have --grace seconds to exit and
-are then killed. The exit status is that of the first process that failed.
+Write a tcq command that takes --distributed (train, evaluate, embed, index, doctor) after --. The output of process i
+begins with [i]. SIGTERM and SIGINT are passed to all processes. When one fails, the others have --grace seconds to exit
+and are then killed. The exit status is that of the first process that failed.
 """
 
 import argparse

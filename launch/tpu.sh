@@ -60,12 +60,12 @@ python3 -m pip install --quiet --user uv
 ~/.local/bin/uv pip install --quiet --python venv \"jax[tpu]==\$(venv/bin/python -c 'import jax; print(jax.__version__)')\""
     ;;
   doctor) everywhere "cd tcq && ../venv/bin/tcq doctor --distributed ${*:+$(printf '%q ' "$@")}" ;;
-  train | evaluate | index)
+  train | evaluate | embed | index)
     everywhere "cd tcq && { nohup ../venv/bin/tcq $action --distributed ${*:+$(printf '%q ' "$@")}> ../tcq.log 2>&1 & echo \$! > ../tcq.pid; }"
     ;;
   logs) vm ssh --worker=0 --command='tail -n 100 -F tcq.log' ;;
   stop) everywhere "kill -TERM \$(cat tcq.pid)" ;;
   delete) vm delete --quiet ;;
   delete_queued) run gcloud compute tpus queued-resources delete "$name" --zone="$zone" --force --quiet ;;
-  *) echo "action '$action' is unknown: use create, queue, status, install, doctor, train, evaluate, index, logs, stop, delete or delete_queued" >&2; exit 2 ;;
+  *) echo "action '$action' is unknown: use create, queue, status, install, doctor, train, evaluate, embed, index, logs, stop, delete or delete_queued" >&2; exit 2 ;;
 esac

@@ -280,6 +280,7 @@ def _add_embed(commands: flags.Commands) -> None:
         "--config", metavar="FILE[:ARG]", required=True, help="a config with model.embedder or model.weights"
     )
     parser.add_argument("--out", type=flags.path, required=True, help="new folder, for data.source=embeddings:<folder>")
+    flags.add_distributed(parser)
 
 
 def _embed(arguments: argparse.Namespace, overrides: list[str]) -> int:

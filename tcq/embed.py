@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,13 @@ from tcq.models import embedder, retriever
 from tcq.runtime import devices, locks, log, processes, signals, storage
 
 BLOCK = 64  # images embedded at a time
-SHARD = 2**16  # rows of a file
+SHARD = 2**16  # rows of a file, at most
+FILES = 32  # at least, of a large collection: so many processes can share the work
 SEED = 0  # of the views: runs with other seeds share them
 DONE = "done.json"
 PARTIAL = "-partial"  # of the name of a folder that is being written
-STATE = "state.json"  # of a folder that is being written: what it holds, and how many images are embedded
-EVERY = 10.0  # seconds between two records of the state
+STATE = "state.json"  # of a folder that is being written: what it holds
+EVERY = 10.0  # seconds between two records of how many images of a file are embedded
 
 Run = Callable[[np.ndarray], np.ndarray]  # uint8 images (N, S, S, 3) to float32 embeddings (N, F)
 
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 def open_source(config: ConfigDict, order: Callable[[Source], Source] = lambda source: source) -> Source:
     """The source of a config; with `model.embedder`, its embeddings.
 
-    The embeddings are computed once and cached. Process 0 computes them. All processes of a run read them, so these
+    The embeddings are computed once and cached. The processes of a run share the work and read all of them, so these
     must share `data.cache_dir`. `order` puts the images into the order that a run knows.
     Raises SourceError and EmbedderError.
     """
@@ -51,7 +52,7 @@ def open_source(config: ConfigDict, order: Callable[[Source], Source] = lambda s
     if not config.model.embedder:
         return source
     folder = _cache(config, source)
-    processes.on_first(lambda: _fill(folder, config, source))
+    _fill(folder, config, source)
     processes.require_visible(folder / DONE)
     cached = embeddings.open_folder(folder)
     return source._replace(images=cached.images, views=cached.views, pictures=source.images)
@@ -61,33 +62,44 @@ def write(config: ConfigDict, out: str | Path) -> int:
     """Writes the embeddings of the source of a config, and of views, to a new folder.
 
     There are `data.views` views of each image. The embeddings are those of `model.embedder`, or of the backbone that
-    `model.weights` names, before any projection.
+    `model.weights` names, before any projection. The processes of a run share the work, and the folder.
     If the call is stopped, the same call goes on in `<out>-partial`. Returns the number of images. Raises SourceError,
     also if `out` exists, EmbedderError and WeightsError.
     """
-    if Path(out).exists():
-        raise SourceError(f"{out} exists: give another folder")
+    out = Path(out)
+    processes.on_first(lambda: _refuse(out, "exists"))
     run = _run_of(config)
     source = sources.open_source(config.data)
     identity = hashlib.blake2b(configs.to_json(config).encode() + _contents(source)).hexdigest()
-    with _partial(Path(out)) as folder:
-        if Path(out).exists():
-            raise SourceError(f"{out} was written meanwhile by another process: give another folder")
-        _write(folder, config, run, source, np.arange(len(source.images)), identity)
-        folder.rename(out)
+    with processes.entered_by_first(lambda: _locked(out)):
+        processes.on_first(lambda: _refuse(out, "was written meanwhile by another process"))
+        _write(_partial(out), config, run, source, np.arange(len(source.images)), identity)
+        processes.on_first(lambda: _publish(out))
     return len(source.images)
 
 
-@contextlib.contextmanager
-def _partial(folder: Path) -> Iterator[Path]:
-    """The folder that becomes `folder`, for one process at a time.
+def _refuse(out: Path, reason: str) -> None:
+    if out.exists():
+        raise SourceError(f"{out} {reason}: give another folder")
 
-    What a stopped process has written to it stays.
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(folder.name + PARTIAL)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Locks the folder that becomes `folder`, for one run at a time.
+
+    What a stopped run has written to it stays.
     """
-    partial = folder.with_name(folder.name + PARTIAL)
-    with locks.lock(partial, wait=True):
-        yield partial
+    with locks.lock(_partial(folder), wait=True):
+        yield
         (folder / locks.NAME).unlink(missing_ok=True)
+
+
+def _publish(folder: Path) -> None:
+    _partial(folder).rename(folder)
 
 
 def _run_of(config: ConfigDict) -> Run:
@@ -102,7 +114,7 @@ def _run_of(config: ConfigDict) -> Run:
     model = retriever.from_config(config)
     variables = devices.replicate(encode.backbone_from_weights(config, model))
     run = _compiled_backbone(model)
-    return lambda images: np.asarray(devices.map_in_batches(run, variables, images, config.eval.batch_size))
+    return lambda images: np.asarray(devices.map_here(run, variables, images, config.eval.batch_size))
 
 
 @lru_cache(maxsize=2)
@@ -143,81 +155,131 @@ def _contents(source: Source) -> bytes:
 
 
 def _fill(folder: Path, config: ConfigDict, source: Source) -> None:
-    if (folder / DONE).is_file():
+    """Writes a folder of the cache, unless it is there."""
+
+    def is_done() -> bool:
+        return (folder / DONE).is_file()
+
+    if processes.on_first(is_done):
         return
     split = splits.of_source(source, config.data)
     viewed = np.union1d(split.train, split.validation)
-    with _partial(folder) as partial:
-        if (folder / DONE).is_file():  # by another process, meanwhile
+    with processes.entered_by_first(lambda: _locked(folder)):
+        if processes.on_first(is_done):  # by another run, meanwhile
             return
-        shutil.rmtree(folder, ignore_errors=True)
+        partial = _partial(folder)
         _write(partial, config, _run_of(config), source, viewed, folder.name)
-        storage.write_text(partial / DONE, json.dumps({"images": len(source.images)}))
-        partial.rename(folder)
+
+        def publish() -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            storage.write_text(partial / DONE, json.dumps({"images": len(source.images)}))
+            _publish(folder)
+
+        processes.on_first(publish)
+
+
+class _Work(NamedTuple):
+    """What the files of a folder are made of."""
+
+    folder: Path
+    names: Sequence[str]  # of the kinds of files
+    images: Any
+    has_views: np.ndarray  # for each image whether it gets views
+    run: Run
+    draw: Callable[..., Any]
+    views: int
 
 
 def _write(folder: Path, config: ConfigDict, run: Run, source: Source, viewed: np.ndarray, identity: str) -> None:
     """Writes items, the views of the images at `viewed` (zeros for others), and metadata.
 
-    It goes on where it stopped.
+    Each process of a run writes files of its own. They go on where they stopped.
     """
     images, views = source.images, config.data.views
     names = (embeddings.ITEMS, embeddings.VIEWS)[: 2 if views else 1]
-    begin = _begin(folder, names, identity)
-    progress = log.Progress(logger, f"embedding images and {views} views each", len(images), done=begin)
-    has_views = np.isin(np.arange(len(images)), viewed)
+    processes.on_first(lambda: _begin(folder, names, identity))
+    processes.require_visible(folder / STATE)
     draw = _compiled_views(tuple(sorted(config.data.augment.items())))
-    recorded = time.monotonic()
-    for number, first in enumerate(range(0, len(images), SHARD)):
-        shards: list[np.ndarray] = []
-        stop = min(first + SHARD, len(images))
-        for start in range(max(first, begin), stop, BLOCK):
-            signals.poll()
-            rows = np.arange(start, min(start + BLOCK, stop))
-            block = np.asarray(images[rows])
-            plain = run(block)
-            if not shards:
-                shapes = (stop - first, plain.shape[1]), (stop - first, views, plain.shape[1])
-                new = start == first
-                shards = [_shard(folder, n, number, of, new=new) for n, of in zip(names, shapes, strict=False)]
-            shards[0][rows - first] = plain
-            here = has_views[rows]
-            for view in range(views) if here.any() else ():
-                pixels = np.asarray(draw(block, rows.astype(np.int32), np.int32(view)))[here]
-                shards[1][rows[here] - first, view] = run(pixels)
-            progress.update(int(rows[-1]) + 1)
-            if time.monotonic() - recorded >= EVERY or rows[-1] + 1 == stop:
-                _record(folder, shards, identity, int(rows[-1]) + 1)
-                recorded = time.monotonic()
-    embeddings.write_metadata(folder, source.names, source.labels, source.classes)
-    (folder / STATE).unlink()
+    work = _Work(folder, names, images, np.isin(np.arange(len(images)), viewed), run, draw, views)
+    size = min(SHARD, max(BLOCK, -(-len(images) // FILES)))
+    own = list(enumerate(range(0, len(images), size)))[jax.process_index() :: jax.process_count()]
+    spans = [(number, first, min(first + size, len(images))) for number, first in own]
+    done = {number: _done(folder, names, number) for number, *_ in spans}
+    task = f"embedding images and {views} views each" + (", share of process 0" if processes.several() else "")
+    total = sum(stop - first for _, first, stop in spans)
+    progress = log.Progress(logger, task, total, done=sum(done.values()))
+    embedded = sum(done.values())
+    for number, first, stop in spans:
+        for count in _write_file(work, number, range(first + done[number], stop, BLOCK), (first, stop)):
+            embedded += count
+            progress.update(embedded)
+    processes.exchange(None)  # all are done
+
+    def finish() -> None:
+        embeddings.write_metadata(folder, source.names, source.labels, source.classes)
+        for path in folder.glob("*.json"):
+            path.unlink()
+
+    processes.on_first(finish)
 
 
-def _begin(folder: Path, names: Sequence[str], identity: str) -> int:
-    """The number of images that are embedded already.
+def _write_file(work: _Work, number: int, starts: range, span: tuple[int, int]) -> Iterator[int]:
+    """Embeds the blocks of images that begin at `starts`, for the files of one number.
 
-    Deletes all files if they are of other images, or embedded in another way.
+    `span` is the first image of the files and the end. Yields the number of images of each block.
     """
-    try:
-        state = json.loads((folder / STATE).read_text())
-    except (OSError, ValueError):
-        state = {"identity": "", "images": 0}
-    files = [_file(folder, name, number) for name in names for number in range(-(-state["images"] // SHARD))]
-    if state["identity"] == identity and all(file.is_file() for file in files):
-        logger.info(f"{folder}: going on after {state['images']:,} images")
-        return int(state["images"])
-    (folder / STATE).unlink(missing_ok=True)
+    first, stop = span
+    shards: list[np.ndarray] = []
+    recorded = time.monotonic()
+    for start in starts:
+        signals.poll()
+        rows = np.arange(start, min(start + BLOCK, stop))
+        block = np.asarray(work.images[rows])
+        plain = work.run(block)
+        if not shards:
+            shapes = (stop - first, plain.shape[1]), (stop - first, work.views, plain.shape[1])
+            named = zip(work.names, shapes, strict=False)
+            shards = [_shard(work.folder, name, number, shape, new=start == first) for name, shape in named]
+        shards[0][rows - first] = plain
+        here = work.has_views[rows]
+        for view in range(work.views) if here.any() else ():
+            pixels = np.asarray(work.draw(block, rows.astype(np.int32), np.int32(view)))[here]
+            shards[1][rows[here] - first, view] = work.run(pixels)
+        if time.monotonic() - recorded >= EVERY or rows[-1] + 1 == stop:
+            _record(work.folder, number, shards, int(rows[-1]) + 1 - first)
+            recorded = time.monotonic()
+        yield len(rows)
+
+
+def _begin(folder: Path, names: Sequence[str], identity: str) -> None:
+    """Deletes all files if they are of other images, or embedded in another way."""
+    state = json.dumps({"identity": identity})
+    if storage.read(folder / STATE) == state.encode():
+        counts = [_done(folder, names, int(path.stem)) for path in folder.glob("[0-9]*.json")]
+        if any(counts):
+            logger.info(f"{folder}: going on after {sum(counts):,} images")
+        return
+    for path in folder.glob("*.json"):
+        path.unlink()
     for name in names:
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir()
-    return 0
+    storage.write_text(folder / STATE, state)
 
 
-def _record(folder: Path, shards: Sequence[Any], identity: str, count: int) -> None:
+def _done(folder: Path, names: Sequence[str], number: int) -> int:
+    """How many images of the files of one number are embedded."""
+    record = storage.read(folder / f"{number}.json")
+    if record is None or not all(_file(folder, name, number).is_file() for name in names):
+        return 0
+    return int(json.loads(record)["images"])
+
+
+def _record(folder: Path, number: int, shards: Sequence[Any], count: int) -> None:
     """Records the number of images that are on the disk."""
     for shard in shards:
         shard.flush()
-    storage.write_text(folder / STATE, json.dumps({"identity": identity, "images": count}))
+    storage.write_text(folder / f"{number}.json", json.dumps({"images": count}))
 
 
 def _file(folder: Path, name: str, number: int) -> Path:

@@ -2,7 +2,11 @@
 
 import contextlib
 import json
+import re
 import shutil
+import signal
+import subprocess
+import time
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +16,7 @@ import pytest
 import small
 import tiny_embedder
 from tcq import config as configs
-from tcq import embed, encode, evaluate, index, train
+from tcq import augment, embed, encode, evaluate, index, train
 from tcq.data import embeddings, sources, splits
 from tcq.models import embedder, retriever
 from tcq.train import optimizer, step
@@ -41,8 +45,18 @@ def test_items_and_views_are_those_of_the_function(run):
     source = embed.open_source(config)
     np.testing.assert_allclose(source.images[:20], tiny_embedder.embed(source.pictures[:20]), rtol=1e-6)
     assert source.views.shape == (len(source.images), 3, 48)
-    trained = np.asarray(source.views[:200])
-    assert (np.ptp(trained, axis=1).max(axis=1) > 0).sum() > 100  # views differ; those of queries are not drawn
+    split = splits.of_source(source, config.data)
+    viewed = np.union1d(split.train, split.validation)
+    for i in viewed[[0, 100, -1]]:
+        for number in range(3):
+            key = encode.view_key(embed.SEED, i, number)
+            view = augment.random_view(
+                key, jnp.asarray(source.pictures[i], jnp.float32) / 255, config.data.augment.to_dict()
+            )
+            pixels = np.asarray(jnp.round(view * 255)).astype(np.uint8)
+            np.testing.assert_allclose(source.views[i][number], tiny_embedder.embed(pixels[None])[0], atol=1e-3)
+    others = np.setdiff1d(np.arange(len(source.images)), viewed)
+    assert len(others) and not source.views[others].any()  # queries get none
 
 
 def test_it_is_embedded_once_for_all_seeds(run, monkeypatch):
@@ -79,7 +93,7 @@ def stopped(function, config, *more, at=None):
 @pytest.mark.parametrize("at", [2, 50, 76])  # calls of 4 for each block of 64: in the first shard, and in later ones
 def test_an_embedding_that_is_stopped_goes_on(run, tmp_path, monkeypatch, logs, at):
     whole = embed.open_source(small.config(*HEAD, f"data.cache_dir={run[1]}"))
-    monkeypatch.setattr(embed, "SHARD", 640)
+    monkeypatch.setattr(embed, "FILES", 3)
     config = small.config(*HEAD, f"data.cache_dir={tmp_path}")
     images = stopped(embed.open_source, config, at=at) + stopped(embed.open_source, config)
     resumed = embed.open_source(config)
@@ -241,6 +255,39 @@ def test_tcq_embed_goes_on_and_of_other_settings_starts_anew(tmp_path, logs):
     assert sorted(p.name for p in (tmp_path / "e").iterdir()) == ["img_emb", "metadata", "view_emb"]
     assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == ["e"]
     assert embeddings.open_folder(tmp_path / "e").views.shape[:2] == (1797, 2)
+
+
+@pytest.mark.whole
+def test_two_processes_share_the_work_and_go_on_as_one(run, tmp_path, monkeypatch):
+    head = [key for key in HEAD if not key.startswith("model.embedder")]
+    flags = small.flags(*head, f"model.embedder={TINY}:logged")
+    command = "embed", "--config=configs/digits.py", *flags
+    monkeypatch.setenv("EMBEDDED_BY", str(tmp_path / "log"))
+    launched = small.launcher(2, *command, f"--out={tmp_path / 'two'}")
+    process = subprocess.Popen(launched, env=small.environment(), stdout=subprocess.PIPE, text=True)
+    while len(calls(tmp_path / "log")) < 30 and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    before = calls(tmp_path / "log")
+    done = small.several(2, *command, f"--out={tmp_path / 'two'}")
+    assert done.returncode == 0 and done.stdout.count("embedded 1,797 images") == 1, done.stdout
+    assert re.search(r"going on after [1-9]", done.stdout), done.stdout
+    after = calls(tmp_path / "log")[len(before) :]
+    by_process = [sum(n for pid, n in after if pid == one) for one in {pid for pid, n in after if n > 2}]
+    assert len(by_process) == 2 and min(by_process) > 0.1 * sum(by_process), by_process
+    assert small.main(*command, f"--out={tmp_path / 'one'}").returncode == 0
+    one, two = (embeddings.open_folder(tmp_path / name) for name in ("one", "two"))
+    np.testing.assert_array_equal(two.images[:], one.images[:])
+    np.testing.assert_array_equal(two.views[:], one.views[:])
+    assert two.names == one.names
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["img_emb", "metadata", "view_emb"]
+
+
+def calls(log):
+    """The process and the number of images of each call of `tiny_embedder.logged`."""
+    return [tuple(map(int, line.split())) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 @pytest.mark.whole

@@ -5,7 +5,7 @@ one: (local devices, b, ...). Since JAX 0.8 `jax.pmap` is `jit(shard_map)`.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial, wraps
 from typing import Any
 
@@ -185,9 +185,24 @@ def map_in_batches(function: Callable[[Any, Any], Any], params: Any, rows: Any, 
       Stopped: a process of the run got a signal to stop.
     """
     length = len(jax.tree.leaves(rows)[0])
-    devices = jax.local_device_count()
     size = min(batch_size, length)
     begin, end = (edge * size for edge in processes.share(-(-length // size)))
+    results = _map(function, params, rows, size, begin, end)
+    processes.agree_to_stop()
+    return gather(_joined(results))
+
+
+def map_here(function: Callable[[Any, Any], Any], params: Any, rows: Any, batch_size: int) -> Any:
+    """As `map_in_batches`, but each process maps rows of its own, all by itself."""
+    length = len(jax.tree.leaves(rows)[0])
+    results = _map(function, params, rows, min(batch_size, length), 0, length)
+    signals.check()
+    return _joined(results)
+
+
+def _map(function: Callable[[Any, Any], Any], params: Any, rows: Any, size: int, begin: int, end: int) -> list[Any]:
+    """The results of the batches from row `begin` to `end`, fewer after a signal to stop."""
+    length, devices = len(jax.tree.leaves(rows)[0]), jax.local_device_count()
 
     def device_batch(x: Any, start: int) -> np.ndarray:
         part = np.asarray(x[start : min(start + size * devices, end)])
@@ -202,8 +217,11 @@ def map_in_batches(function: Callable[[Any, Any], Any], params: Any, rows: Any, 
         signals.advance()
         count = min(max(min(end, length) - start, 0), size * devices)
         results.append(jax.tree.map(lambda x, n=count: np.asarray(x).reshape(-1, *x.shape[2:])[:n], result))
-    processes.agree_to_stop()
-    return gather(jax.tree.map(lambda *parts: np.concatenate(parts), *results))
+    return results
+
+
+def _joined(results: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
 
 
 def gather(tree: Any) -> Any:
