@@ -123,7 +123,8 @@ def _run_all(grid: Grid, waiting: Sequence[Cell], jobs: int) -> list[Cell]:
             row = _row(cell)
             scores = "  ".join(f"{k} {row[k]:.4f}" for k in MEASURED[:2] if row[k] is not None)
             took = f"in {log.duration(seconds)}, {log.duration(left)} left"
-            logger.info(f"{ended}/{len(waiting)}  {cell.folder.name}: {scores if done else 'failed'}  {took}")
+            outcome = scores if done else "stopped" if signals.requested() else "failed"
+            logger.info(f"{ended}/{len(waiting)}  {cell.folder.name}: {outcome}  {took}")
             _report(grid)
         return done
 

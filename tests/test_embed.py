@@ -15,8 +15,8 @@ import pytest
 
 import small
 import tiny_embedder
-from tcq import config as configs
 from tcq import augment, embed, encode, evaluate, index, train
+from tcq import config as configs
 from tcq.data import embeddings, sources, splits
 from tcq.models import embedder, retriever
 from tcq.train import optimizer, step

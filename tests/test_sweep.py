@@ -1,6 +1,11 @@
 import csv
 import itertools
 import json
+import os
+import re
+import signal
+import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -123,3 +128,28 @@ def test_cells_that_are_done_stay_and_those_that_fail_are_named(tmp_path):
     assert (workdir / "cells" / "learning_rate=1e-3,seed=0" / "results.json").stat().st_mtime_ns == before
     other = run(GRID, "--config.train.total_steps=7")
     assert other.returncode == 2 and "train.total_steps: 6 stored, 7 given" in other.stderr, other.stderr
+
+
+@pytest.mark.whole
+def test_a_sweep_that_is_stopped_goes_on_within_its_cell(tmp_path):
+    workdir, cell = tmp_path / "sweep", tmp_path / "sweep" / "cells" / "seed=0"
+    more = "--config.train.total_steps=400", "--config.checkpoint.every_steps=400"
+    command = small.command("sweep", "--config=configs/digits.py", "--grid=train.seed=0", f"--workdir={workdir}")
+    process = subprocess.Popen(
+        [*command, *FLAGS, *more], env=small.environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while process.poll() is None and "train/loss" not in text(cell / "metrics.jsonl"):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)  # as `timeout` and Ctrl-C, which reach the cell, too
+    assert process.wait(60) == 128 + signal.SIGTERM
+    output = process.stderr.read()
+    process.stderr.close()
+    assert "stopped by SIGTERM" in output and "failed" not in output, output
+    assert not (cell / "results.json").exists()
+    done = small.main(*command[3:], *FLAGS, *more)
+    assert done.returncode == 0 and (cell / "results.json").exists(), done.stderr
+    assert re.search(r"resuming from step [1-9]", text(cell / "log.txt"))
+
+
+def text(path):
+    return path.read_text() if path.exists() else ""
