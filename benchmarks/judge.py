@@ -9,7 +9,6 @@ best cell of the table; between two shares of the table mAP is interpolated over
 
 import argparse
 import csv
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -45,9 +44,8 @@ def measure(workdir: Path, table: Path, counts: list[int], seeds: int) -> None:
     truth = np.mean([same(i, j) for i, j in pairs if i != j])
     results = defaultdict(list)
     for seed in range(seeds):
-        with tempfile.TemporaryDirectory() as folder:
-            for count in counts:
-                results[count].append(judge.judge(Path(folder), encoder, source, split, same, count=count, seed=seed))
+        for count in counts:
+            results[count].append(judge.judge(None, encoder, source, split, same, count=count, seed=seed))
     print(f"\n{workdir}: {truth:.2%} of the pairs are of one kind; best validation mAP {best:.3f}")
     print("| answers | share, median (5 to 95 %) | interval holds | batch | loss, median (worst) | within 0.01 |")
     print("|---|---|---|---|---|---|")
@@ -57,7 +55,7 @@ def measure(workdir: Path, table: Path, counts: list[int], seeds: int) -> None:
         holds = np.mean([j.low <= truth <= j.high for j in found])
         batch = np.mean([j.scope == "batch" for j in found])
         loss = np.array(
-            [best - np.interp(np.log(j.clip), np.log(scores[j.scope][0]), scores[j.scope][1]) for j in found]
+            [best - np.interp(np.log(j.share), np.log(scores[j.scope][0]), scores[j.scope][1]) for j in found]
         )
         print(
             f"| {count} | {middle:.1%} ({low:.1%} to {high:.1%}) | {holds:.0%} | {batch:.0%} | "

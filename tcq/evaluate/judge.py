@@ -1,8 +1,11 @@
 """Questions about images, until it is known how many pairs are of one kind."""
 
+import io
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -16,36 +19,46 @@ from tcq.data.rows import take
 from tcq.data.source import Source
 from tcq.evaluate import clipped, kinds
 from tcq.evaluate.report import EvaluateError
-from tcq.runtime import storage
+from tcq.runtime import signals, storage
 from tcq.workdir import journal
 
 ANSWERS, PICTURE = "judgements.jsonl", "judge.png"
 KEYS = ("first", "second", "same")  # of a line: the anchor, another image, whether it is of the same kind
 IMAGES = 1024  # training images whose pairs are ranked
 
-# Which of some images are of the kind of the first argument, an anchor; None: no more questions.
-Ask = Callable[[int, list[int]], list[bool] | None]
+WIDE = 3.0  # times the lower end of an interval: the upper end, from which more answers are worth while
+
+# Which of some images are of the kind of the first argument, an anchor; None: no more questions. The third argument is
+# the number of answers so far.
+Ask = Callable[[int, list[int], int], list[bool] | None]
+
+logger = logging.getLogger(__name__)
 
 
 def text(j: kinds.Judgement) -> str:
     """A judgement in words, with the overrides that follow it."""
+    if not j.answers:
+        return "no answers, so nothing is known: the same command begins again"
+    wide = (
+        "" if j.high < WIDE * j.low else "that is a wide interval: the same command asks on, with --answers for more\n"
+    )
     return (
         f"{j.answers} answers: {j.share:.2%} of the pairs are of one kind ({j.low:.2%} to {j.high:.2%} with 90 %), "
-        f"about {1 / j.share:,.0f} kinds\n"
-        f"if {j.clip:.2%} are clipped, {j.precision:.0%} of the clipped pairs are of one kind\n"
-        f"{' '.join(j.overrides)}"
+        f"about {1 / j.share:,.0f} kinds\n{wide}"
+        f"if as many are clipped, {j.precision:.0%} of the clipped pairs are of one kind\n"
+        f"train in a new workdir with: {' '.join(j.overrides)}"
     )
 
 
 def run(workdir: str | Path, *, count: int, labels: bool, read: Callable[[str], str] = input) -> kinds.Judgement:
     """Judges the training images of a run by its newest checkpoint.
 
-    The answers are by labels, or by questions on the terminal. `read` shows a question and returns the answer; by then
-    judge.png of the workdir shows the images.
+    The answers are by labels, which are not stored, or by questions on the terminal. `read` shows a question and
+    returns the answer; by then judge.png of the workdir shows the images.
     Raises as `prepare`.
     """
     source, judge_by = prepare(workdir, count=count, labels=labels)
-    return judge_by(by_labels(source) if labels else by_terminal(Path(workdir), source, read))
+    return judge_by(by_labels(source) if labels else by_terminal(Path(workdir), source, count, read))
 
 
 def prepare(workdir: str | Path, *, count: int, labels: bool) -> tuple[Source, Callable[[Ask], kinds.Judgement]]:
@@ -63,11 +76,11 @@ def prepare(workdir: str | Path, *, count: int, labels: bool) -> tuple[Source, C
         raise EvaluateError(f"{encoder.config.data.source} has no labels: leave out --labels, and answer yourself")
     if not labels and source.images.ndim != 4 and source.pictures is None:
         raise EvaluateError(f"{encoder.config.data.source} has no images to show: use --labels, if there are some")
-    return source, partial(judge, Path(workdir), encoder, source, split, count=count)
+    return source, partial(judge, None if labels else Path(workdir), encoder, source, split, count=count)
 
 
 def judge(
-    folder: Path,
+    folder: Path | None,
     encoder: encode.Encoder,
     source: Source,
     split: protocols.Split,
@@ -78,26 +91,28 @@ def judge(
 ) -> kinds.Judgement:
     """Asks until there are `count` answers, and returns what follows.
 
-    judgements.jsonl of the folder stores the answers, a line for each pair. Answers of an earlier call count. `ask`
-    gets positions in the source. `seed` draws the images whose pairs are ranked, and the questions.
+    judgements.jsonl of the folder, if there is one, stores the answers, a line for each pair. Answers of an earlier
+    call count. `ask` gets positions in the source. `seed` draws the images whose pairs are ranked, and the questions.
     """
     chosen = np.sort(np.random.RandomState(seed).permutation(split.train)[:IMAGES])
     ranks = kinds.pair_ranks(clipped.similarities(encoder, encode.encode(encoder, take(source.images, chosen))))
     names = [source.names[i] for i in chosen]
     is_open, random = ~np.eye(len(chosen), dtype=bool), np.random.RandomState(seed + 1)
     answers = []
-    for anchor, others, same in _stored(folder / ANSWERS, names):  # ranks are those of the model as it is now
+    file = folder / ANSWERS if folder else None
+    for anchor, others, same in _stored(file, names) if file else ():  # ranks are those of the model as it is now
         answers.append(kinds.likelihood(ranks[anchor, others], same))
         _close(is_open, anchor, others)
-    with (folder / ANSWERS).open("a") as out:
-        if out.tell() and not (folder / ANSWERS).read_text().endswith("\n"):
+    with file.open("a") if file else nullcontext(io.StringIO()) as out:
+        if file and out.tell() and not file.read_text().endswith("\n"):
             out.write("\n")  # the last line of a killed process may be cut
         while len(answers) < count:
             drawn = kinds.draw(kinds.posterior(answers), ranks, is_open, random)
             if drawn is None:
+                logger.info(f"all pairs of {len(chosen):,} images are known: no further questions")
                 break
             anchor, others = drawn
-            picked = ask(int(chosen[anchor]), chosen[others].tolist())
+            picked = ask(int(chosen[anchor]), chosen[others].tolist(), len(answers))
             if picked is None:
                 break
             answers.append(kinds.likelihood(ranks[anchor, others], np.array(picked)))
@@ -135,28 +150,35 @@ def by_labels(source: Source) -> Ask:
     labels = source.labels
     assert labels is not None
     if labels.ndim == 1:
-        return lambda anchor, others: (labels[others] == labels[anchor]).tolist()
-    return lambda anchor, others: (labels[others] & labels[anchor]).any(axis=1).tolist()
+        return lambda anchor, others, _: (labels[others] == labels[anchor]).tolist()
+    return lambda anchor, others, _: (labels[others] & labels[anchor]).any(axis=1).tolist()
 
 
-def by_terminal(folder: Path, source: Source, read: Callable[[str], str] = input) -> Ask:
-    """Answers of a person from the terminal: numbers of images, 0 or q.
+def by_terminal(folder: Path, source: Source, count: int, read: Callable[[str], str] = input) -> Ask:
+    """Answers of a person from the terminal: numbers of images, 0 or q. There are to be `count`.
 
     judge.png of the folder shows the images.
     """
     images = source.images if source.pictures is None else source.pictures
 
-    def ask(anchor: int, others: list[int]) -> list[bool] | None:
+    def ask(anchor: int, others: list[int], so_far: int) -> list[bool] | None:
         title = "which are the same kind of thing as the first?"
         numbers = [str(n) for n in range(1, len(others) + 1)]
         shown = [[images[i] for i in others]]
         plots.gallery(folder / PICTURE, [images[anchor]], shown, captions=[numbers], title=title, name="")
-        question = f"{folder / PICTURE}: {title} [numbers such as 1 4, 0 for none, q to stop] "
+        form = f"numbers from 1 to {len(others)}, such as '1 4', 0 for none, q to stop"
+        question = f"{so_far + 1} of {count}: open {folder / PICTURE}: {title} [{form}] "
         while True:
-            given = read(question).replace(",", " ").lower().split()
+            try:
+                with signals.waiting():
+                    line = read(question)
+            except EOFError:
+                return None
+            given = line.replace(",", " ").lower().split()
             if given == ["q"]:
                 return None
             if given == ["0"] or (given and set(given) <= set(numbers)):
                 return [n in given for n in numbers]
+            question = f"{line!r} is no answer: type {form} "
 
     return ask

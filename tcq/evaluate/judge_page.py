@@ -58,7 +58,7 @@ class Exchange:
         self.answer: Answer | None = None
         self.changed = threading.Condition()
 
-    def ask(self, anchor: int, others: list[int]) -> list[bool] | None:
+    def ask(self, anchor: int, others: list[int], _: int) -> list[bool] | None:
         """The answer to a new question; None if there is to be no further one."""
         with self.changed:
             self.question, self.answer = Question(self.question.number + 1, (anchor, *others)), None

@@ -15,7 +15,6 @@ from jaxtyping import Bool, Float, Int
 NEIGHBOURS = 8  # images of a question, beside the anchor
 # Our choices, by validation images of three sets (docs/clipping.md):
 SKEW = 0.9  # standard deviation over mean of the number of an image's nearest pairs, from which scope "batch" fits
-EVEN = 1.2  # with scope "anchor", the clip over the share
 TEMPERATURE = 0.2
 INTERVAL = (0.05, 0.95)
 RESAMPLES = 100  # of the answers
@@ -29,18 +28,17 @@ _EDGES = np.concatenate([[0.0], np.geomspace(1e-6, 1.0, 240)])  # of the interva
 class Judgement(NamedTuple):
     """What some answers say."""
 
-    share: float  # of all pairs that are of one kind
+    share: float  # of all pairs that are of one kind: the `loss.clip` that fits
     low: float
     high: float  # the share is in between with 90 %
     scope: str  # the `loss.clip_scope` that fits
-    clip: float  # the `loss.clip` that fits
-    precision: float  # of the clipped pairs, if as many are clipped in the whole batch
+    precision: float  # of the clipped pairs, if this share is clipped in the whole batch
     answers: int
 
     @property
     def overrides(self) -> list[str]:
         """The overrides of a config that follow this judgement."""
-        values = {"clip": f"{self.clip:.3g}", "clip_scope": self.scope, "temperature": TEMPERATURE}
+        values = {"clip": f"{min(self.share, 0.99):.3g}", "clip_scope": self.scope, "temperature": TEMPERATURE}
         return [f"--config.loss.{key}={value}" for key, value in values.items()]
 
 
@@ -114,10 +112,9 @@ def judgement(answers: list[Float[np.ndarray, " G"]], ranks: Float[np.ndarray, "
     quantiles = (INTERVAL[0], 0.5, INTERVAL[1])
     low, share, high = np.interp(quantiles, np.cumsum(weights[order]), _SHARES[order]).tolist()
     scope = "batch" if skew(ranks, share / 2) > SKEW else "anchor"  # half of it, in case the share is too high
-    clip = min(EVEN * share, 1.0) if scope == "anchor" else share
-    inside = np.clip(clip - _EDGES[:-1], 0, _WIDTHS)
-    precision = float(weights @ chance(_MIDDLES) @ inside / clip)
-    return Judgement(share, low, high, scope, clip, precision, len(answers))
+    inside = np.clip(share - _EDGES[:-1], 0, _WIDTHS)
+    precision = float(weights @ chance(_MIDDLES) @ inside / share)
+    return Judgement(share, low, high, scope, precision, len(answers))
 
 
 def skew(ranks: Float[np.ndarray, "B B"], share: float) -> float:

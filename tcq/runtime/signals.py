@@ -11,6 +11,8 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 GRACE = 25.0  # seconds to reach a safe point; schedulers send SIGKILL after 30
@@ -39,6 +41,7 @@ class _State:
     requested: str | None = None  # name of the signal, received here or by another process of the run
     received: float | None = None  # time of the first signal here; schedulers and terminals may send one twice
     polls = 0
+    waits = False  # for a person
     wakeup: socket.socket | None = None  # kept open for Python to write to
 
 
@@ -69,6 +72,19 @@ def handle(number: int, frame: FrameType | None) -> None:
     elif now - _State.received > INSIST:
         os._exit(128 + number)
     request(signal.Signals(number).name)
+    if _State.waits:
+        check()
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """While the main thread waits for a person, a signal raises Stopped at once."""
+    check()
+    _State.waits = True
+    try:
+        yield
+    finally:
+        _State.waits = False
 
 
 def requested() -> str | None:

@@ -1,5 +1,6 @@
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import small
 from tcq.data.source import Source
 from tcq.evaluate import judge, kinds
 from tcq.evaluate.report import EvaluateError
+from tcq.runtime import signals
 
 
 @pytest.fixture
@@ -19,32 +21,68 @@ def stored(workdir):
     return [json.loads(line) for line in (workdir / judge.ANSWERS).read_text().splitlines()]
 
 
-def test_labels_answer_and_answers_are_kept(workdir):
-    done = small.main("judge", f"--workdir={workdir}", "--answers=3", "--labels")
-    assert done.returncode == 0 and "3 answers: " in done.stdout and "--config.loss.clip=" in done.stdout
+def test_answers_are_kept_and_count_again(workdir):
+    source, judge_by = judge.prepare(workdir, count=3, labels=False)
+    assert judge_by(judge.by_labels(source)).answers == 3
     rows = stored(workdir)
     assert len(rows) == len({(r["first"], r["second"]) for r in rows}) == 3 * kinds.NEIGHBOURS
-    source = judge.prepare(workdir, count=1, labels=True)[0]
     label = dict(zip(source.names, source.labels, strict=True))
     assert all(r["same"] == (label[r["first"]] == label[r["second"]]) for r in rows)
     assert len({r["same"] for r in rows}) == 2
-    done = small.main("judge", f"--workdir={workdir}", "--answers=5", "--labels")
+    judge_by = judge.prepare(workdir, count=5, labels=False)[1]
+    done = judge_by(judge.by_labels(source))
     again = stored(workdir)
-    assert "5 answers: " in done.stdout and again[: len(rows)] == rows and len(again) == 5 * kinds.NEIGHBOURS
-    assert small.main("judge", f"--workdir={workdir}", "--answers=5", "--labels").stdout == done.stdout
+    assert done.answers == 5 and again[: len(rows)] == rows and len(again) == 5 * kinds.NEIGHBOURS
+    assert judge_by(judge.by_labels(source)) == done
+
+
+def test_labels_neither_read_nor_change_the_answers_of_a_person(workdir):
+    (workdir / judge.ANSWERS).write_text("not read")
+    done = small.main("judge", f"--workdir={workdir}", "--answers=3", "--labels")
+    assert done.returncode == 0 and "3 answers: " in done.stdout and "--config.loss.clip=" in done.stdout, done.stderr
+    assert (workdir / judge.ANSWERS).read_text() == "not read"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_few_answers_say_little(workdir, number):
+    given = iter(["1 2"] * number)
+
+    def read(question):
+        for answer in given:
+            return answer
+        raise EOFError  # Ctrl-D
+
+    shown = judge.text(judge.run(workdir, count=50, labels=False, read=read))
+    assert ("no answers, so nothing is known" in shown) == (number == 0) == ("--config" not in shown)
+    assert ("a wide interval" in shown) == (number == 1)
+
+
+def test_a_signal_ends_a_question_at_once(workdir):
+    def read(question):
+        signals.handle(signal.SIGINT, None)
+        raise AssertionError("it goes on")
+
+    try:
+        with pytest.raises(signals.Stopped):
+            judge.run(workdir, count=50, labels=False, read=read)
+        signals.reset()
+        signals.handle(signal.SIGINT, None)  # only a flag again
+    finally:
+        signals.reset()
 
 
 def test_images_that_share_one_of_several_labels_are_of_one_kind():
     labels = np.array([[1, 1, 0], [0, 1, 0], [0, 0, 1], [1, 0, 1]], bool)
     source = Source(images=np.zeros((4, 8, 8, 3), np.uint8), labels=labels, names=list("abcd"), classes=[], skipped=[])
-    assert judge.by_labels(source)(0, [1, 2, 3]) == [True, False, True]
+    assert judge.by_labels(source)(0, [1, 2, 3], 0) == [True, False, True]
 
 
-def test_questions_end_with_the_pairs(workdir, monkeypatch):
+def test_questions_end_with_the_pairs(workdir, monkeypatch, logs):
     monkeypatch.setattr(judge, "IMAGES", 3)
     for _ in range(2):
-        done = small.main("judge", f"--workdir={workdir}", "--labels")
-        assert done.returncode == 0 and "2 answers: " in done.stdout
+        source, judge_by = judge.prepare(workdir, count=50, labels=False)
+        assert judge_by(judge.by_labels(source)).answers == 2
+    assert "all pairs of 3 images are known" in logs.text
     assert len({frozenset((r["first"], r["second"])) for r in stored(workdir)}) == len(stored(workdir)) == 3
 
 
@@ -54,7 +92,7 @@ def test_a_bucket_is_refused():
 
 def test_a_file_of_other_lines_is_refused_and_a_cut_line_is_not(workdir):
     (workdir / judge.ANSWERS).write_text('{"first": "a", "second": "b", "same": true}\n{"first": "a", "sec')
-    source, judge_by = judge.prepare(workdir, count=1, labels=True)
+    source, judge_by = judge.prepare(workdir, count=1, labels=False)
     assert judge_by(judge.by_labels(source)).answers == 1
     lines = (workdir / judge.ANSWERS).read_text().splitlines()
     assert [set(json.loads(line)) for line in lines[2:]] == kinds.NEIGHBOURS * [set(judge.KEYS)]
@@ -67,8 +105,16 @@ def test_a_file_of_other_lines_is_refused_and_a_cut_line_is_not(workdir):
 def test_a_person_sees_a_picture_and_can_stop(workdir):
     given, questions = iter(["perhaps", "", "1 9", "3, 1", "0", "Q"]), []
     done = judge.run(workdir, count=50, labels=False, read=lambda question: questions.append(question) or next(given))
-    assert done.answers == 2 and len({*questions}) == 1
+    assert done.answers == 2 and [q.partition(":")[0] for q in questions] == [
+        "1 of 50",
+        "'perhaps' is no answer",
+        "'' is no answer",
+        "'1 9' is no answer",
+        "2 of 50",
+        "3 of 50",
+    ]
     assert str(workdir / judge.PICTURE) in questions[0] and "which are the same kind of thing" in questions[0]
+    assert all("numbers from 1 to 8, such as '1 4', 0 for none, q to stop" in q for q in questions)
     same = [r["same"] for r in stored(workdir)]
     assert same == [True, False, True] + [False] * (2 * kinds.NEIGHBOURS - 3)
     assert (workdir / judge.PICTURE).stat().st_size > 1000

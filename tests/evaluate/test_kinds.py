@@ -38,7 +38,7 @@ def test_the_interval_holds_the_share(half, slope, top):
         results.append(kinds.judgement(answers(ranks, same, seed, 30), ranks))
     assert sum(r.low <= truth <= r.high for r in results) >= 3
     assert np.median([abs(np.log(r.share / truth)) for r in results]) < 0.25
-    expected = [curve(u, half, slope, top)[u < r.clip].mean() for r in results]
+    expected = [curve(u, half, slope, top)[u < r.share].mean() for r in results]
     assert abs(np.mean([r.precision for r in results]) - np.mean(expected)) < 0.08
 
 
@@ -119,6 +119,10 @@ def test_ranks_are_shares_of_more_similar_pairs():
     np.testing.assert_array_equal(ranks, ranks.T)
 
 
+def test_a_share_of_all_is_not_the_count_of_one():
+    assert "--config.loss.clip=0.99" in kinds.Judgement(1.0, 0.9, 1.0, "anchor", 1.0, 5).overrides
+
+
 def test_many_or_few_of_ones_kind_decide_the_scope():
     labels = np.repeat(np.arange(31), [60] + [3] * 30)
     for of, scope in ((labels, "batch"), (np.arange(len(labels)) % 10, "anchor")):
@@ -128,5 +132,4 @@ def test_many_or_few_of_ones_kind_decide_the_scope():
         result = kinds.judgement(3 * [kinds.likelihood(kinds.RANKS, share > kinds.RANKS)], ranks)
         assert result.scope == scope and abs(np.log(result.share / share)) < 0.3
         assert f"--config.loss.clip_scope={scope}" in result.overrides
-        assert result.clip == result.share * {"anchor": kinds.EVEN, "batch": 1.0}[scope]
-        assert f"--config.loss.clip={result.clip:.3g}" in result.overrides
+        assert f"--config.loss.clip={result.share:.3g}" in result.overrides
