@@ -41,7 +41,7 @@ def measure(workdir: Path, table: Path, counts: list[int], seeds: int) -> None:
     best = max(values.max() for _, values in scores.values())
     random = np.random.RandomState(0)
     pairs = random.choice(split.train, (200_000, 2))
-    truth = np.mean([same(i, j) for i, j in pairs if i != j])
+    truth = np.mean([same(i, [j], 0)[0] for i, j in pairs if i != j])
     results = defaultdict(list)
     for seed in range(seeds):
         for count in counts:

@@ -23,6 +23,7 @@ import numpy as np
 
 from tcq import config as configs
 from tcq import plots
+from tcq.data import sources
 from tcq.runtime import log, signals, storage
 
 SEED = "train.seed"
@@ -193,7 +194,7 @@ def _check(grid: Grid) -> None:
         raise SweepError(
             f"--grid: different values give the same folder {min(duplicates)!r}: write one of them differently"
         )
-    for cell in grid.cells:
+    for number, cell in enumerate(grid.cells):
         config = configs.load(grid.config, [*grid.overrides, *_overrides(cell)], workdir=cell.folder)
         stored = cell.folder / "config.json"
         changes = configs.differences(configs.from_json(stored.read_text()), config) if stored.is_file() else []
@@ -202,6 +203,8 @@ def _check(grid: Grid) -> None:
             raise SweepError(
                 f"{cell.folder} holds a run with another config: use another --workdir, or the same values\n{listed}"
             )
+        if not number and sources.open_source(config.data).labels is None:
+            raise SweepError(f"{config.data.source} has no labels, so no cell could be scored: use tcq train")
 
 
 def _overrides(cell: Cell) -> list[str]:
@@ -331,8 +334,8 @@ def _markdown(
     def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
         return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
 
-    def spread(value: tuple[float, float] | None) -> str:
-        return "" if value is None else f"{value[0]:.4g} +- {value[1]:.2g}"
+    def spread(value: tuple[float, float] | None, n: int) -> str:
+        return "" if value is None else f"{value[0]:.4g}" + (f" +- {value[1]:.2g}" if n > 1 else "")
 
     def number(value: Any) -> str:
         return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
@@ -341,7 +344,7 @@ def _markdown(
     text = ["Mean and standard deviation over the seeds (n cells).", ""]
     text += table(
         [*others, "n", *MEASURED],
-        [[*(g[k] for k in others), str(g["n"]), *(spread(g[m]) for m in MEASURED)] for g in groups],
+        [[*(g[k] for k in others), str(g["n"]), *(spread(g[m], g["n"]) for m in MEASURED)] for g in groups],
     )
     text += ["", "Every cell.", "", *table(list(rows[0]), [[number(v) for v in row.values()] for row in rows])]
     return "\n".join(text) + "\n"

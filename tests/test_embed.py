@@ -156,12 +156,19 @@ def test_another_function_is_refused(run):
         ("missing.py:embed", "No such file"),
         ("no_such_module:embed", "No module named"),
         (f"{TINY}:nothing", r"returned \(2, 2, 2\) float64"),
-        (f"{TINY}:broken", "RuntimeError: no weights"),
+        (f"{TINY}:broken", r"RuntimeError in .*tiny_embedder.py:\d+: no weights"),
     ],
 )
 def test_a_function_that_does_not_work_is_refused_before_the_run(spec, message):
     with pytest.raises(configs.ConfigError, match=message):
         small.config(f"model.embedder={spec}", "data.image_size=16")
+
+
+def test_too_few_images_are_refused_before_they_are_embedded(tmp_path, monkeypatch):
+    config = small.config(*HEAD, "data.batch_size=1600", "data.labels=none", f"data.cache_dir={tmp_path}")
+    monkeypatch.setattr(embedder, "run", None)
+    with pytest.raises(configs.ConfigError, match="data.batch_size 1600 is above the"):
+        train.train(config, tmp_path / "run")
 
 
 def folder_of(tmp_path, num_views, n=400):
@@ -198,7 +205,7 @@ def test_a_folder_of_embeddings_from_training_to_search(tmp_path, num_views, res
     done = small.main("search", f"--index={tmp_path / 'index'}", f"--query={tmp_path / 'query.npy'}", "--k=20")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line for line in lines if line.startswith("#")] == ["# row 0", "# row 1", "# row 2"]
+    assert [line for line in lines if line.startswith("#")] == [f"# {tmp_path / 'query.npy'} row {i}" for i in range(3)]
     of_same_class = [int(line.rsplit(" ", 1)[1]) % 4 == 0 for line in lines[1:21]]
     assert np.mean(of_same_class) > 0.6
 

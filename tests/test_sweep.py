@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -47,6 +48,14 @@ def test_what_cannot_work_is_refused_before_anything_runs(grid, message, tmp_pat
     assert not (tmp_path / "sweep").exists()
 
 
+def test_images_without_labels_are_refused_before_anything_runs(images, tmp_path):
+    shutil.copytree(images / "class 3", tmp_path / "images")
+    flags = f"--config=configs/folder.py:{tmp_path / 'images'}", *small.flags("data.image_size=8", "data.batch_size=4")
+    done = small.main("sweep", *flags, "--grid=loss.clip=0,1", f"--workdir={tmp_path / 'sweep'}")
+    small.assert_refused(done, "has no labels, so no cell could be scored")
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_means_are_over_the_seeds_that_are_done():
     keys = {"loss.clip": ["0", "5"], "train.seed": ["0", "1", "2"]}
     blank = dict.fromkeys(sweep.MEASURED)
@@ -60,6 +69,8 @@ def test_means_are_over_the_seeds_that_are_done():
     assert (none["loss.clip"], none["n"], some["n"]) == ("0", 2, 1)
     np.testing.assert_allclose(none["test_mAP"], (0.6, 0.1))
     assert some["test_mAP"] == (0.9, 0.0) and some["clip_recall"] is None
+    assert "| 0.6 +- 0.1 |" in sweep._markdown(keys, rows, [none, some])
+    assert "| 0.9 |" in sweep._markdown(keys, rows, [none, some])  # one seed has no deviation
 
 
 @pytest.mark.parametrize("axes", ["a.c", "a.b,a.b", "a.b,x.d,a.b", "train.seed"])

@@ -221,7 +221,7 @@ def _value_problems(c: ConfigDict) -> Iterator[str]:
 
 def _data_problems(c: ConfigDict) -> Iterator[str]:
     if not c.data.source:
-        yield "data.source is not set: use digits, tfds:<name> or folder:<path>"
+        yield "data.source is not set: use digits, tfds:<name>, folder:<path> or embeddings:<path>"
     if c.data.labels not in folders.LABELS and Path(c.data.labels).suffix not in folders.FILES:
         yield f"data.labels {c.data.labels!r} is unknown: use {', '.join(folders.LABELS)}, or a .csv or .jsonl file"
     if c.data.views == 1:

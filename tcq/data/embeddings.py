@@ -9,6 +9,7 @@ clip-retrieval and img2dataset leave them in this form:
 The shards are in the order of the numbers in their names. Arrays are memory-mapped, never loaded as a whole.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def open_folder(path: str | Path) -> Source:
     for name, rows in ((ITEMS, items), (VIEWS, views)):
         if rows is not None:
             _check_finite(root / name, rows)
-    names, labels, classes = _metadata(root, len(items))
+    names, labels, classes = _metadata(root, items)
     return Source(items, labels, names, classes, [], views=views)
 
 
@@ -50,9 +51,9 @@ def width(path: str | Path) -> int:
 
 
 def _shards(root: Path, name: str, ndim: int) -> Rows:
-    folder = root / name if (root / name).is_dir() else root
-    files = sorted(folder.glob("*.npy"), key=_number)
+    files = _files(root, name)
     if not files:
+        folder = root / name if (root / name).is_dir() else root
         raise SourceError(f"{folder}: no .npy files found: embeddings are in {root}/{ITEMS}/*.npy or {root}/*.npy")
     arrays: list[np.ndarray] = []
     for file in files:
@@ -67,6 +68,21 @@ def _shards(root: Path, name: str, ndim: int) -> Rows:
     return Rows(arrays)
 
 
+def _files(root: Path, name: str) -> list[Path]:
+    folder = root / name if (root / name).is_dir() else root
+    return sorted(folder.glob("*.npy"), key=_number)
+
+
+def _check_pairs(shards: list[Path], rows: list[int], files: list[Path], lines: list[int]) -> None:
+    """Raises SourceError unless each shard has a metadata file of its number and length."""
+    for shard, n, file, m in itertools.zip_longest(shards, rows, files, lines):
+        if shard is None or file is None or _number(shard)[0] != _number(file)[0] or n != m:
+            one, other = (
+                f"{path} with {count:,} rows" if path else "no file" for path, count in ((shard, n), (file, m))
+            )
+            raise SourceError(f"{one} does not fit {other}: each shard needs metadata of its number and length")
+
+
 def _number(path: Path) -> tuple[list[int], str]:
     return [int(n) for n in re.findall(r"\d+", path.stem)], path.name
 
@@ -78,9 +94,9 @@ def _check_finite(path: Path, rows: Rows) -> None:
         raise SourceError(f"{path}: row {places[~finite][0]:,} has a number that is not finite: leave such rows out")
 
 
-def _metadata(root: Path, count: int) -> tuple[list[str], np.ndarray | None, list[str]]:
+def _metadata(root: Path, items: Rows) -> tuple[list[str], np.ndarray | None, list[str]]:
     """Names, labels and classes of the items."""
-    files = sorted((root / METADATA).glob("*.parquet"), key=_number)
+    files, count = sorted((root / METADATA).glob("*.parquet"), key=_number), len(items)
     if not files:
         return [f"{i:09d}" for i in range(count)], None, []
     try:
@@ -92,6 +108,8 @@ def _metadata(root: Path, count: int) -> tuple[list[str], np.ndarray | None, lis
     wanted = [c for c in (name, "label") if c in columns]
     tables = [pyarrow.parquet.read_table(file, columns=wanted) for file in files]
     total = sum(len(t) for t in tables)
+    if len(files) > 1:
+        _check_pairs(_files(root, ITEMS), items.lengths, files, [len(t) for t in tables])
     if total != count:
         raise SourceError(f"{root / METADATA}: {total:,} rows for {count:,} embeddings: it must have one for each")
 

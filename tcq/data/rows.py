@@ -29,6 +29,11 @@ class Rows:
         self.shape: tuple[int, ...] = (len(self._rows), *self._arrays[0].shape[1:])
         self.ndim, self.dtype = len(self.shape), self._arrays[0].dtype
 
+    @property
+    def lengths(self) -> list[int]:
+        """The lengths of the arrays."""
+        return [len(a) for a in self._arrays]
+
     def __len__(self) -> int:
         return self.shape[0]
 

@@ -65,7 +65,7 @@ def query_blocks(
     for path, below in [(str(p), below) for p in paths for below in _images_below(p)]:
         if path.endswith(".npy"):
             rows = read_queries(index, [path])
-            yield [f"row {i}" for i in range(len(rows))], rows
+            yield [f"{path} row {i}" for i in range(len(rows))], rows
             continue
         try:
             waiting.append((below or path, read_queries(index, [below or path])[0]))

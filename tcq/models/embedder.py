@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import traceback
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -79,9 +80,11 @@ def run(spec: str, images: UInt8[np.ndarray, "N S S 3"]) -> Float[np.ndarray, "N
     except EmbedderError:
         raise
     except Exception as error:
-        raise EmbedderError(f"model.embedder {spec} with {images.shape}: {type(error).__name__}: {error}") from error
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{type(error).__name__} in {where.filename}:{where.lineno}"
+        raise EmbedderError(f"model.embedder {spec} with {images.shape}: {place}: {error}") from error
     if rows.ndim != 2 or len(rows) != len(images) or rows.dtype.kind != "f":
-        expected = f"floats of shape ({len(images)}, F)"
+        expected = f"floats of shape ({len(images)}, F) are expected"
         raise EmbedderError(f"model.embedder {spec} with {images.shape} returned {rows.shape} {rows.dtype}: {expected}")
     if not np.isfinite(rows).all():
         raise EmbedderError(f"model.embedder {spec}: an embedding has a number that is not finite")

@@ -38,11 +38,17 @@ def read_data(config: ConfigDict, folder: Path) -> tuple[Source, protocols.Split
     order of the images.
     """
     processes.set_phase("reading the images")
-    source = embed.open_source(config, partial(workdirs.in_order, folder))
+
+    def ordered(source: Source) -> Source:
+        source = workdirs.in_order(folder, source)
+        split = splits.of_source(source, config.data)
+        configs.check_run(  # before images are embedded, which can take hours
+            config, num_devices=jax.device_count(), num_train=len(split.train), num_validation=len(split.validation)
+        )
+        return source
+
+    source = embed.open_source(config, ordered)
     split = splits.of_source(source, config.data)
-    configs.check_run(
-        config, num_devices=jax.device_count(), num_train=len(split.train), num_validation=len(split.validation)
-    )
     processes.require_same("images", {"names": splits.names_digest(source), "split": protocols.digest(split)})
     processes.require_same("config", configs.identity(config))
     return source, split

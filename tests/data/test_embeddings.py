@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,23 @@ def write(root, *shards, metadata=None):
             part = {key: values[start : start + len(rows)] for key, values in metadata.items()}
             pyarrow.parquet.write_table(pyarrow.table(part), root / "metadata" / f"metadata_{number}.parquet")
         start += len(rows)
+    return root
+
+
+def changed(root, *tables):
+    """The folder with other metadata."""
+    for number, table in enumerate(tables):
+        pyarrow.parquet.write_table(pyarrow.table(table), root / "metadata" / f"metadata_{number}.parquet")
+    return root
+
+
+def renamed(root):
+    (root / "metadata" / "metadata_1.parquet").rename(root / "metadata" / "metadata_2.parquet")
+    return root
+
+
+def more(root):
+    shutil.copy(root / "metadata" / "metadata_1.parquet", root / "metadata" / "metadata_2.parquet")
     return root
 
 
@@ -79,6 +97,7 @@ def test_rows_read_here_and_there_leave_few_pages_mapped(tmp_path):
 def test_what_does_not_fit_is_refused(tmp_path):
     bad = rows(4)
     bad[2, 1] = np.inf
+    six = {"path": list("abcdef")}
     views = write(tmp_path / "views", rows(4))
     (views / "view_emb").mkdir()
     np.save(views / "view_emb" / "view_emb_0.npy", np.zeros((3, 2, 6), "f4"))
@@ -91,6 +110,13 @@ def test_what_does_not_fit_is_refused(tmp_path):
         write(tmp_path / "inf", bad): "row 2 has a number that is not finite",
         write(tmp_path / "rows", rows(4), metadata={"path": ["a"] * 3}): "3 rows for 4 embeddings",
         write(tmp_path / "labels", rows(2), metadata={"label": ["a", None]}): "row 1 has no label",
+        changed(
+            write(tmp_path / "lengths", rows(4), rows(2), metadata=six), {"path": ["a"] * 2}, {"path": ["b"] * 4}
+        ): (r"img_emb_0.npy with 4 rows does not fit .*metadata_0.parquet with 2 rows"),
+        renamed(write(tmp_path / "numbers", rows(4), rows(2), metadata=six)): (
+            r"img_emb_1.npy with 2 rows does not fit .*metadata_2.parquet with 2 rows"
+        ),
+        more(write(tmp_path / "more", rows(4), rows(2), metadata=six)): "no file does not fit .*metadata_2.parquet",
         views: r"\(3, 2, 6\) does not fit the embeddings \(4, 6\)",
     }.items():
         with pytest.raises(SourceError, match=message):
