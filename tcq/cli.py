@@ -158,7 +158,12 @@ def _add_train(commands: flags.Commands) -> None:
     parser.add_argument(
         "--profile", type=flags.steps, metavar="START:STOP", help="write a trace of these steps to the workdir"
     )
-    parser.add_argument("--evaluate", metavar="CHECKPOINT", help="score at the end: best (by validation) or latest")
+    parser.add_argument(
+        "--evaluate",
+        type=flags.checkpoint,
+        metavar="CHECKPOINT",
+        help="score at the end: best (by validation) or latest",
+    )
     flags.add_distributed(parser)
 
 
@@ -187,7 +192,10 @@ def _add_sweep(commands: flags.Commands) -> None:
         "--axes", default="", metavar="KEY[,KEY]", help="keys of the x axis and of the lines of the plot"
     )
     parser.add_argument(
-        "--checkpoint", default="best", help="checkpoint to score: best (by validation) or latest (default: best)"
+        "--checkpoint",
+        type=flags.checkpoint,
+        default="best",
+        help="checkpoint to score: best (by validation) or latest (default: best)",
     )
 
 
@@ -211,7 +219,12 @@ def _add_evaluate(commands: flags.Commands) -> None:
         required=True,
         help="workdir of the training run; results.json and pictures are written to it",
     )
-    parser.add_argument("--checkpoint", default="best", help="best (by validation), latest, or a step (default: best)")
+    parser.add_argument(
+        "--checkpoint",
+        type=flags.checkpoint,
+        default="best",
+        help="best (by validation), latest, or a step (default: best)",
+    )
     parser.add_argument("--root", type=flags.path, help="where the image folder of the run is now, if it was moved")
     parser.add_argument("--recorded", metavar="JSON", help='file {"mAP": {name: value}} of scores to add to the table')
     flags.add_distributed(parser)

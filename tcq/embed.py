@@ -66,6 +66,8 @@ def write(config: ConfigDict, out: str | Path) -> int:
     If the call is stopped, the same call goes on in `<out>-partial`. Returns the number of images. Raises SourceError,
     also if `out` exists, EmbedderError and WeightsError.
     """
+    if storage.is_url(out):
+        raise SourceError(f"{out} is in a bucket: give a local folder, and copy it afterwards")
     out = Path(out)
     processes.on_first(lambda: _refuse(out, "exists"))
     run = _run_of(config)
@@ -106,7 +108,7 @@ def _run_of(config: ConfigDict) -> Run:
     """What embeds images. Raises EmbedderError if the config has no function and no weights."""
     m = config.model
     if m.embedder:
-        return partial(embedder.run, m.embedder)
+        return partial(_run_embedder, m.embedder, int(m.embedder_output[0]))
     if not m.weights:
         raise embedder.EmbedderError(
             "nothing to embed with: give --config.model.embedder=file.py:function, or --config.model.weights=<path>"
@@ -115,6 +117,16 @@ def _run_of(config: ConfigDict) -> Run:
     variables = devices.replicate(encode.backbone_from_weights(config, model))
     run = _compiled_backbone(model)
     return lambda images: np.asarray(devices.map_here(run, variables, images, config.eval.batch_size))
+
+
+def _run_embedder(spec: str, width: int, images: np.ndarray) -> np.ndarray:
+    rows = embedder.run(spec, images)
+    if rows.shape[1] != width:
+        raise embedder.EmbedderError(
+            f"model.embedder {spec} returned {rows.shape[1]} numbers for each of {len(images)} images, and {width} "
+            f"before: the width must not depend on the images"
+        )
+    return rows
 
 
 @lru_cache(maxsize=2)
@@ -162,6 +174,8 @@ def _fill(folder: Path, config: ConfigDict, source: Source) -> None:
 
     if processes.on_first(is_done):
         return
+    m = config.model
+    embedder.require_same(m.embedder, config.data.image_size, tuple(m.embedder_output))
     split = splits.of_source(source, config.data)
     viewed = np.union1d(split.train, split.validation)
     with processes.entered_by_first(lambda: _locked(folder)):

@@ -51,6 +51,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def checkpoint(text: str) -> str:
+    """The name of a checkpoint. Raises ArgumentTypeError."""
+    if text not in ("best", "latest") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be best, latest, or the number of a step")
+    return text
+
+
 def port_number(text: str) -> int:
     """The number of a port; 0 is any free one. Raises ArgumentTypeError."""
     if not text.isdecimal() or int(text) > 65_535:

@@ -24,7 +24,7 @@ import numpy as np
 from tcq import config as configs
 from tcq import plots
 from tcq.data import sources
-from tcq.runtime import log, signals, storage
+from tcq.runtime import locks, log, signals, storage
 
 SEED = "train.seed"
 TABLE, MARKDOWN, PLOT = "table.csv", "table.md", "sweep.png"
@@ -86,7 +86,8 @@ def sweep(
     keys get panels. Without them the key of most values is the x axis, and all others are lines.
 
     Writes table.csv, table.md and sweep.png to the workdir after every cell, and log.txt to the folder of a cell.
-    Raises SweepError or ConfigError before training if a cell cannot work, and CellError at the end.
+    Raises SweepError or ConfigError before training if a cell cannot work, LockedError if another sweep runs in the
+    workdir, and CellError at the end.
     """
     import jax
 
@@ -97,10 +98,11 @@ def sweep(
     cells = [Cell(values, Path(workdir) / "cells" / _name(values)) for values in settings]
     whole = Grid(config, overrides, checkpoint, keys, cells, Path(workdir), _axes(axes, keys))
     _check(whole)
-    waiting = [cell for cell in cells if not (cell.folder / "results.json").is_file()]
-    logger.info(f"{len(cells)} cells, {len(cells) - len(waiting)} of them done; {jobs} at a time")
-    failed = _run_all(whole, waiting, jobs)
-    rows = _report(whole)
+    with locks.lock(workdir, wait=False):
+        waiting = [cell for cell in cells if not _is_done(whole, cell)]
+        logger.info(f"{len(cells)} cells, {len(cells) - len(waiting)} of them done; {jobs} at a time")
+        failed = _run_all(whole, waiting, jobs)
+        rows = _report(whole)
     if failed:
         listed = "\n".join(f"  - {cell.folder}/log.txt: {_last_line(cell.folder / 'log.txt')}" for cell in failed)
         raise CellError(f"{len(failed)} of {len(cells)} cells failed:\n{listed}")
@@ -227,9 +229,15 @@ def _run(grid: Grid, cell: Cell, running: set[subprocess.Popen[bytes]]) -> tuple
     seconds = time.monotonic() - start
     record = _read_record(cell)
     record["seconds"] = record.get("seconds", 0) + seconds  # of all attempts
-    record |= {"command": command[1:], "commit": _commit()}
+    record |= {"command": command[1:], "commit": _commit(), "checkpoint": grid.checkpoint}
     storage.write_text(cell.folder / "sweep.json", json.dumps(record, indent=2) + "\n")
-    return status == 0 and (cell.folder / "results.json").is_file(), seconds
+    return status == 0 and _is_done(grid, cell), seconds
+
+
+def _is_done(grid: Grid, cell: Cell) -> bool:
+    """Whether a cell is scored, at the checkpoint of this sweep."""
+    of = _read_record(cell).get("checkpoint", grid.checkpoint)
+    return of == grid.checkpoint and isinstance(_read(cell.folder / "results.json").get("mAP"), dict)
 
 
 def _environment(grid: Grid) -> dict[str, str]:
@@ -239,8 +247,16 @@ def _environment(grid: Grid) -> dict[str, str]:
 
 
 def _read_record(cell: Cell) -> dict[str, Any]:
-    path = cell.folder / "sweep.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return _read(cell.folder / "sweep.json")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The contents of a JSON file; none if it is missing or damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _commit() -> str:
@@ -267,8 +283,7 @@ def _last_line(output: Path) -> str:
 
 def _row(cell: Cell) -> dict[str, Any]:
     """The row of a cell in the table; None for what is not known yet."""
-    record, path = _read_record(cell), cell.folder / "results.json"
-    results = json.loads(path.read_text()) if path.is_file() else {}
+    record, results = _read_record(cell), _read(cell.folder / "results.json")
     scores, validation, machine = (results.get(k, {}) for k in ("mAP", "validation", "machine"))
     measured = {
         "validation_mAP": validation.get("mAP"),

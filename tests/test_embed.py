@@ -156,12 +156,40 @@ def test_another_function_is_refused(run):
         ("missing.py:embed", "No such file"),
         ("no_such_module:embed", "No module named"),
         (f"{TINY}:nothing", r"returned \(2, 2, 2\) float64"),
+        (f"{TINY}:huge", "a number that is not finite in float32"),
+        (f"{TINY}:leaving", "SystemExit in .*tiny_embedder.py"),
         (f"{TINY}:broken", r"RuntimeError in .*tiny_embedder.py:\d+: no weights"),
     ],
 )
 def test_a_function_that_does_not_work_is_refused_before_the_run(spec, message):
     with pytest.raises(configs.ConfigError, match=message):
         small.config(f"model.embedder={spec}", "data.image_size=16")
+
+
+def test_a_function_may_change_its_images_and_print(run, capsys):
+    config = small.config(*HEAD, f"data.cache_dir={run[1]}")
+    images = sources.open_source(config.data).images[:3].copy()
+    before = images.copy()
+    np.testing.assert_allclose(embedder.run(f"{TINY}:careless", images), tiny_embedder.embed(before), rtol=1e-6)
+    np.testing.assert_array_equal(images, before)
+    shown = capsys.readouterr()
+    assert "loading" in shown.err and not shown.out
+
+
+def test_a_width_that_depends_on_the_batch_is_refused(tmp_path):
+    head = [key for key in HEAD if not key.startswith("model.embedder")]
+    config = small.config(*head, f"model.embedder={TINY}:wide_as_the_batch", f"data.cache_dir={tmp_path}")
+    with pytest.raises(embedder.EmbedderError, match="returned 48 numbers for each of 64 images, and 42 before"):
+        embed.open_source(config)
+
+
+def test_a_function_that_changed_does_not_fill_the_cache(run, tmp_path, monkeypatch):
+    config = small.config(*HEAD, f"data.cache_dir={tmp_path}")
+    monkeypatch.setattr(tiny_embedder, "embed", None)
+    config.model.embedder = f"{TINY}:other"  # as a file that was edited after the training
+    with pytest.raises(embedder.EmbedderError, match="model.embedder .*other"):
+        embed.open_source(config)
+    assert not list(tmp_path.glob("embedded/*"))
 
 
 def test_too_few_images_are_refused_before_they_are_embedded(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from PIL import Image
 
 import small
 from tcq import plots, sweep
+from tcq.runtime import locks
 
 GRID = "optim.learning_rate=1e-3,1e30; train.seed=0"
 FLAGS = small.flags("optim.name=sgd", "optim.clip_norm=0", "loss.clip=0.1", "train.total_steps=6")
@@ -38,6 +39,8 @@ def test_a_grid_is_keys_and_values():
         ("loss.clip=0; loss.clip=1", "loss.clip is given twice"),
         ("loss.clip=0,1,0", "a value of loss.clip is given twice"),
         ("loss.clp=0,1", "--config.loss.clp is unknown: did you mean loss.clip?"),
+        ("loss.clip_scope=anchor; loss.clip=0.0001,0", "is less than one of the 254 negatives of an anchor"),
+        ("loss.entropy_weight=inf", "loss.entropy_weight inf must be a finite number"),
         ("loss.clip=0,9999", "loss.clip 9999 must be from 0 to 253"),
         ("data.source=folder:/a_b,folder:/a/b", "different values give the same folder 'source=folder__a_b'"),
     ],
@@ -133,10 +136,23 @@ def test_cells_that_are_done_stay_and_those_that_fail_are_named(tmp_path):
     with Image.open(workdir / "sweep.png") as picture:
         assert min(picture.size) > 200
 
+    damaged = workdir / "cells" / "learning_rate=1e-3,seed=0" / "sweep.json"
+    whole = damaged.read_text()
+    with locks.lock(workdir, wait=False):
+        small.assert_refused(run(), "is in use by process")
     before = (workdir / "cells" / "learning_rate=1e-3,seed=0" / "results.json").stat().st_mtime_ns
     again = run("optim.learning_rate=1e-3; train.seed=0")
     assert again.returncode == 0 and "1 cells, 1 of them done" in again.stderr, again.stderr
     assert (workdir / "cells" / "learning_rate=1e-3,seed=0" / "results.json").stat().st_mtime_ns == before
+    damaged.write_text(whole[:9])
+    assert "1 cells, 1 of them done" in run("optim.learning_rate=1e-3; train.seed=0").stderr
+    damaged.write_text(whole)
+    latest = run("optim.learning_rate=1e-3; train.seed=0", "--checkpoint=latest")
+    assert latest.returncode == 0 and "1 cells, 0 of them done" in latest.stderr, latest.stderr
+    results = workdir / "cells" / "learning_rate=1e-3,seed=0" / "results.json"
+    results.write_text("{}")
+    assert "1 cells, 0 of them done" in run("optim.learning_rate=1e-3; train.seed=0", "--checkpoint=latest").stderr
+    small.assert_refused(run(GRID, "--checkpoint=bset"), "must be best, latest, or the number of a step")
     other = run(GRID, "--config.train.total_steps=7")
     assert other.returncode == 2 and "train.total_steps: 6 stored, 7 given" in other.stderr, other.stderr
 

@@ -4,7 +4,7 @@ It checks types, the allowed values of each key, and combinations.
 """
 
 from collections.abc import Iterable, Iterator
-from math import inf, log2
+from math import inf, isfinite, log2
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,8 @@ class Range(NamedTuple):
     open_high: bool = False
 
     def problem(self, value: Any) -> str | None:
+        if not isfinite(value):
+            return f"{value} must be a finite number"
         above = self.low < value if self.open_low else self.low <= value
         below = value < self.high if self.open_high else value <= self.high
         if above and below:
@@ -309,6 +311,13 @@ def _loss_problems(c: ConfigDict) -> Iterator[str]:
         return
     if isinstance(amount, float) and not 0 <= amount < 1:
         yield f"loss.clip {loss.clip} is a share and must be in [0, 1); write a count without a decimal point"
+    elif (
+        amount > 0 < negatives and loss.clip_scope == "anchor" and not derived.clip_rule(c, 1).count(queued=loss.queue)
+    ):
+        yield (
+            f"loss.clip {loss.clip} is less than one of the {negatives} negatives of an anchor, so nothing would be "
+            f"clipped: use loss.clip_scope=batch, a larger data.batch_size, or loss.clip=0"
+        )
     elif amount < 0 or derived.clip_rule(c, 1).count(queued=loss.queue) >= max(negatives, 1):
         sizes = f"2 x {batch_size} - 2{f' + {loss.queue}' if loss.queue else ''} = {negatives}"
         yield (

@@ -5,6 +5,7 @@ from collections.abc import Container
 
 from ml_collections import ConfigDict
 
+from tcq.config import checks
 from tcq.config.overrides import ConfigError
 from tcq.data import embeddings
 from tcq.data.source import SourceError
@@ -36,6 +37,9 @@ def apply(config: ConfigDict, *, overridden: Container[str]) -> None:
             place, colon, name = m.embedder.rpartition(":")
             if place.endswith(".py"):
                 m.embedder = f"{os.path.abspath(os.path.expanduser(place))}{colon}{name}"
+            problem = checks.ALLOWED["data.image_size"].problem(data.image_size)
+            if problem:
+                raise ConfigError(f"data.image_size {problem}")
             m.embedder_output = embedder.signature(m.embedder, data.image_size)
             width = int(m.embedder_output[0])
             if not data.views and "data.views" not in overridden:

@@ -33,6 +33,8 @@ def parse(overrides: Iterable[str], base: ConfigDict) -> dict[str, Any]:
             raise ConfigError(f"--config.{key} is unknown{suggestion(key, known)}")
         if not equals and not isinstance(known[key], bool):
             raise ConfigError(f"--config.{key} has no value: write --config.{key}=...")
+        if negated and (equals or not isinstance(known[key], bool)):
+            raise ConfigError(f"{override}: --noconfig is for switches, without a value: write --config.{key}=...")
         values[key] = _value(key, text, known[key]) if equals else not negated
     return values
 

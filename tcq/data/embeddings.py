@@ -10,6 +10,7 @@ The shards are in the order of the numbers in their names. Arrays are memory-map
 """
 
 import itertools
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +22,13 @@ from tcq.data.rows import Rows
 from tcq.data.source import Source, SourceError
 
 ITEMS, VIEWS, METADATA = "img_emb", "view_emb", "metadata"
+logger = logging.getLogger(__name__)
+
+FLOATS = (np.float16, np.float32, np.float64)
 NAMES = ("image_path", "path", "key", "url", "image_url")
-CHECKED = 1024  # rows, spread over all of them, that are tested for numbers that are not finite
+WHOLE = 2**30  # bytes up to which all rows are tested for numbers that are not finite
+CHECKED = 65_536  # rows of larger folders that are tested, spread over all
+BLOCK = 8192  # rows tested at a time
 
 
 def open_folder(path: str | Path) -> Source:
@@ -59,12 +65,20 @@ def _shards(root: Path, name: str, ndim: int) -> Rows:
     for file in files:
         try:
             array = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError, OverflowError) as error:
             raise SourceError(f"{file}: cannot be read: {error}") from None
-        if array.ndim != ndim or array.dtype.kind != "f" or array.shape[1:] != (*arrays, array)[0].shape[1:]:
-            expected = f"{ndim} axes of floats" + (f", as the {arrays[0].shape} of {files[0].name}" if arrays else "")
-            raise SourceError(f"{file}: {array.shape} {array.dtype} must have {expected}")
+        if not isinstance(array, np.ndarray):
+            raise SourceError(f"{file}: is an archive of arrays, not a .npy file of one")
+        first = (*arrays, array)[0]
+        same = array.shape[1:] == first.shape[1:] and array.dtype == first.dtype
+        if array.ndim != ndim or array.dtype not in FLOATS or not same or 0 in array.shape[1:]:
+            like = f", as the {first.shape} {first.dtype} of {files[0].name}" if arrays else ""
+            raise SourceError(
+                f"{file}: {array.shape} {array.dtype} must have {ndim} axes of floats of 16, 32 or 64 bits{like}"
+            )
         arrays.append(array)
+    if not any(map(len, arrays)):
+        raise SourceError(f"{files[0].parent}: the .npy files have no rows")
     return Rows(arrays)
 
 
@@ -88,10 +102,36 @@ def _number(path: Path) -> tuple[list[int], str]:
 
 
 def _check_finite(path: Path, rows: Rows) -> None:
-    places = np.unique(np.linspace(0, len(rows) - 1, CHECKED).astype(np.int64))
-    finite = np.isfinite(rows[places].reshape(len(places), -1)).all(axis=1)
-    if not finite.all():
-        raise SourceError(f"{path}: row {places[~finite][0]:,} has a number that is not finite: leave such rows out")
+    size = int(np.prod(rows.shape)) * rows.dtype.itemsize
+    count = len(rows) if size <= WHOLE else CHECKED
+    places = np.unique(np.linspace(0, len(rows) - 1, count).astype(np.int64))
+    for some in np.array_split(places, -(-len(places) // BLOCK)):
+        finite = np.isfinite(rows[some].reshape(len(some), -1).astype(np.float32)).all(axis=1)
+        if not finite.all():
+            raise SourceError(f"{path}: row {some[~finite][0]:,} has a number that is not finite: leave such rows out")
+
+
+def _tables(files: list[Path]) -> tuple[list[Any], str | None]:
+    """The names and labels of metadata files as tables, and the name of the column of names."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise SourceError(f"{files[0]}: reading Parquet needs pyarrow: pip install pyarrow") from None
+    tables: list[Any] = []
+    for file in files:
+        try:
+            opened = pyarrow.parquet.ParquetFile(file)
+            if not tables:
+                columns = opened.schema_arrow.names
+                name = next((n for n in NAMES if n in columns), None)
+                wanted = [c for c in (name, "label") if c in columns]
+            lacking = [c for c in wanted if c not in opened.schema_arrow.names]
+            if lacking:
+                raise SourceError(f"{file}: has no column {lacking[0]!r}, which {files[0].name} has")
+            tables.append(opened.read(wanted))
+        except (OSError, pyarrow.ArrowException) as error:
+            raise SourceError(f"{file}: cannot be read: {error}") from None
+    return tables, name
 
 
 def _metadata(root: Path, items: Rows) -> tuple[list[str], np.ndarray | None, list[str]]:
@@ -99,14 +139,8 @@ def _metadata(root: Path, items: Rows) -> tuple[list[str], np.ndarray | None, li
     files, count = sorted((root / METADATA).glob("*.parquet"), key=_number), len(items)
     if not files:
         return [f"{i:09d}" for i in range(count)], None, []
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise SourceError(f"{files[0]}: reading Parquet needs pyarrow: pip install pyarrow") from None
-    columns = pyarrow.parquet.ParquetFile(files[0]).schema_arrow.names
-    name = next((n for n in NAMES if n in columns), None)
-    wanted = [c for c in (name, "label") if c in columns]
-    tables = [pyarrow.parquet.read_table(file, columns=wanted) for file in files]
+    tables, name = _tables(files)
+    columns = tables[0].column_names
     total = sum(len(t) for t in tables)
     if len(files) > 1:
         _check_pairs(_files(root, ITEMS), items.lengths, files, [len(t) for t in tables])
@@ -125,6 +159,9 @@ def _metadata(root: Path, items: Rows) -> tuple[list[str], np.ndarray | None, li
         raise SourceError(
             f"{root / METADATA}: row {missing:,} has no label: give all rows one, or leave out the column"
         )
+    kind = type(values[0])
+    if kind not in (str, int, bool) or any(type(v) is not kind for v in values):
+        raise SourceError(f"{root / METADATA}: labels must be texts or whole numbers, one for each row and all alike")
     classes = sorted(set(values))
     number = {c: i for i, c in enumerate(classes)}
     return names, np.array([number[v] for v in values], np.int64), [str(c) for c in classes]
@@ -135,7 +172,10 @@ def write_metadata(folder: Path, names: Sequence[str], labels: np.ndarray | None
     import pyarrow
     import pyarrow.parquet
 
-    columns: dict[str, Any] = {"image_path": list(names)}
+    # Names of files may have bytes that are no text.
+    columns: dict[str, Any] = {"image_path": [name.encode("utf-8", "backslashreplace").decode() for name in names]}
+    if labels is not None and labels.ndim > 1:
+        logger.warning("an image has several labels, which metadata cannot hold: they are left out")
     if labels is not None and labels.ndim == 1:
         columns["label"] = [classes[i] for i in labels]
     (folder / METADATA).mkdir(parents=True, exist_ok=True)

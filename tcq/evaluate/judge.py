@@ -5,7 +5,7 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -19,10 +19,11 @@ from tcq.data.rows import take
 from tcq.data.source import Source
 from tcq.evaluate import clipped, kinds
 from tcq.evaluate.report import EvaluateError
-from tcq.runtime import signals, storage
+from tcq.runtime import locks, signals, storage
 from tcq.workdir import journal
 
 ANSWERS, PICTURE = "judgements.jsonl", "judge.png"
+LOCKED = "judging"  # a folder, locked and there while questions are asked
 KEYS = ("first", "second", "same")  # of a line: the anchor, another image, whether it is of the same kind
 IMAGES = 1024  # training images whose pairs are ranked
 
@@ -65,13 +66,14 @@ def prepare(workdir: str | Path, *, count: int, labels: bool) -> tuple[Source, C
     """The source of a run, and `judge` for its training images and newest checkpoint.
 
     Raises EvaluateError if there is nothing to show, no labels, or the workdir is in a bucket, and as `encode.load` and
-    `embed.open_source`.
+    `embed.open_source` and `workdir.claim_data`. The second raises LockedError if another process asks.
     """
     if storage.is_url(workdir):
         raise EvaluateError(f"{workdir} is in a bucket, and answers are kept in the workdir: copy it to a local folder")
     encoder = encode.load(workdir, which="latest")
     source = embed.open_source(encoder.config, partial(workdirs.in_order, Path(workdir)))
     split = splits.of_source(source, encoder.config.data)
+    workdirs.claim_data(Path(workdir), source, split)
     if labels and source.labels is None:
         raise EvaluateError(f"{encoder.config.data.source} has no labels: leave out --labels, and answer yourself")
     if not labels and source.images.ndim != 4 and source.pictures is None:
@@ -97,14 +99,16 @@ def judge(
     chosen = np.sort(np.random.RandomState(seed).permutation(split.train)[:IMAGES])
     ranks = kinds.pair_ranks(clipped.similarities(encoder, encode.encode(encoder, take(source.images, chosen))))
     names = [source.names[i] for i in chosen]
+    if len(set(source.names)) < len(source.names):
+        names = [f"{i} {name}" for i, name in zip(chosen, names, strict=True)]
     is_open, random = ~np.eye(len(chosen), dtype=bool), np.random.RandomState(seed + 1)
     answers = []
     file = folder / ANSWERS if folder else None
     for anchor, others, same in _stored(file, names) if file else ():  # ranks are those of the model as it is now
         answers.append(kinds.likelihood(ranks[anchor, others], same))
         _close(is_open, anchor, others)
-    with file.open("a") if file else nullcontext(io.StringIO()) as out:
-        if file and out.tell() and not file.read_text().endswith("\n"):
+    with _only(folder), file.open("a") if file else nullcontext(io.StringIO()) as out:
+        if file and out.tell() and not file.read_bytes().endswith(b"\n"):
             out.write("\n")  # the last line of a killed process may be cut
         while len(answers) < count:
             drawn = kinds.draw(kinds.posterior(answers), ranks, is_open, random)
@@ -123,6 +127,11 @@ def judge(
     return kinds.judgement(answers, ranks)
 
 
+def _only(folder: Path | None) -> AbstractContextManager[None]:
+    """A context that one process at a time can enter for a folder; without one any."""
+    return locks.lock(folder / LOCKED, wait=False) if folder else nullcontext()
+
+
 def _close(is_open: Bool[np.ndarray, "B B"], anchor: int, others: Int[np.ndarray, " m"]) -> None:
     """Afterwards no image is an anchor twice, and no pair is shown twice."""
     is_open[anchor] = False
@@ -138,10 +147,13 @@ def _stored(file: Path, names: list[str]) -> list[tuple[int, Int[np.ndarray, " m
     for line in journal.read(file):
         try:
             first, second, same = (line[key] for key in KEYS)
-            if first in position and second in position:
-                by_anchor[position[first]][position[second]] = bool(same)
+            known = first in position and second in position
         except (KeyError, TypeError):
             raise EvaluateError(f"{file}: {line} is no answer: it needs {', '.join(KEYS)}. Remove this line") from None
+        if type(same) is not bool or first == second:
+            raise EvaluateError(f"{file}: {line} must have two names, and true or false. Remove this line")
+        if known:
+            by_anchor[position[first]][position[second]] = same
     return [(anchor, np.array([*given]), np.array([*given.values()])) for anchor, given in by_anchor.items()]
 
 
@@ -155,9 +167,9 @@ def by_labels(source: Source) -> Ask:
 
 
 def by_terminal(folder: Path, source: Source, count: int, read: Callable[[str], str] = input) -> Ask:
-    """Answers of a person from the terminal: numbers of images, 0 or q. There are to be `count`.
+    """Answers of a person from the terminal: numbers of images, 0 or q.
 
-    judge.png of the folder shows the images.
+    There are to be `count`. judge.png of the folder shows the images.
     """
     images = source.images if source.pictures is None else source.pictures
 
@@ -172,7 +184,9 @@ def by_terminal(folder: Path, source: Source, count: int, read: Callable[[str], 
             try:
                 with signals.waiting():
                     line = read(question)
-            except EOFError:
+            except UnicodeDecodeError as error:
+                line = repr(error.object)
+            except (EOFError, RuntimeError):  # the end of the input, or none at all
                 return None
             given = line.replace(",", " ").lower().split()
             if given == ["q"]:

@@ -1,12 +1,14 @@
 """The questions of `tcq judge` on a page: an anchor, and images that may be of its kind.
 
 The judge runs in a thread, and its questions wait for the page. An answer names the number of its question, so that an
-old page or a second click answers no other question.
+old page or a second click answers no other question. The numbers begin at a random one, so that neither does a page of
+an earlier process.
 """
 
 import asyncio
 import io
 import json
+import secrets
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +36,7 @@ FILES = {
     "/judge.css": ("judge.css", "text/css; charset=utf-8"),
     "/judge.js": ("judge.js", "text/javascript; charset=utf-8"),
 }
+STOPS = 20.0  # seconds after a signal in which the judge may end; exiting meanwhile would abort the process
 WAIT = 10.0  # seconds that a request waits for the next question
 MAX_BYTES = 1000  # of an answer
 SIDE = 320  # pixels of a small picture, which is enlarged without smoothing
@@ -46,6 +49,7 @@ class Question(NamedTuple):
     """What the page shows: images, or the result at the end."""
 
     number: int
+    so_far: int = 0  # answers
     images: tuple[int, ...] = ()  # positions in the source, the anchor first
     result: str = ""
 
@@ -54,14 +58,14 @@ class Exchange:
     """Passes questions of one thread to the page, and its answers back."""
 
     def __init__(self) -> None:
-        self.question, self.closed = Question(0), False
+        self.question, self.closed = Question(1 + secrets.randbelow(10**8)), False
         self.answer: Answer | None = None
         self.changed = threading.Condition()
 
-    def ask(self, anchor: int, others: list[int], _: int) -> list[bool] | None:
+    def ask(self, anchor: int, others: list[int], so_far: int) -> list[bool] | None:
         """The answer to a new question; None if there is to be no further one."""
         with self.changed:
-            self.question, self.answer = Question(self.question.number + 1, (anchor, *others)), None
+            self.question, self.answer = Question(self.question.number + 1, so_far, (anchor, *others)), None
             self.changed.notify_all()
             self.changed.wait_for(lambda: self.answer is not None or self.closed)
             if self.closed or self.answer is None or self.answer == STOP:
@@ -71,7 +75,7 @@ class Exchange:
     def finish(self, result: str) -> None:
         """Shows the result."""
         with self.changed:
-            self.question = Question(self.question.number + 1, (), result)
+            self.question = Question(self.question.number + 1, result=result)
             self.changed.notify_all()
 
     def reply(self, number: int, answer: Answer) -> None:
@@ -82,9 +86,12 @@ class Exchange:
                 self.changed.notify_all()
 
     def after(self, number: int) -> Question:
-        """The question after this number, or the present one if there is none within WAIT seconds."""
+        """Another question than that of this number, or the same after WAIT seconds."""
         with self.changed:
-            self.changed.wait_for(lambda: self.question.number > number or self.closed, WAIT)
+            asked = self.question.images or self.question.result
+            if not asked or self.question.number == number:
+                before = self.question.number
+                self.changed.wait_for(lambda: self.question.number > before or self.closed, WAIT)
             return self.question
 
     def close(self) -> None:
@@ -108,7 +115,7 @@ def run(judge_by: Callable[[judge.Ask], kinds.Judgement], source: Source, *, hos
             try:
                 ends.append(judge_by(exchange.ask))
                 exchange.finish(judge.text(ends[0]))
-            except Exception as error:
+            except BaseException as error:
                 ends.append(error)
                 server.should_exit = True
 
@@ -116,9 +123,9 @@ def run(judge_by: Callable[[judge.Ask], kinds.Judgement], source: Source, *, hos
         thread.start()
         asyncio.run(web.run(server, bound, f"questions at {address} (Ctrl-C stops; answers are kept)"))
     exchange.close()
+    thread.join(STOPS if signals.requested() else None)
     signals.check()
-    thread.join()
-    if isinstance(ends[0], Exception):
+    if isinstance(ends[0], BaseException):
         raise ends[0]
     return ends[0]
 
@@ -130,7 +137,7 @@ def make(exchange: Exchange, source: Source, guard: guards.Guard, finished: Call
     async def state(number: int) -> Response:
         question = await anyio.to_thread.run_sync(exchange.after, number, abandon_on_cancel=True)
         names = [_text(source.names[i]) for i in question.images]
-        content = {"number": question.number, "result": question.result, "names": names}
+        content = {"number": question.number, "so_far": question.so_far, "result": question.result, "names": names}
         background = BackgroundTask(finished) if question.result else None
         return JSONResponse(content, headers={"cache-control": "no-store"}, background=background)
 

@@ -1,11 +1,14 @@
 """A user's function as the frozen backbone, and the module that takes its embeddings."""
 
+import contextlib
 import importlib
 import importlib.util
+import sys
 import traceback
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -56,18 +59,23 @@ def load(spec: str) -> Embed:
     if not place or not name:
         raise EmbedderError(f"model.embedder {spec!r} must be file.py:function or module:function")
     try:
-        if place.endswith(".py"):
-            file = Path(place).expanduser()
-            module_spec = importlib.util.spec_from_file_location(f"tcq_embedder_{file.stem}", file)
-            assert module_spec and module_spec.loader
-            module = importlib.util.module_from_spec(module_spec)
-            module_spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for our answers
+            module = _module(place)
         function: Embed = getattr(module, name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise EmbedderError(f"model.embedder {spec}: {type(error).__name__}: {error}") from None
     return function
+
+
+def _module(place: str) -> Any:
+    if not place.endswith(".py"):
+        return importlib.import_module(place)
+    file = Path(place).expanduser()
+    module_spec = importlib.util.spec_from_file_location(f"tcq_embedder_{file.stem}", file)
+    assert module_spec and module_spec.loader
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module
 
 
 def run(spec: str, images: UInt8[np.ndarray, "N S S 3"]) -> Float[np.ndarray, "N F"]:
@@ -76,19 +84,22 @@ def run(spec: str, images: UInt8[np.ndarray, "N S S 3"]) -> Float[np.ndarray, "N
     Raises EmbedderError if the function fails or returns something else.
     """
     try:
-        rows = np.asarray(load(spec)(images))
+        with contextlib.redirect_stdout(sys.stderr):
+            rows = np.asarray(load(spec)(np.array(images)))  # a copy, in case the function changes it
     except EmbedderError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{type(error).__name__} in {where.filename}:{where.lineno}"
         raise EmbedderError(f"model.embedder {spec} with {images.shape}: {place}: {error}") from error
     if rows.ndim != 2 or len(rows) != len(images) or rows.dtype.kind != "f":
         expected = f"floats of shape ({len(images)}, F) are expected"
         raise EmbedderError(f"model.embedder {spec} with {images.shape} returned {rows.shape} {rows.dtype}: {expected}")
+    with np.errstate(over="ignore"):
+        rows = rows.astype(np.float32)
     if not np.isfinite(rows).all():
-        raise EmbedderError(f"model.embedder {spec}: an embedding has a number that is not finite")
-    return rows.astype(np.float32)
+        raise EmbedderError(f"model.embedder {spec}: an embedding has a number that is not finite in float32")
+    return rows
 
 
 def signature(spec: str, image_size: int) -> tuple[float, ...]:

@@ -69,9 +69,9 @@ class Journal:
 def read(path: Path) -> list[Any]:
     """All lines of a file that are whole; the last line of a killed run may be cut."""
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             lines.append(json.loads(text))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
     return lines

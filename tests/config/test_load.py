@@ -32,7 +32,7 @@ def refused(overrides, file="configs/digits.py"):
         ("model.mean=x", "--config.model.mean=x: must be tuple"),
         ("loss.temperature=hot", "--config.loss.temperature=hot: must be float"),
         ("loss.temperature=0", "loss.temperature 0.0 must be above 0"),
-        ("loss.temperature=nan", "loss.temperature nan must be above 0"),
+        ("loss.temperature=nan", "loss.temperature nan must be a finite number"),
         (
             "loss.clip=254",
             "loss.clip 254 must be from 0 to 253: a batch of 128 has 2 x 128 - 2 = 254 negatives per anchor",
@@ -64,6 +64,9 @@ def refused(overrides, file="configs/digits.py"):
         ("train.seed=-1", "train.seed -1 must be from 0"),
         ("checkpoint.every_steps=0", "checkpoint.every_steps 0 must be at least 1"),
         ("loss.clip", "--config.loss.clip has no value: write --config.loss.clip=..."),
+        ("--noconfig.loss.clip=0.5", "--noconfig is for switches, without a value"),
+        ("--noconfig.model.remat=true", "--noconfig is for switches, without a value"),
+        ("optim.weight_decay=inf", "optim.weight_decay inf must be a finite number"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_numbers(override, message):

@@ -1,3 +1,4 @@
+import io
 import os
 import shutil
 from pathlib import Path
@@ -42,6 +43,23 @@ def renamed(root):
 
 def more(root):
     shutil.copy(root / "metadata" / "metadata_1.parquet", root / "metadata" / "metadata_2.parquet")
+    return root
+
+
+def broken(root, content):
+    (root / "img_emb").mkdir(parents=True)
+    (root / "img_emb" / "img_emb_0.npy").write_bytes(content)
+    return root
+
+
+def zipped():
+    out = io.BytesIO()
+    np.savez(out, a=rows(3))
+    return out.getvalue()
+
+
+def unreadable(root):
+    (root / "metadata" / "metadata_0.parquet").write_bytes(b"PAR1 junk")
     return root
 
 
@@ -105,7 +123,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         tmp_path / "none": "no .npy files found",
         write(
             tmp_path / "widths", rows(4), rows(4, 7)
-        ): r"img_emb_1.npy: \(4, 7\) float16 must have 2 axes of floats, as",
+        ): r"img_emb_1.npy: \(4, 7\) float16 must have 2 axes of floats .* bits, as",
         write(tmp_path / "whole", np.zeros((4, 6), int)): r"\(4, 6\) int64 must have 2 axes of floats",
         write(tmp_path / "inf", bad): "row 2 has a number that is not finite",
         write(tmp_path / "rows", rows(4), metadata={"path": ["a"] * 3}): "3 rows for 4 embeddings",
@@ -117,6 +135,20 @@ def test_what_does_not_fit_is_refused(tmp_path):
             r"img_emb_1.npy with 2 rows does not fit .*metadata_2.parquet with 2 rows"
         ),
         more(write(tmp_path / "more", rows(4), rows(2), metadata=six)): "no file does not fit .*metadata_2.parquet",
+        broken(tmp_path / "empty", b""): "img_emb_0.npy: cannot be read",
+        broken(tmp_path / "zip", zipped()): "img_emb_0.npy: is an archive of arrays",
+        write(tmp_path / "nothing", rows(0)): "the .npy files have no rows",
+        write(tmp_path / "swapped", rows(3).astype(">f4")): "must have 2 axes of floats of 16, 32 or 64 bits",
+        write(
+            tmp_path / "mixed", rows(3), rows(3).astype("f4")
+        ): r"img_emb_1.npy: \(3, 6\) float32 must have .* float16",
+        write(tmp_path / "late", np.concatenate([rows(9000), bad])): "row 9,002 has a number that is not finite",
+        write(tmp_path / "mixed labels", rows(2), metadata={"label": [[1], [2]]}): "labels must be texts or whole",
+        write(tmp_path / "no number", rows(2), metadata={"label": [1.0, np.nan]}): "labels must be texts or whole",
+        unreadable(write(tmp_path / "junk", rows(4), metadata={"path": list("abcd")})): "metadata_0.parquet: cannot be",
+        changed(write(tmp_path / "lacks", rows(4), rows(2), metadata=six), {"path": list("abcd"), "label": [0] * 4}): (
+            "metadata_1.parquet: has no column 'label', which metadata_0.parquet has"
+        ),
         views: r"\(3, 2, 6\) does not fit the embeddings \(4, 6\)",
     }.items():
         with pytest.raises(SourceError, match=message):
@@ -127,3 +159,9 @@ def test_nothing_is_unpickled(tmp_path):
     np.save(tmp_path / "a.npy", np.array([{"a": 1}], object), allow_pickle=True)
     with pytest.raises(SourceError, match="cannot be read"):
         embeddings.open_folder(tmp_path)
+
+
+def test_metadata_holds_names_that_are_no_text(tmp_path):
+    embeddings.write_metadata(tmp_path, ["caf\udce9.jpg", "b"], None, [])
+    np.save(tmp_path / "rows.npy", rows(2))
+    assert embeddings.open_folder(tmp_path).names == ["caf\\udce9.jpg", "b"]

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 import small
+from tcq import encode
+from tcq.data import sources, splits
 from tcq.data.source import Source
 from tcq.evaluate import judge, kinds
 from tcq.evaluate.report import EvaluateError
-from tcq.runtime import signals
+from tcq.runtime import locks, signals
 
 
 @pytest.fixture
@@ -96,10 +98,52 @@ def test_a_file_of_other_lines_is_refused_and_a_cut_line_is_not(workdir):
     assert judge_by(judge.by_labels(source)).answers == 1
     lines = (workdir / judge.ANSWERS).read_text().splitlines()
     assert [set(json.loads(line)) for line in lines[2:]] == kinds.NEIGHBOURS * [set(judge.KEYS)]
-    for line in ('{"first": "a"}', "3", '{"first": [], "second": "b", "same": true}'):
+    form, types = "is no answer: it needs first, second, same", "must have two names, and true or false"
+    for line, message in {
+        '{"first": "a"}': form,
+        "3": form,
+        '{"first": [], "second": "b", "same": true}': form,
+        '{"first": "a", "second": "b", "same": "false"}': types,
+        '{"first": "a", "second": "b", "same": null}': types,
+        '{"first": "a", "second": "a", "same": true}': types,
+    }.items():
         (workdir / judge.ANSWERS).write_text(line + "\n")
-        with pytest.raises(EvaluateError, match="is no answer: it needs first, second, same"):
+        with pytest.raises(EvaluateError, match=message):
             judge_by(judge.by_labels(source))
+
+
+def test_bytes_that_are_no_lines_are_passed_over(workdir):
+    (workdir / judge.ANSWERS).write_bytes(b"\xff\xfe{\x00\n" + b"[" * 100_000 + b"\n" + b"9" * 5000 + b"\n")
+    assert judge.run(workdir, count=1, labels=False, read=lambda question: "0").answers == 1
+
+
+def test_one_process_at_a_time_asks(workdir):
+    source, judge_by = judge.prepare(workdir, count=2, labels=False)
+
+    def ask(*question):
+        with pytest.raises(locks.LockedError, match="is in use by process"):
+            judge.prepare(workdir, count=2, labels=False)[1](judge.by_labels(source))
+        return None
+
+    judge_by(ask)
+    assert not (workdir / judge.LOCKED).exists()
+
+
+def test_images_of_one_name_are_told_apart(workdir):
+    encoder = encode.load(workdir, which="latest")
+    source = sources.open_source(encoder.config.data)
+    alike = source._replace(names=["a.jpg"] * len(source.names))
+    split = splits.of_source(source, encoder.config.data)
+    found = [judge.judge(workdir, encoder, alike, split, judge.by_labels(source), count=n) for n in (5, 5)]
+    assert found[0] == found[1] and found[0].answers == 5
+    assert len({(r["first"], r["second"]) for r in stored(workdir)}) == 5 * kinds.NEIGHBOURS
+
+
+def test_other_images_than_those_of_the_run_are_refused(workdir):
+    data = json.loads((workdir / "data.json").read_text())
+    (workdir / "data.json").write_text(json.dumps(data | {"images": 1, "contents_sha256": "0", "names_sha256": "0"}))
+    done = small.main("judge", f"--workdir={workdir}", "--labels")
+    small.assert_refused(done, "the images have changed since this run began")
 
 
 def test_a_person_sees_a_picture_and_can_stop(workdir):

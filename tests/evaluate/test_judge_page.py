@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import socket
+import threading
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import small
 from judging import judging
 from serving import ask
 from tcq import web
-from tcq.evaluate import judge, kinds
+from tcq.evaluate import judge, judge_page, kinds
 from tcq.runtime import signals
 
 
@@ -51,6 +52,18 @@ def test_a_person_answers_on_the_page(workdir):
     rows = [json.loads(line) for line in (workdir / judge.ANSWERS).read_text().splitlines()]
     assert [(r["first"], r["second"], r["same"]) for r in rows] == seen
     assert ends[0].answers == 3 and judge.text(ends[0]) == state["result"]
+
+
+def test_a_page_of_an_earlier_process_answers_nothing():
+    earlier, now = judge_page.Exchange(), judge_page.Exchange()
+    assert earlier.question.number != now.question.number
+    thread = threading.Thread(target=now.ask, args=(1, [2, 3], 0))
+    thread.start()
+    number = now.after(0).number
+    now.reply(earlier.question.number + 1, [1])
+    assert now.answer is None and now.question.number == number
+    now.close()
+    thread.join(10)
 
 
 def test_only_the_open_question_is_answered_and_by_numbers(workdir):

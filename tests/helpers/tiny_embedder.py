@@ -1,6 +1,7 @@
 """A user's function: colours of a grid of cells, and one that computes something else."""
 
 import os
+import sys
 import time
 
 import jax
@@ -24,6 +25,25 @@ def narrow(images):
 
 def nothing(images):
     return np.zeros((len(images), 2, 2))
+
+
+def huge(images):
+    return embed(images).astype(np.float64) * 1e300
+
+
+def leaving(images):
+    sys.exit(0)
+
+
+def wide_as_the_batch(images):
+    return embed(images)[:, : 40 + min(len(images), 8)]
+
+
+def careless(images):
+    """Changes its argument, and prints."""
+    print("loading")
+    images[:] = 255 - images
+    return embed(255 - images)
 
 
 def broken(images):

@@ -56,7 +56,7 @@ function show(state) {
   at('anchor').lastChild.textContent = state.names[0]
   at('others').replaceChildren(...state.names.slice(1).map((name, i) => other(name, i + 1)))
   at('next').firstChild.textContent = 'None of them '
-  at('progress').textContent = `question ${number}`
+  at('progress').textContent = `question ${state.so_far + 1}`
   at('question').hidden = false
   say('')
   enable(true)
