@@ -29,7 +29,7 @@ from tcq.runtime import devices, locks, log, processes, signals, storage
 
 BLOCK = 64  # images embedded at a time
 SHARD = 2**16  # rows of a file, at most
-FILES = 32  # at least, of a large collection: so many processes can share the work
+FILES = 32  # of a collection below 2^21 images: so many processes can share the work
 SEED = 0  # of the views: runs with other seeds share them
 DONE = "done.json"
 PARTIAL = "-partial"  # of the name of a folder that is being written

@@ -16,6 +16,8 @@ from tcq.runtime import storage
 # Right and wrong differ in line style, symbol and lightness, not only in hue (colours of Okabe & Ito).
 RIGHT = {"color": "#0072B2", "linestyle": "solid", "symbol": "\N{HEAVY CHECK MARK}"}
 WRONG = {"color": "#E69F00", "linestyle": (0, (2, 2)), "symbol": "\N{MULTIPLICATION X}"}
+KEPT = {"color": "#0072B2", "linestyle": "solid", "symbol": ""}
+CLIPPED = {"color": "#E69F00", "linestyle": (0, (2, 2)), "symbol": "\N{BLACK SCISSORS}"}
 CELL, IMAGE, TITLE = (1.1, 1.25), 0.98, 0.35  # inches of a gallery: width and height of a cell, longer side of an image
 LINE_STYLES = ("solid", "dashed", "dotted", "dashdot", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
@@ -27,13 +29,14 @@ def gallery(
     *,
     captions: Sequence[Sequence[str]] | None = None,
     right: Bool[np.ndarray, "Q k"] | None = None,
+    marks: tuple[Mapping[str, Any], Mapping[str, Any]] = (RIGHT, WRONG),
     title: str = "",
     name: str = "query",
 ) -> None:
     """Writes a picture with a row per query: the query, then its neighbours, best first.
 
-    The query has the caption `name`. Where `right` is given, each neighbour is marked as right (solid frame, check
-    mark) or wrong (dashed frame, cross).
+    The query has the caption `name`. Where `right` is given, each neighbour has the first of the marks if it is right
+    (solid frame, check mark), else the second one (dashed frame, cross).
     Raises OSError if the file cannot be written, ValueError for an unknown file format.
     """
     rows, columns = len(queries), 1 + max(len(n) for n in neighbours)
@@ -44,7 +47,7 @@ def gallery(
         _image(axis, queries[r], (r, 0), name, None)
         for c, pixels in enumerate(neighbours[r]):
             caption = captions[r][c] if captions is not None else ""
-            mark = None if right is None else RIGHT if right[r][c] else WRONG
+            mark = None if right is None else marks[0] if right[r][c] else marks[1]
             _image(axis, pixels, (r, c + 1), caption, mark)
     axis.set(xlim=(0, columns * CELL[0]), ylim=(rows * CELL[1], -TITLE), aspect="equal")
     if title:

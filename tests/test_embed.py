@@ -216,7 +216,7 @@ def folder_of(tmp_path, num_views, n=400):
     return tmp_path
 
 
-@pytest.mark.parametrize(("num_views", "resident"), [(0, 1024), (3, 0)])
+@pytest.mark.parametrize(("num_views", "resident"), [pytest.param(0, 1024, marks=pytest.mark.whole), (3, 0)])
 def test_a_folder_of_embeddings_from_training_to_search(tmp_path, num_views, resident):
     folder = folder_of(tmp_path / "e", num_views)
     overrides = [f"data.source=embeddings:{folder}", f"data.resident={resident}", "data.augment.noise=0.3"]

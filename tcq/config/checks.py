@@ -311,9 +311,7 @@ def _loss_problems(c: ConfigDict) -> Iterator[str]:
         return
     if isinstance(amount, float) and not 0 <= amount < 1:
         yield f"loss.clip {loss.clip} is a share and must be in [0, 1); write a count without a decimal point"
-    elif (
-        amount > 0 < negatives and loss.clip_scope == "anchor" and not derived.clip_rule(c, 1).count(queued=loss.queue)
-    ):
+    elif 0 < amount < 1 and negatives > 0 and loss.clip_scope == "anchor" and int(amount * negatives) == 0:
         yield (
             f"loss.clip {loss.clip} is less than one of the {negatives} negatives of an anchor, so nothing would be "
             f"clipped: use loss.clip_scope=batch, a larger data.batch_size, or loss.clip=0"

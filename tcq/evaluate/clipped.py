@@ -43,8 +43,9 @@ def write(folder: Path, encoder: encode.Encoder, source: Source, split: protocol
         [[images[chosen[j]] for j in negatives[i]] for i in shown],
         captions=[[f"{similarity[i, j]:.2f}" for j in negatives[i]] for i in shown],
         right=np.array([~clipped[i, negatives[i]] for i in shown]),
+        marks=(plots.KEPT, plots.CLIPPED),
         name="anchor",
-        title="the most similar negatives, clipped (dashed) and kept (solid), of rare (top) to common anchors: "
+        title="the most similar negatives, clipped (scissors) and kept (solid), of rare (top) to common anchors: "
         f"{clipped.mean() * len(chosen) / (len(chosen) - 1):.1%} of the pairs are clipped",
     )
     processes.on_first(draw)

@@ -243,7 +243,7 @@ def draw(
     index: Index, queries: UInt8[np.ndarray, "Q H W 3"], answers: Sequence[Sequence[Hit]], out: str | Path
 ) -> None:
     """Writes a picture of queries and hits; missing images are gray. Raises IndexFileError."""
-    captions = [[f"{h.score:.3g} {Path(h.path).name[-14:]}" for h in hits] for hits in answers]
+    captions = [[f"{h.score:.3g} {Path(h.path).name[-10:]}" for h in hits] for hits in answers]
     try:
         plots.gallery(
             out, list(queries), [[thumbnail(index, h.path) for h in hits] for hits in answers], captions=captions

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from functools import lru_cache
@@ -18,6 +19,9 @@ from jaxtyping import Array, Float, UInt8
 NAME = "embeddings"  # of the model whose backbone is `Standardize`
 NUM_TRIAL_IMAGES, NUM_SUMS = 2, 4
 TOLERANCE = 0.02  # of the largest sum; libraries and machines round differently
+
+# Standard output is for our answers, and a function of a user may not be made for threads.
+_ONE_CALL = threading.RLock()
 
 Embed = Callable[[UInt8[np.ndarray, "N S S 3"]], Float[np.ndarray, "N F"]]
 
@@ -59,7 +63,7 @@ def load(spec: str) -> Embed:
     if not place or not name:
         raise EmbedderError(f"model.embedder {spec!r} must be file.py:function or module:function")
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # standard output is for our answers
+        with _ONE_CALL, contextlib.redirect_stdout(sys.stderr):
             module = _module(place)
         function: Embed = getattr(module, name)
     except (Exception, SystemExit) as error:
@@ -84,7 +88,7 @@ def run(spec: str, images: UInt8[np.ndarray, "N S S 3"]) -> Float[np.ndarray, "N
     Raises EmbedderError if the function fails or returns something else.
     """
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with _ONE_CALL, contextlib.redirect_stdout(sys.stderr):
             rows = np.asarray(load(spec)(np.array(images)))  # a copy, in case the function changes it
     except EmbedderError:
         raise

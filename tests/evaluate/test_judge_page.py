@@ -66,6 +66,12 @@ def test_a_page_of_an_earlier_process_answers_nothing():
     thread.join(10)
 
 
+def test_before_the_first_question_there_is_none_to_show(monkeypatch):
+    monkeypatch.setattr(judge_page, "WAIT", 0.01)
+    exchange = judge_page.Exchange()
+    assert exchange.after(0).images == () and not exchange.after(0).result
+
+
 def test_only_the_open_question_is_answered_and_by_numbers(workdir):
     source, judge_by = judge.prepare(workdir, count=9, labels=False)
     with judging(judge_by, source) as (address, ends):

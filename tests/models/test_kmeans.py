@@ -34,7 +34,7 @@ def test_spherical_centres_are_directions(points):
     np.testing.assert_allclose(got, kmeans.kmeans(points, 8, spherical=True), atol=1e-4)
 
 
-@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("metric", [pytest.param("l2", marks=pytest.mark.whole), "ip"])
 def test_a_retriever_starts_with_less_distortion_than_from_drawn_features(metric):
     error = {}
     for init in ("data", "kmeans"):

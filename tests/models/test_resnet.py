@@ -8,7 +8,9 @@ from tcq.models import resnet
 SHORT = {"stages": (1, 1, 1, 1)}
 
 
-@pytest.mark.parametrize(("stem", "bottleneck"), [("imagenet", True), ("cifar", False)])
+@pytest.mark.parametrize(
+    ("stem", "bottleneck"), [pytest.param("imagenet", True, marks=pytest.mark.whole), ("cifar", False)]
+)
 def test_resnets(stem, bottleneck):
     images = jnp.asarray(np.random.RandomState(0).rand(4, 16, 16, 3), jnp.float32)
     model = resnet.ResNet(**SHORT, bottleneck=bottleneck, stem=stem)

@@ -63,6 +63,7 @@ def test_a_validation_that_was_interrupted_is_repeated(digits_run, tmp_path, mon
     assert_same_run(tmp_path, digits_run)
 
 
+@pytest.mark.whole
 def test_too_many_steps_that_are_not_finite_roll_back_once_and_then_stop(tmp_path, logs):
     flags = ("optim.name=sgd", "optim.clip_norm=0", "optim.warmup_steps=8", "train.max_skipped=2", "eval.every_steps=0")
     c = small.config(*flags, "optim.learning_rate=1e30", "checkpoint.every_steps=1", "train.total_steps=40")
@@ -104,6 +105,7 @@ def test_a_device_with_other_bits_is_named():
             loop.compare_replicas(7, state._replace(params=params))
 
 
+@pytest.mark.whole
 def test_replicas_are_compared_after_the_first_step_and_regularly(digits_run, tmp_path, monkeypatch):
     compared = []
     monkeypatch.setattr(loop, "compare_replicas", lambda step, state: compared.append(step))

@@ -99,6 +99,7 @@ def test_another_config_is_refused(digits_run):
         train.train(small.shared("loss.temperature=0.3"), digits_run)
 
 
+@pytest.mark.whole
 def test_changes_are_recorded_where_they_are_allowed(digits_run, tmp_path, logs):
     shutil.copytree(digits_run, tmp_path / "run")
     before = (tmp_path / "run" / "config.json").read_text()

@@ -31,7 +31,7 @@ def shard_map_step(body):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["loss.clip=0.2"],
+        pytest.param(["loss.clip=0.2"], marks=pytest.mark.whole),
         ["loss.clip=0.2", "loss.clip_scope=batch", "loss.clip_from=0", "loss.clip_full=0.9"],
         pytest.param(
             [
@@ -76,6 +76,7 @@ class TestPmap:
             jax.block_until_ready(logs)
         return images, body, start, donated, state, logs
 
+    @pytest.mark.whole
     def test_shard_map_gives_the_same_bits(self, steps):
         images, body, start, _, *results = steps
         step, state = shard_map_step(body), devices.replicate(start)

@@ -108,6 +108,7 @@ def test_a_second_run_in_a_workdir_is_refused_and_named(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.whole
 def test_a_full_disk_is_one_message_and_the_last_checkpoint_stands(digits_run, tmp_path, monkeypatch):
     copy = shutil.copytree(digits_run, tmp_path / "run")
     usage = namedtuple("usage", "total used free")

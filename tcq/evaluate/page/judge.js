@@ -73,7 +73,7 @@ async function follow(first) {
   let next = first
   try {
     let state = await next()
-    while (!state.result && state.number === number) state = await ask(`api/question?after=${number}`)
+    while (!state.result && (!state.names.length || state.number === number)) state = await ask(`api/question?after=${number}`)
     show(state)
   } catch (error) {
     say(`No answer from tcq judge (${error.message}). Is it still running? Answers so far are kept.`, true)
