@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: the timings of a step and of the loss, then CIFAR-10 from scratch at 16, 32 and 64 bits
-# without clipping, with 10 % of each anchor clipped, and with 10 % of the batch. It was tried on a CPU only.
+# without clipping, with 10 % of each anchor clipped, and with 10 % of the batch. Only the sweeps were tried, on a CPU.
 #
 #   benchmarks/gpu.sh runs/gpu 480 --config.data.source=folder:cifar/train --config.data.protocol=folder
 #
@@ -16,12 +16,13 @@ cd "$(dirname "$0")/.."
 mkdir -p "$WORKDIR"
 
 work='
-for name in step loss; do
-  [[ -e $WORKDIR/$name.txt ]] && continue
-  case $name in step) arguments=(benchmarks/step.py) ;; loss) arguments=(benchmarks/loss.py time) ;; esac
-  "$PYTHON" "${arguments[@]}" | tee "$WORKDIR/$name.part"
-  mv "$WORKDIR/$name.part" "$WORKDIR/$name.txt"
-done
+once() {
+  [[ ! -e $WORKDIR/$1.txt ]] || return 0
+  "$PYTHON" "${@:2}" | tee "$WORKDIR/$1.part"
+  mv "$WORKDIR/$1.part" "$WORKDIR/$1.txt"
+}
+once step benchmarks/step.py
+once loss benchmarks/loss.py time
 bits="quantizer.num_codebooks=4,8,16"
 for grid in "none loss.clip=0" "clipped loss.clip=0.1; loss.clip_scope=anchor,batch"; do
   "$PYTHON" -m tcq sweep --config=configs/cifar10.py --workdir="$WORKDIR/${grid%% *}" --grid="$bits; ${grid#* }" \
