@@ -23,7 +23,7 @@ from tcq.runtime import locks, signals, storage
 from tcq.workdir import journal
 
 ANSWERS, PICTURE = "judgements.jsonl", "judge.png"
-LOCKED = "judging"  # a folder, locked and there while questions are asked
+LOCKED = "judging"  # a folder that is there and locked as long as there are questions
 KEYS = ("first", "second", "same")  # of a line: the anchor, another image, whether it is of the same kind
 IMAGES = 1024  # training images whose pairs are ranked
 

@@ -88,11 +88,11 @@ class Exchange:
     def after(self, number: int) -> Question:
         """Another question than that of this number, or the same after WAIT seconds."""
         with self.changed:
-            asked = self.question.images or self.question.result
-            if not asked or self.question.number == number:
-                before = self.question.number
-                self.changed.wait_for(lambda: self.question.number > before or self.closed, WAIT)
+            self.changed.wait_for(lambda: self.closed or (self._shows() and self.question.number != number), WAIT)
             return self.question
+
+    def _shows(self) -> bool:
+        return bool(self.question.images or self.question.result)
 
     def close(self) -> None:
         """Ends all waiting."""

@@ -59,6 +59,12 @@ def test_few_answers_say_little(workdir, number):
     assert ("a wide interval" in shown) == (number == 1)
 
 
+def test_bytes_that_are_no_text_are_no_answer(workdir):
+    given = iter([b"\xff 1", b"2", b"q"])
+    done = judge.run(workdir, count=50, labels=False, read=lambda question: next(given).decode())
+    assert done.answers == 1 and [r["same"] for r in stored(workdir)][:3] == [False, True, False]
+
+
 def test_a_signal_ends_a_question_at_once(workdir):
     def read(question):
         signals.handle(signal.SIGINT, None)

@@ -3,8 +3,11 @@
 import io
 import json
 import shutil
+import signal
 import socket
+import subprocess
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -70,6 +73,20 @@ def test_before_the_first_question_there_is_none_to_show(monkeypatch):
     monkeypatch.setattr(judge_page, "WAIT", 0.01)
     exchange = judge_page.Exchange()
     assert exchange.after(0).images == () and not exchange.after(0).result
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("delay", [0, 0.5, 2])
+def test_a_signal_ends_the_page_whatever_it_does(workdir, delay):
+    command = small.command("judge", f"--workdir={workdir}", "--page", "--port=0", "--answers=500")
+    process = subprocess.Popen(command, env=small.environment(), stderr=subprocess.PIPE, text=True)
+    while "questions at" not in (line := process.stderr.readline()):
+        assert line, "it ended"
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    shown = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGINT and "stopped by SIGINT" in shown, shown
+    assert "Traceback" not in shown
 
 
 def test_only_the_open_question_is_answered_and_by_numbers(workdir):
