@@ -219,12 +219,7 @@ def _add_evaluate(commands: flags.Commands) -> None:
         required=True,
         help="workdir of the training run; results.json and pictures are written to it",
     )
-    parser.add_argument(
-        "--checkpoint",
-        type=flags.checkpoint,
-        default="best",
-        help="best (by validation), latest, or a step (default: best)",
-    )
+    flags.add_checkpoint(parser)
     parser.add_argument("--root", type=flags.path, help="where the image folder of the run is now, if it was moved")
     parser.add_argument("--recorded", metavar="JSON", help='file {"mAP": {name: value}} of scores to add to the table')
     flags.add_distributed(parser)

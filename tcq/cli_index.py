@@ -55,9 +55,7 @@ def _add_index_flag(parser: Any) -> None:
 
 def _add_build_flags(parser: Any) -> None:
     parser.add_argument("--workdir", type=flags.path, help="workdir of the training run whose model encodes the images")
-    parser.add_argument(
-        "--checkpoint", type=flags.checkpoint, help="best (by validation), latest, or a step (default: best)"
-    )
+    flags.add_checkpoint(parser, default=None)
     parser.add_argument(
         "--images", type=flags.path, help="folder of images, with all folders below it; or embeddings:<folder>"
     )
@@ -150,12 +148,7 @@ def add_encode(commands: flags.Commands) -> None:
     )
     parser = flags.add_command(commands, "encode", help, _encode, compiles=True)
     parser.add_argument("--workdir", type=flags.path, required=True, help="workdir of the training run")
-    parser.add_argument(
-        "--checkpoint",
-        type=flags.checkpoint,
-        default="best",
-        help="best (by validation), latest, or a step (default: best)",
-    )
+    flags.add_checkpoint(parser)
     parser.add_argument("--images", type=flags.path, required=True, help="folder of images, with all folders below it")
     parser.add_argument("--out", type=flags.path, required=True, help="folder of the parts, shared by all processes")
     parser.add_argument(

@@ -29,7 +29,7 @@ from tcq.runtime import devices, locks, log, processes, signals, storage
 
 BLOCK = 64  # images embedded at a time
 SHARD = 2**16  # rows of a file, at most
-FILES = 32  # of a collection below 2^21 images: so many processes can share the work
+FILES = 32  # of a collection below 2^21 images; as many processes can share the work
 SEED = 0  # of the views: runs with other seeds share them
 DONE = "done.json"
 PARTIAL = "-partial"  # of the name of a folder that is being written
@@ -221,8 +221,8 @@ def _write(folder: Path, config: ConfigDict, run: Run, source: Source, viewed: n
     done = {number: _done(folder, names, number) for number, *_ in spans}
     task = f"embedding images and {views} views each" + (", share of process 0" if processes.several() else "")
     total = sum(stop - first for _, first, stop in spans)
-    progress = log.Progress(logger, task, total, done=sum(done.values()))
     embedded = sum(done.values())
+    progress = log.Progress(logger, task, total, done=embedded)
     for number, first, stop in spans:
         for count in _write_file(work, number, range(first + done[number], stop, BLOCK), (first, stop)):
             embedded += count

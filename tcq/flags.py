@@ -44,6 +44,12 @@ def add_address(parser: Any, *, port: int) -> None:
     parser.add_argument("--port", type=port_number, default=port, help=f"of the page (default: {port})")
 
 
+def add_checkpoint(parser: Any, *, default: str | None = "best") -> None:
+    """Adds --checkpoint."""
+    help = "best (by validation), latest, or a step (default: best)"
+    parser.add_argument("--checkpoint", type=checkpoint, default=default, help=help)
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1. Raises ArgumentTypeError."""
     if not text.isdecimal() or int(text) < 1:

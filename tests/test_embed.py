@@ -18,6 +18,7 @@ import tiny_embedder
 from tcq import augment, embed, encode, evaluate, index, train
 from tcq import config as configs
 from tcq.data import embeddings, sources, splits
+from tcq.data.source import SourceError
 from tcq.models import embedder, retriever
 from tcq.train import optimizer, step
 from tcq.train import run as runs
@@ -183,9 +184,8 @@ def test_a_width_that_depends_on_the_batch_is_refused(tmp_path):
         embed.open_source(config)
 
 
-def test_a_function_that_changed_does_not_fill_the_cache(run, tmp_path, monkeypatch):
+def test_a_function_that_changed_does_not_fill_the_cache(tmp_path):
     config = small.config(*HEAD, f"data.cache_dir={tmp_path}")
-    monkeypatch.setattr(tiny_embedder, "embed", None)
     config.model.embedder = f"{TINY}:other"  # as a file that was edited after the training
     with pytest.raises(embedder.EmbedderError, match="model.embedder .*other"):
         embed.open_source(config)
@@ -272,6 +272,13 @@ def test_embed_writes_what_training_reads(tmp_path):
     assert train.train(config, tmp_path / "run")["mAP"] > 0.2
     again = small.main("embed", "--config=configs/digits.py", *flags, f"--out={tmp_path / 'e'}")
     small.assert_refused(again, "exists: give another folder")
+
+
+def test_a_bucket_is_refused_before_anything_is_embedded(monkeypatch):
+    config = small.config(*HEAD)
+    monkeypatch.setattr(embedder, "run", None)
+    with pytest.raises(SourceError, match="is in a bucket: give a local folder"):
+        embed.write(config, "gs://bucket/embeddings")
 
 
 def test_tcq_embed_goes_on_and_of_other_settings_starts_anew(tmp_path, logs):
