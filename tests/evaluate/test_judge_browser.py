@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
+import time
 
 import pytest
 
 from browsing import WIDTHS, assert_no_barriers, assert_quiet, chromium, every, one, press, resize, wait
 from judging import judging
-from tcq.evaluate import judge, kinds
+from tcq.evaluate import judge, judge_page, kinds
 
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
@@ -98,3 +99,19 @@ def test_no_barriers_at_any_width(page, width, dark, tmp_path):
     press(browser, "q")
     ended(browser)
     assert_no_barriers(browser, width)
+
+
+def test_the_page_waits_for_a_late_first_question(browser, digits_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(judge_page, "WAIT", 0.2)
+    source, judge_by = judge.prepare(shutil.copytree(digits_run, tmp_path / "run"), count=3, labels=False)
+
+    def late(ask):
+        time.sleep(2)
+        return judge_by(ask)
+
+    with judging(late, source, ends_itself=False) as (address, _):
+        browser.get("about:blank")
+        browser.get_log("browser")
+        browser.get(address + "/")
+        asks(browser, 1)
+        assert_quiet(browser, address)
