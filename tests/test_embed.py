@@ -19,6 +19,7 @@ from tcq import augment, embed, encode, evaluate, index, train
 from tcq import config as configs
 from tcq.data import embeddings, sources, splits
 from tcq.data.source import SourceError
+from tcq.embed import files
 from tcq.models import embedder, retriever
 from tcq.train import optimizer, step
 from tcq.train import run as runs
@@ -50,7 +51,7 @@ def test_items_and_views_are_those_of_the_function(run):
     viewed = np.union1d(split.train, split.validation)
     for i in viewed[[0, 100, -1]]:
         for number in range(3):
-            key = encode.view_key(embed.SEED, i, number)
+            key = encode.view_key(files.SEED, i, number)
             view = augment.random_view(
                 key, jnp.asarray(source.pictures[i], jnp.float32) / 255, config.data.augment.to_dict()
             )
@@ -85,7 +86,7 @@ def stopped(function, config, *more, at=None):
     with pytest.MonkeyPatch.context() as patch:
         counted = Counted(at)
         patch.setattr(embedder, "run", counted)
-        patch.setattr(embed, "EVERY", 0)
+        patch.setattr(files, "EVERY", 0)
         with pytest.raises(KeyboardInterrupt) if at else contextlib.nullcontext():
             function(config, *more)
     return counted.images
@@ -94,13 +95,13 @@ def stopped(function, config, *more, at=None):
 @pytest.mark.parametrize("at", [2, 50, 76])  # calls of 4 for each block of 64: in the first shard, and in later ones
 def test_an_embedding_that_is_stopped_goes_on(run, tmp_path, monkeypatch, logs, at):
     whole = embed.open_source(small.config(*HEAD, f"data.cache_dir={run[1]}"))
-    monkeypatch.setattr(embed, "FILES", 3)
+    monkeypatch.setattr(files, "FILES", 3)
     config = small.config(*HEAD, f"data.cache_dir={tmp_path}")
     images = stopped(embed.open_source, config, at=at) + stopped(embed.open_source, config)
     resumed = embed.open_source(config)
     split = splits.of_source(whole, config.data)
     total = len(whole.images) + 3 * len(np.union1d(split.train, split.validation))
-    assert total <= images < total + 4 * embed.BLOCK
+    assert total <= images < total + 4 * files.BLOCK
     for a, b in ((resumed.images, whole.images), (resumed.views, whole.views)):
         np.testing.assert_array_equal(a[:], b[:])
     assert ("going on after" in logs.text) == (at > 2)
@@ -190,6 +191,44 @@ def test_a_function_that_changed_does_not_fill_the_cache(tmp_path):
     with pytest.raises(embedder.EmbedderError, match="model.embedder .*other"):
         embed.open_source(config)
     assert not list(tmp_path.glob("embedded/*"))
+
+
+def rounding(cache, *more, workdir=None):
+    """A config of the function that gives other sums each time."""
+    head = [key for key in HEAD if not key.startswith("model.embedder")]
+    overrides = [*small.SMALL, *head, f"model.embedder={TINY}:rounding", f"data.cache_dir={cache}", *more]
+    return configs.load("configs/digits.py", overrides, workdir=workdir)
+
+
+def test_a_function_that_rounds_differently_is_the_same(tmp_path, monkeypatch):
+    embed.open_source(rounding(tmp_path))
+    other = rounding(tmp_path, "train.seed=1")
+    assert len(list(tmp_path.glob("embedded/*"))) == 1
+    train.train(other, tmp_path / "run")
+    again = rounding(tmp_path, "train.seed=1", workdir=tmp_path / "run")
+    fresh = rounding(tmp_path, "train.seed=1")
+    assert again.model.embedder_output == other.model.embedder_output != fresh.model.embedder_output
+    monkeypatch.setattr(embedder, "run", None)
+    train.train(again, tmp_path / "run")
+    assert len(list(tmp_path.glob("embedded/*"))) == 1
+
+
+@pytest.mark.parametrize("function", ["cache", "folder"])
+def test_what_rounds_differently_goes_on_after_a_stop(tmp_path, logs, function):
+    def call(config):
+        return embed.open_source(config) if function == "cache" else embed.write(config, tmp_path / "e")
+
+    stopped(call, rounding(tmp_path), at=50)
+    stopped(call, rounding(tmp_path), at=50)
+    assert "going on after 768 images" in logs.text
+
+
+@pytest.mark.whole
+def test_processes_agree_on_what_a_function_gave(tmp_path):
+    head = [key for key in HEAD if not key.startswith("model.embedder")]
+    flags = small.flags(*head, f"model.embedder={TINY}:rounding", f"data.cache_dir={tmp_path}")
+    done = small.several(2, "train", "--config=configs/digits.py", *flags, f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stdout
 
 
 def test_too_few_images_are_refused_before_they_are_embedded(tmp_path, monkeypatch):
@@ -285,7 +324,7 @@ def test_tcq_embed_goes_on_and_of_other_settings_starts_anew(tmp_path, logs):
     config = small.config(*HEAD, f"data.cache_dir={tmp_path / 'cache'}")
     stopped(embed.write, config, tmp_path / "e", at=50)
     assert not (tmp_path / "e").exists() and (tmp_path / "e-partial").is_dir()
-    assert stopped(embed.write, config, tmp_path / "e", at=50) == 49 * embed.BLOCK
+    assert stopped(embed.write, config, tmp_path / "e", at=50) == 49 * files.BLOCK
     assert "going on after 768 images" in logs.text
     other = small.config(*HEAD, f"data.cache_dir={tmp_path / 'cache'}", "data.views=2")
     stopped(embed.write, other, tmp_path / "e", at=2)  # in the first block, so that nothing is recorded

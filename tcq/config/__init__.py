@@ -81,7 +81,8 @@ def load(path: str, overrides: Iterable[str] = (), *, workdir: str | Path | None
       path: a file; a name such as "digits" or a path in configs/ also finds the files that come with tcq.
       overrides: see `overrides.parse`.
       workdir: of a run. If it holds one with the same `model.weights`, what these decided is taken from there, so that
-        the run can be resumed after the weights were deleted.
+        the run can be resumed after the weights were deleted. What `model.embedder` gave is also taken from there, if
+        it gives nearly the same now; libraries and machines round differently.
 
     Raises:
       ConfigError: the file is missing or fails, a key is unknown, or a value is not allowed.
@@ -93,7 +94,7 @@ def load(path: str, overrides: Iterable[str] = (), *, workdir: str | Path | None
     config.update_from_flattened_dict(values)
     if embedded.applies(config):
         checks.check_types(config, defaults)
-        embedded.apply(config, overridden=values)
+        embedded.apply(config, _stored(workdir), overridden=values)
     if config.model.weights:  # decides keys that are checked below
         config.model.weights = _absolute(config.model.weights)
         before = _keys_of_workdir(config, workdir)
@@ -118,10 +119,15 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
+def _stored(workdir: str | Path | None) -> ConfigDict | None:
+    """The config of the run in a workdir, if there is one."""
+    text = storage.read(storage.join(workdir, "config.json")) if workdir else None
+    return from_json(text.decode()) if text else None
+
+
 def _keys_of_workdir(config: ConfigDict, workdir: str | Path | None) -> pretrained.Keys | None:
     """The keys of the run in a workdir, if it has the same weights."""
-    stored = storage.read(storage.join(workdir, "config.json")) if workdir else None
-    run = from_json(stored.decode()) if stored else None
+    run = _stored(workdir)
     return pretrained.of_run(run) if run and run.model.weights == config.model.weights else None
 
 

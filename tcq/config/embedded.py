@@ -20,11 +20,11 @@ def applies(config: ConfigDict) -> bool:
     return bool(config.model.embedder) or config.data.source.startswith(KIND)
 
 
-def apply(config: ConfigDict, *, overridden: Container[str]) -> None:
+def apply(config: ConfigDict, before: ConfigDict | None, *, overridden: Container[str]) -> None:
     """Sets the model to projection and codebooks on embeddings of their width.
 
-    Makes paths absolute. Calls `model.embedder` once. Raises ConfigError if it fails, the folder has no embeddings, or
-    other keys contradict.
+    Makes paths absolute. Calls `model.embedder` once; what it gave in the run `before` stands if it is nearly the same.
+    Raises ConfigError if it fails, the folder has no embeddings, or other keys contradict.
     """
     m, data = config.model, config.data
     for key in ("name", "weights"):
@@ -41,6 +41,8 @@ def apply(config: ConfigDict, *, overridden: Container[str]) -> None:
             if problem:
                 raise ConfigError(f"data.image_size {problem}")
             m.embedder_output = embedder.signature(m.embedder, data.image_size)
+            if before and embedder.is_same(m.embedder_output, before.model.embedder_output, embedder.TOLERANCE):
+                m.embedder_output = before.model.embedder_output
             width = int(m.embedder_output[0])
             if not data.views and "data.views" not in overridden:
                 data.views = VIEWS

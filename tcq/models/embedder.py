@@ -6,7 +6,7 @@ import importlib.util
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, UInt8
 NAME = "embeddings"  # of the model whose backbone is `Standardize`
 NUM_TRIAL_IMAGES, NUM_SUMS = 2, 4
 TOLERANCE = 0.02  # of the largest sum; libraries and machines round differently
+ROUNDING = 0.001  # of the largest sum; even one machine rounds differently from call to call, in half precision
 
 # Standard output is for our answers, and a function of a user may not be made for threads.
 _ONE_CALL = threading.RLock()
@@ -118,14 +119,20 @@ def signature(spec: str, image_size: int) -> tuple[float, ...]:
     return (float(rows.shape[1]), *(round(float(s), 6) for s in sums.ravel()))
 
 
+def is_same(now: Sequence[float], stored: Sequence[float], tolerance: float = ROUNDING) -> bool:
+    """Whether two signatures are of one function: of one width, with nearly the same sums."""
+    if len(now) != len(stored) or list(now[:1]) != list(stored[:1]):
+        return False
+    return not stored or np.allclose(now[1:], stored[1:], rtol=0, atol=tolerance * max(map(abs, stored[1:])))
+
+
 def require_same(spec: str, image_size: int, stored: tuple[float, ...]) -> None:
     """Raises EmbedderError unless the function computes what it did earlier.
 
     `stored` is its `signature` of that time.
     """
     now = signature(spec, image_size)
-    close = len(now) == len(stored) and now[0] == stored[0]
-    if not close or not np.allclose(now[1:], stored[1:], rtol=0, atol=TOLERANCE * max(map(abs, stored[1:]))):
+    if not is_same(now, stored, TOLERANCE):
         raise EmbedderError(
             f"model.embedder {spec} gives other embeddings than the run was trained on ({now[0]:.0f} numbers, sums "
             f"{now[1:]}; then {stored[0]:.0f}, {tuple(stored[1:])}): use the same function, library and weights"
