@@ -19,6 +19,8 @@ from tcq.train.step import Logs, TrainState
 from tcq.workdir import checkpoint
 from tcq.workdir.journal import Journal
 
+ONE_BIT = 2.0  # codewords: a perplexity below is less than one bit of information
+
 logger = logging.getLogger(__name__)
 
 
@@ -175,6 +177,12 @@ def _log(job: Job, step: int, logs: Logs, speed: Speed, rate: Any) -> None:
         line += f"  {rates['images_per_second']:,.0f} images/s  waiting for data {rates['data_wait']:.0%}"
         line += f"  {log.duration(rates['eta_seconds'])} left"
     logger.info(line)
+    lowest, size = values["codeword_usage_min"], job.config.quantizer.num_codewords
+    if step == job.steps and lowest < ONE_BIT:
+        logger.warning(
+            f"a codebook has collapsed: images use {lowest:.1f} of its {size} codewords, less than one bit; a lower "
+            f"optim.learning_rate or a higher loss.temperature may help"
+        )
 
 
 def _missed_validation(job: Job, state: TrainState, step: int) -> dict[str, float]:

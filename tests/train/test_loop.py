@@ -120,6 +120,7 @@ def test_replicas_are_compared_after_the_first_step_and_regularly(digits_run, tm
 def test_images_on_the_devices_and_a_stream_of_them_give_the_same_bits(digits_run, tmp_path, logs):
     train.train(small.shared("data.resident=0"), tmp_path)
     assert "the training images are on every device" not in logs.text
+    assert "collapsed" not in logs.text
     assert_same_run(tmp_path, digits_run)
 
 
@@ -162,3 +163,8 @@ def test_a_warmup_that_does_not_fit_is_logged(tmp_path, logs):
     _, _, start = small.first_step(c)
     run.log_start(c, source, split, start)
     assert "optim.warmup_steps 100 does not fit a run of 10 steps and is reduced to 1" in logs.text
+
+
+def test_a_collapsed_codebook_is_a_warning(tmp_path, logs):
+    train.train(small.config("train.total_steps=10", "eval.every_steps=0", "optim.learning_rate=1.0"), tmp_path)
+    assert logs.text.count("a codebook has collapsed: images use 1.") == 1
