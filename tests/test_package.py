@@ -31,6 +31,7 @@ def site(tmp_path_factory):
         names = archive.namelist()
     assert {"tcq/configs/base.py", "tcq/index/page/page.js", "tcq/py.typed"} <= set(names)
     assert not [n for n in names if n.startswith(("tests", "configs", "build"))]
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "tcq").rglob("*.py")} <= set(names)
     install = [
         sys.executable,
         "-m",

@@ -1,6 +1,7 @@
 """The rules of docs/architecture.md that a test can check."""
 
 import ast
+import configparser
 import graphlib
 import subprocess
 import sys
@@ -129,3 +130,10 @@ def test_the_first_line_of_a_docstring_is_short():
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 first = (ast.get_docstring(node) or "").split("\n")[0]
                 assert len(first) <= 88, f"{path}:{getattr(node, 'lineno', 1)}: {len(first)} characters"
+
+
+def test_the_wheel_has_every_package():
+    setup = configparser.ConfigParser()
+    setup.read("setup.cfg")
+    folders = {".".join(path.parent.parts) for path in Path("tcq").rglob("__init__.py")}
+    assert set(setup["options"]["packages"].split()) == folders | {"tcq.configs"}
