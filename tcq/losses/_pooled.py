@@ -32,6 +32,8 @@ LEAST_STEPS = np.array([4, 3, 2, 1, 1, 2, 3, 4], np.float32)
 EVEN = 1  # further ones, evenly over the interval
 FEW = 256  # or fewer of the last anchors are searched without computing their similarities again
 SAMPLE = 256  # anchors of a device, paired with one another; of a small batch every eighth
+ROUNDING = 1e-6  # similarities so near count as equal where many are: they are rounded otherwise in other blocks
+MANY_TIES = 1e-4  # of the clipped pairs
 LARGEST_ZERO = 0x7FFFFF  # the key before that of the least normal float
 NEAR = 1.15  # ranks this much smaller and larger than that of the sample say how far the trial values are apart
 SAMPLE_ERROR = 0.02  # of the sample's rank, as a share of it
@@ -82,18 +84,15 @@ def pool(settings: Settings, batch: Batch, count: UInt32[Array, ""]) -> Pool:
         return _place(_shrink(settings, s, values), count)
 
     end = jax.lax.while_loop(is_open, narrow_few, s)
-    exact = end.reach_under == count
-    many = has_many_rows(s)
-    low, high = _between(settings, s, end, values)
-    low, high = (jnp.where(many, to_ordered_int(x), y) for x, y in ((end.under, low), (end.over - 1, high)))
-    low, high = (jnp.where(count > 0, _threshold.flushed(x), jnp.inf) for x in (low, high))
-    ties = jax.lax.cond(
-        many & ~exact,
-        lambda: _ties_of_all(settings, batch, end),
-        lambda: _ties_of_few(settings, end, own, owned, queued),
+    middle = to_ordered_int(end.under)
+    near = _over_devices(jax.lax.psum, settings, jnp.sum(_count_near(owned, queued, middle)))
+    low, high, ties, above = jax.lax.cond(
+        has_many_rows(s) | (near > jnp.maximum(2, MANY_TIES * count.astype(jnp.float32))),
+        lambda: _ties_of_all(settings, batch, middle - ROUNDING, middle + ROUNDING),
+        lambda: (*_between(settings, s, end, values), _ties_of_few(settings, end, own, owned, queued), end.reach_over),
     )
-    room = _first(ties, (count - end.reach_over).astype(jnp.uint32))[batch.own]
-    return Pool(low, high, jnp.where(exact, _blocked.ALL, room))
+    low, high = (jnp.where(count > 0, _threshold.flushed(x), jnp.inf) for x in (low, high))
+    return Pool(low, high, _first(ties, jnp.where(count > above, count - above, 0).astype(jnp.uint32))[batch.own])
 
 
 def _over_devices(reduce: Callable[..., Array], settings: Settings, x: Array) -> Array:
@@ -276,9 +275,17 @@ def _ties_of_few(settings: Settings, s: _State, own: Array, owned: Array, queued
     return _over_devices(jax.lax.psum, settings, jnp.sum(tied, axis=0, dtype=jnp.int32).at[own].add(by_row))
 
 
-def _ties_of_all(settings: Settings, batch: Batch, s: _State) -> Int32[Array, " C"]:
-    """How many pairs inside the interval each anchor of the global batch has."""
-    ends = to_ordered_int(jnp.stack([s.under, s.over]))
+def _count_near(owned: Float[Array, "r C"], queued: Float[Array, "r Q"], value: Array) -> Int32[Array, " r"]:
+    """How many pairs of each row equal a value up to rounding."""
+    reach = _count(owned, queued, jnp.stack([value - ROUNDING, value + ROUNDING]))
+    return reach[:, 0] - reach[:, 1]
+
+
+def _ties_of_all(
+    settings: Settings, batch: Batch, low: Array, high: Array
+) -> tuple[Array, Array, Int32[Array, " C"], UInt32[Array, ""]]:
+    """`low`, `high`, the pairs from `low` to `high` of each anchor of the global batch, and the number above."""
+    ends = jnp.stack([low, to_ordered_int(to_ordered_int(high) + 1)])
     size = min(settings.block_size, _threshold.rows_to_count(_blocked.num_columns(settings, batch)))
 
     def one_block(rows: tuple[Array, ...]) -> Array:
@@ -288,7 +295,8 @@ def _ties_of_all(settings: Settings, batch: Batch, s: _State) -> Int32[Array, " 
     blocks = tuple(_blocked.split(x, size) for x in (batch.anchors, batch.own, batch.partner))
     counts = jax.lax.map(one_block, blocks).reshape(-1, 2)[: len(batch.own)]
     none = jnp.zeros(_blocked.num_columns(settings, batch), jnp.int32)
-    return _over_devices(jax.lax.psum, settings, none.at[batch.own].set(counts[:, 0] - counts[:, 1]))
+    ties = _over_devices(jax.lax.psum, settings, none.at[batch.own].set(counts[:, 0] - counts[:, 1]))
+    return low, high, ties, _over_devices(jax.lax.psum, settings, jnp.sum(counts[:, 1], dtype=jnp.uint32))
 
 
 def _first(ties: Int32[Array, " C"], room: UInt32[Array, ""]) -> Int32[Array, " C"]:

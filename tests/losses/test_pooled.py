@@ -86,6 +86,24 @@ def test_ties_and_a_queue_on_devices(devices, gather):
         assert_equals_the_oracle(got, oracle.nt_xent_and_gradients(a, b, 0.3, clip, 0.1, queue, scope="batch"))
 
 
+@pytest.mark.parametrize(
+    ("b", "d", "block_size", "share"), [(64, 16, 8, 1.0), (64, 16, 8, 0.6), (300, 33, None, 0.6), (257, 33, 100, 0.5)]
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_equal_images_are_counted_whatever_their_rounding(b, d, block_size, share, seed):
+    a = np.random.RandomState(seed).randn(b, d).astype(np.float32)
+    same = int(b * share)
+    a[:same] = a[0]  # their cosines are 1, or a float below it in blocks of another shape
+    clip = b / 2 * share**2
+    run = jax.jit(
+        lambda a: losses.nt_xent(
+            a, a, temperature=0.2, clip=clip, clip_scope="batch", block_size=block_size, labels=np.zeros(b)
+        )
+    )
+    clipped = float(run(a)[1]["clip_recall"]) * 2 * b * (2 * b - 2)
+    assert abs(clipped - int(clip * 2 * b)) < 0.5
+
+
 @pytest.mark.parametrize("gather", losses.GATHERS)
 def test_logs_do_not_depend_on_the_devices(gather):
     arrays = *corners(16), np.arange(16) % 3
