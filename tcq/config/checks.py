@@ -311,10 +311,18 @@ def _loss_problems(c: ConfigDict) -> Iterator[str]:
         return
     if isinstance(amount, float) and not 0 <= amount < 1:
         yield f"loss.clip {loss.clip} is a share and must be in [0, 1); write a count without a decimal point"
-    elif 0 < amount < 1 and negatives > 0 and loss.clip_scope == "anchor" and int(amount * negatives) == 0:
+    elif 0 < amount < 1 and negatives > 0 and _clips_nothing(c):
+        total, remedy = f"{negatives} negatives of an anchor", "loss.clip_scope=batch, "
+        if loss.clip_scope == "batch":
+            total, remedy = f"{2 * batch_size * negatives} negative pairs of a batch", ""
         yield (
-            f"loss.clip {loss.clip} is less than one of the {negatives} negatives of an anchor, so nothing would be "
-            f"clipped: use loss.clip_scope=batch, a larger data.batch_size, or loss.clip=0"
+            f"loss.clip {loss.clip} is less than one of the {total}, so nothing would be clipped: use "
+            f"{remedy}a larger data.batch_size, or loss.clip=0"
+        )
+    elif isinstance(amount, int) and loss.queue and amount >= 2 * batch_size - 2 > 0:
+        yield (
+            f"loss.clip {loss.clip} is all of the {2 * batch_size - 2} negatives that an anchor has until loss.queue "
+            f"is filled, so nothing would be learned: use a share such as 0.1"
         )
     elif amount < 0 or derived.clip_rule(c, 1).count(queued=loss.queue) >= max(negatives, 1):
         sizes = f"2 x {batch_size} - 2{f' + {loss.queue}' if loss.queue else ''} = {negatives}"
@@ -329,6 +337,11 @@ def _loss_problems(c: ConfigDict) -> Iterator[str]:
         )
     if loss.clip_from > loss.clip_full:
         yield f"loss.clip_from {loss.clip_from} must not be above loss.clip_full {loss.clip_full}"
+
+
+def _clips_nothing(c: ConfigDict) -> bool:
+    count = derived.clip_rule(c, 1).count(queued=c.loss.queue)
+    return count == 0 if c.loss.clip_scope == "anchor" else count * 2 * c.data.batch_size * derived.ROUNDING < 1
 
 
 def _run_problems(c: ConfigDict) -> Iterator[str]:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from tcq import quantizer
 
+ROUNDING = 1 + 1e-6  # a share of 0.29 of 100 negatives is 29, although 0.29 * 100 is below it in floats
 SHORT_WARMUP = 0.1  # share of a run for the warm-up if the configured one does not fit
 
 
@@ -79,7 +80,7 @@ class ClipRule:
             if not isinstance(self.clip, float):
                 return self.clip
             count: Any = self.clip * (self.negatives + queued)
-            return float(count) if self.scope == "batch" else int(count)
+            return float(count) if self.scope == "batch" else int(count * ROUNDING)
         if not self.clip or not (self.full or self._grows_with(queued)):
             return self.count()
         complete: ArrayLike = self.count()
@@ -89,7 +90,7 @@ class ClipRule:
         return jnp.asarray(count) if self.scope == "batch" else jnp.asarray(count).astype(jnp.int32)
 
     def _whole(self, count: ArrayLike) -> ArrayLike:
-        return count if self.scope == "batch" else jnp.floor(count)
+        return count if self.scope == "batch" else jnp.floor(count * ROUNDING)
 
     def _grows_with(self, queued: ArrayLike) -> bool:
         return isinstance(self.clip, float) and not isinstance(queued, int)
@@ -102,14 +103,14 @@ class ClipRule:
         share = jnp.clip((step - self.start + 1) / max(self.full - self.start, 1), 0, 1)
         return (1 - jnp.cos(jnp.pi * share)) / 2 if self.ramp == "cosine" else share
 
-    def of_negatives(self, negatives: int) -> float:
-        """The count for a batch with another number of negatives: the same share.
+    def of_negatives(self, negatives: int, *, queue: int) -> float:
+        """The count for a batch with another number of negatives and no queue: the same share.
 
-        In scope "anchor" it is rounded down.
+        A count is one of the training batch and its `queue`. In scope "anchor" the result is rounded down.
         """
-        if self.scope == "batch":
-            return min(float(self.count()) * negatives / self.negatives, float(negatives))
-        return min(int(self.count()) * negatives // self.negatives, negatives)
+        share = self.clip if isinstance(self.clip, float) else self.clip / (self.negatives + queue)
+        count = min(share * negatives, float(negatives))
+        return count if self.scope == "batch" else int(count * ROUNDING)
 
     def text(self, *, queued: int = 0) -> str:
         """The complete count and what it is a count of, for the log."""

@@ -31,7 +31,9 @@ def write(folder: Path, encoder: encode.Encoder, source: Source, split: protocol
         return
     chosen = np.sort(np.random.RandomState(0).permutation(split.train)[: config.data.batch_size])
     similarity = similarities(encoder, encode.encode(encoder, take(source.images, chosen)))
-    clipped = clipped_pairs(similarity, rule.of_negatives(len(chosen) - 1), scope=config.loss.clip_scope)
+    clipped = clipped_pairs(
+        similarity, rule.of_negatives(len(chosen) - 1, queue=config.loss.queue), scope=config.loss.clip_scope
+    )
     nearest = np.sort(similarity, axis=1)[:, -min(NEGATIVES, len(chosen) - 1) :]
     density = nearest.mean(axis=1)
     negatives = [around_the_border(*row) for row in zip(similarity, clipped, strict=True)]
@@ -45,21 +47,24 @@ def write(folder: Path, encoder: encode.Encoder, source: Source, split: protocol
         right=np.array([~clipped[i, negatives[i]] for i in shown]),
         marks=(plots.KEPT, plots.CLIPPED),
         name="anchor",
-        title="the most similar negatives, clipped (scissors) and kept (solid), of rare (top) to common anchors: "
-        f"{clipped.mean() * len(chosen) / (len(chosen) - 1):.1%} of the pairs are clipped",
+        title="the most similar negative, then the last ones clipped (scissors) and the first ones kept (solid), of "
+        f"rare (top) to common anchors: {clipped.mean() * len(chosen) / (len(chosen) - 1):.1%} of pairs are clipped",
     )
     processes.on_first(draw)
 
 
 def around_the_border(similarity: Float[np.ndarray, " B"], clipped: Bool[np.ndarray, " B"]) -> Int[np.ndarray, " n"]:
-    """The most similar negatives of an anchor, clipped and kept.
+    """Negatives of an anchor: the most similar one, then those on both sides of the border.
 
     Half of them are clipped and half are kept, where there are enough of each.
     """
     order = np.argsort(-similarity, kind="stable")[:-1]  # the last one is the anchor itself
     absent, present = order[clipped[order]], order[~clipped[order]]
     num_present = min(len(present), max(NEGATIVES // 2, NEGATIVES - len(absent)))
-    return np.concatenate([absent[: NEGATIVES - num_present], present[:num_present]])
+    num_absent = NEGATIVES - num_present
+    if len(absent) > num_absent:
+        absent = np.concatenate([absent[:1], absent[len(absent) - num_absent + 1 :]])
+    return np.concatenate([absent, present[:num_present]])
 
 
 def similarities(encoder: encode.Encoder, encoded: encode.Encoded) -> Float[np.ndarray, "B B"]:

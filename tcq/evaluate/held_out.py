@@ -61,7 +61,7 @@ def clip_quality(encoder: encode.Encoder, images: Any, labels: Any) -> dict[str,
     """
     c = encoder.config
     size = min(c.data.batch_size, len(images))
-    clip = configs.clip_rule(c, 0).of_negatives(2 * size - 2)
+    clip = configs.clip_rule(c, 0).of_negatives(2 * size - 2, queue=c.loss.queue)
     order = np.random.RandomState(c.train.seed).permutation(len(images))
     variables = devices.place(encoder.variables)
     run = _compiled_views(encoder.model, tuple(sorted(c.data.augment.items())))

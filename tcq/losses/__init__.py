@@ -293,7 +293,7 @@ def _shares(logs: Logs) -> Logs:
     if counts:
         logs["false_negative_rate"] = counts["same"] / counts["negatives"]
     if "clipped" in counts:
-        logs["clip_precision"] = counts["same_clipped"] / jnp.maximum(counts["clipped"], 1)
+        logs["clip_precision"] = counts["same_clipped"] / jnp.maximum(counts["clipped"], 1e-9)
         logs["clip_recall"] = counts["same_clipped"] / jnp.maximum(counts["same"], 1e-9)
     return logs
 

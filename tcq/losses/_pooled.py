@@ -284,7 +284,7 @@ def _count_near(owned: Float[Array, "r C"], queued: Float[Array, "r Q"], value: 
 def _ties_of_all(
     settings: Settings, batch: Batch, low: Array, high: Array
 ) -> tuple[Array, Array, Int32[Array, " C"], UInt32[Array, ""]]:
-    """`low`, `high`, the pairs from `low` to `high` of each anchor of the global batch, and the number above."""
+    """`low`, `high`, the number of pairs between them of each anchor, and of all above."""
     ends = jnp.stack([low, to_ordered_int(to_ordered_int(high) + 1)])
     size = min(settings.block_size, _threshold.rows_to_count(_blocked.num_columns(settings, batch)))
 

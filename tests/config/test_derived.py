@@ -21,7 +21,7 @@ def counts(config, steps, queue=False):
 
 
 def test_clip_is_a_count_or_a_floored_share():
-    for clip, batch_size, want in ((64, 128, 64), (0.1, 128, 25), (0.5, 2, 1), (0.0, 128, 0)):
+    for clip, batch_size, want in ((64, 128, 64), (0.1, 128, 25), (0.5, 2, 1), (0.0, 128, 0), (0.29, 51, 29)):
         rule = configs.clip_rule(small.config(f"loss.clip={clip}", f"data.batch_size={batch_size}"), 10)
         assert rule.count() == rule.count(5) == want and rule.negatives == 2 * batch_size - 2
 
@@ -40,7 +40,7 @@ def test_in_the_scope_of_the_batch_the_mean_is_not_rounded():
     )
     rule = configs.clip_rule(c, 10)
     assert rule.count() == rule.count(5) == pytest.approx(1.4)
-    assert rule.of_negatives(6) == pytest.approx(0.6)
+    assert rule.of_negatives(6, queue=0) == pytest.approx(0.6)
     c = small.config(
         "loss.clip=0.1", "data.batch_size=8", "loss.clip_scope=batch", "loss.clip_from=0", "loss.clip_full=0.5"
     )
@@ -50,6 +50,10 @@ def test_in_the_scope_of_the_batch_the_mean_is_not_rounded():
 def test_a_number_of_kinds_is_a_share():
     rule = configs.clip_rule(small.config("loss.clip=kinds=20", "data.batch_size=128"), 10)
     assert rule.count() == int(254 / 20)
+    for kinds, batch_size, want in ((49, 50, 2), (98, 50, 1)):  # 1 / 49 * 98 is below 2 in floats
+        queue = small.config(f"loss.clip=kinds={kinds}", f"data.batch_size={batch_size}", "loss.queue=98")
+        assert configs.clip_rule(queue, 10).count() == want == configs.clip_rule(queue, 10).of_negatives(98, queue=98)
+        assert int(jax.jit(configs.clip_rule(queue, 10).count)(9, queued=jnp.int32(98))) == 2 * want
     with pytest.raises(
         configs.ConfigError, match=r"kinds=1'? must be a count such as 25, a share such as 0.1, or kinds=N"
     ):
@@ -74,7 +78,8 @@ def test_a_share_is_also_one_of_the_queue():
 
 def test_the_share_for_another_number_of_negatives():
     rule = configs.clip_rule(small.config("loss.clip=10", "data.batch_size=16"), 10)
-    assert [rule.of_negatives(n) for n in (30, 15, 2, 0)] == [10, 5, 0, 0]
+    assert [rule.of_negatives(n, queue=0) for n in (30, 15, 2, 0)] == [10, 5, 0, 0]
+    assert rule.of_negatives(30, queue=30) == 5  # of 60 in training
 
 
 @pytest.mark.parametrize(

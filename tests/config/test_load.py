@@ -73,6 +73,13 @@ def test_what_does_not_fit_is_refused_with_the_numbers(override, message):
     assert message in refused([override])
 
 
+def test_a_clip_of_no_pair_or_of_the_whole_batch_is_refused():
+    message = refused(["loss.clip=kinds=100000", "loss.clip_scope=batch"])
+    assert "is less than one of the 65024 negative pairs of a batch" in message
+    message = refused(["loss.clip=254", "loss.queue=384"])
+    assert "all of the 254 negatives that an anchor has until loss.queue is filled" in message
+
+
 def test_a_convolutional_stem_is_for_a_vit_with_a_patch_that_is_a_power_of_two():
     given = ["data.image_size=12", "model.stem=conv"]
     assert "model.patch 12 must be a power of two" in refused([*given, "model.patch=12"])

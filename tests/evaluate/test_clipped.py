@@ -31,7 +31,9 @@ def test_clipped_and_kept_negatives_are_shown(num_clipped, shown):
     clipped_ones = np.isin(np.arange(20), order[:num_clipped])
     columns = clipped.around_the_border(similarity, clipped_ones)
     kept = 10 - shown
-    np.testing.assert_array_equal(columns, [*order[:shown], *order[num_clipped : num_clipped + kept]])
+    first = [order[0]] if shown else []
+    border = order[num_clipped - shown + 1 : num_clipped] if shown else []
+    np.testing.assert_array_equal(columns, [*first, *border, *order[num_clipped : num_clipped + kept]])
 
 
 def test_similarities_are_those_of_features_and_decoded_codes(digits_run):

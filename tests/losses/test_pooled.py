@@ -104,6 +104,13 @@ def test_equal_images_are_counted_whatever_their_rounding(b, d, block_size, shar
     assert abs(clipped - int(clip * 2 * b)) < 0.5
 
 
+@pytest.mark.parametrize("clip", [1 / 16, 0.5])
+def test_precision_of_less_than_one_pair_for_each_anchor(clip):
+    a, b = views(16, 7)
+    logs = losses.nt_xent(a, b, temperature=0.2, clip=clip, clip_scope="batch", labels=np.zeros(16, int))[1]
+    np.testing.assert_allclose(logs["clip_precision"], 1, rtol=1e-6)
+
+
 @pytest.mark.parametrize("gather", losses.GATHERS)
 def test_logs_do_not_depend_on_the_devices(gather):
     arrays = *corners(16), np.arange(16) % 3
