@@ -20,7 +20,9 @@ INTERVAL = (0.05, 0.95)
 RESAMPLES = 100  # of the answers
 RANKS = np.geomspace(1e-4, 1.0, 41)  # where the chances are known when a question is drawn
 _FLOORS, _TOPS = [0.0, 0.01, 0.02, 0.05, 0.1, 0.15], [0.6, 0.75, 0.9, 1.0]
-_CURVES = np.meshgrid(np.geomspace(1e-4, 1.0, 33), np.geomspace(0.4, 6.0, 10), _FLOORS, _TOPS)
+_HALVES = np.geomspace(1e-4, 1.0, 65)
+_CELL = (_HALVES[1] / _HALVES[0]) ** np.linspace(-0.5, 0.5, 9)  # a curve stands for those up to the next ones
+_CURVES = np.meshgrid(_HALVES, np.geomspace(0.4, 6.0, 10), _FLOORS, _TOPS)
 _HALF, _SLOPE, _FLOOR, _TOP = (x.ravel() for x in _CURVES)
 _EDGES = np.concatenate([[0.0], np.geomspace(1e-6, 1.0, 240)])  # of the intervals that the integral sums over
 
@@ -32,7 +34,7 @@ class Judgement(NamedTuple):
     low: float
     high: float  # the share is in between with 90 %
     scope: str  # the `loss.clip_scope` that fits
-    precision: float  # of the clipped pairs, if this share is clipped in the whole batch
+    precision: float  # of the clipped pairs, if this share is clipped with this scope
     answers: int
 
     @property
@@ -54,7 +56,8 @@ def chance(u: Any) -> Float[np.ndarray, "G ..."]:
 
 
 _MIDDLES, _WIDTHS = (_EDGES[1:] + _EDGES[:-1]) / 2, np.diff(_EDGES)
-_SHARES = chance(_MIDDLES) @ _WIDTHS  # of every curve
+_AT_MIDDLES = chance(_MIDDLES).astype(np.float32)
+_SHARES = _AT_MIDDLES @ _WIDTHS  # of every curve
 _AT_RANKS = chance(RANKS)
 
 
@@ -108,13 +111,21 @@ def judgement(answers: list[Float[np.ndarray, " G"]], ranks: Float[np.ndarray, "
     `ranks` are of sampled pairs, with 1 on the diagonal.
     """
     weights = posterior(answers)
-    order = np.argsort(_SHARES)
+    shares = np.outer(_SHARES, _CELL).ravel()
+    order = np.argsort(shares)
     quantiles = (INTERVAL[0], 0.5, INTERVAL[1])
-    low, share, high = np.interp(quantiles, np.cumsum(weights[order]), _SHARES[order]).tolist()
+    total = np.cumsum(np.repeat(weights / len(_CELL), len(_CELL))[order])
+    low, share, high = np.interp(quantiles, total, shares[order]).tolist()
     scope = "batch" if skew(ranks, share / 2) > SKEW else "anchor"  # half of it, in case the share is too high
-    inside = np.clip(share - _EDGES[:-1], 0, _WIDTHS)
-    precision = float(weights @ chance(_MIDDLES) @ inside / share)
-    return Judgement(share, low, high, scope, precision, len(answers))
+    precision = np.interp(_clipped_ranks(ranks, share, scope), _MIDDLES, weights @ _AT_MIDDLES).mean()
+    return Judgement(share, low, high, scope, float(precision), len(answers))
+
+
+def _clipped_ranks(ranks: Float[np.ndarray, "B B"], share: float, scope: str) -> Float[np.ndarray, " n"]:
+    """The ranks of the pairs that are clipped, at least one of each anchor or of all."""
+    others = np.sort(ranks, axis=1)[:, :-1]  # the last one is the anchor itself
+    rows = others if scope == "anchor" else np.sort(others, axis=None)[None]
+    return rows[:, : max(1, round(share * rows.shape[1]))].ravel()
 
 
 def skew(ranks: Float[np.ndarray, "B B"], share: float) -> float:

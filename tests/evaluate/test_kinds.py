@@ -42,6 +42,35 @@ def test_the_interval_holds_the_share(half, slope, top):
     assert abs(np.mean([r.precision for r in results]) - np.mean(expected)) < 0.08
 
 
+def test_endless_answers_give_the_share_itself():
+    """The curve lies between those of the grid. An answer has its expected likelihood."""
+    u, asked = (np.arange(10**5) + 0.5) / 10**5, np.geomspace(1e-3, 1, 200)
+    p = kinds.chance(asked)
+    for half in 0.05 * 1.03 ** np.arange(6):
+        same = curve(asked, half, 2.2)
+        answer = np.log(np.maximum(p, 1e-12)) @ same + np.log(np.maximum(1 - p, 1e-12)) @ (1 - same)
+        result = kinds.judgement([answer] * 20, np.ones((2, 2)))
+        assert abs(np.log(result.share / curve(u, half, 2.2).mean())) < 0.05
+        assert result.low < result.share < result.high
+
+
+def test_the_precision_is_that_of_the_scope():
+    """One image is like all others: with scope "batch" its pairs are most of the clipped ones."""
+    n = 60
+    ranks = kinds.pair_ranks(
+        np.where(np.arange(n)[:, None] * np.arange(n) == 0, 2.0, np.random.RandomState(0).rand(n, n))
+    )
+    for scope in ("anchor", "batch"):
+        got = np.sort(kinds._clipped_ranks(ranks, 0.1, scope))
+        if scope == "batch":
+            want = np.sort(ranks[~np.eye(n, dtype=bool)])[: round(0.1 * n * (n - 1))]
+        else:
+            want = np.sort(
+                np.concatenate([np.sort(np.delete(row, i))[: round(0.1 * (n - 1))] for i, row in enumerate(ranks)])
+            )
+        np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.whole
 def test_the_interval_holds_although_pairs_of_an_anchor_are_alike():
     """Kinds of different frequency, and features that tell little: the answers of one question depend."""
