@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+NOTICE = 1.0  # seconds after which a message says that the process is stopping
 GRACE = 25.0  # seconds to reach a safe point; schedulers send SIGKILL after 30
 INSIST = 1.0  # a second signal ends the process at once if it comes later than this many seconds after the first
 
@@ -140,7 +141,9 @@ def _end_after_grace(reader: socket.socket) -> None:
     number = 0
     while number not in HANDLED or signal.getsignal(number) == signal.SIG_IGN:
         number = reader.recv(1)[0]
-    time.sleep(GRACE)
     name = signal.Signals(number).name
-    logger.error(f"{name}: no safe point reached within {GRACE:.0f} s; exiting. The last checkpoint is intact.")
+    time.sleep(min(NOTICE, GRACE))
+    logger.info(f"{name}: stopping at the next safe point, or after {GRACE:.0f} s")
+    time.sleep(max(GRACE - NOTICE, 0))
+    logger.error(f"{name}: no safe point reached within {GRACE:.0f} s; exiting. What has been saved is intact.")
     os._exit(128 + number)
