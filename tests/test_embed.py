@@ -255,6 +255,30 @@ def folder_of(tmp_path, num_views, n=400):
     return tmp_path
 
 
+def test_an_index_follows_embeddings_that_are_edited_or_renamed(tmp_path):
+    folder = folder_of(tmp_path / "e", 0)
+    shutil.rmtree(folder / "metadata")
+    config = configs.load(
+        "configs/embeddings.py",
+        [*small.SMALL, f"data.source=embeddings:{folder}", "data.labels=none", "train.total_steps=1"],
+    )
+    train.train(config, tmp_path / "run")
+    place = f"embeddings:{folder}"
+    index.build(tmp_path / "run", place, tmp_path / "index")
+    shard = folder / "img_emb" / "img_emb_1.npy"
+    np.save(shard, np.load(shard)[::-1])
+    np.save(folder / "img_emb" / "img_emb_0a.npy", np.load(shard)[:5] + 1)  # all rows after it get other numbers
+    assert index.update(tmp_path / "index", place).edited > 90
+    opened = index.open_index(tmp_path / "index")
+    fresh = tmp_path / "fresh"
+    index.build(tmp_path / "run", place, fresh)
+    by_name = [dict(zip(i.paths, map(bytes, i.codes), strict=True)) for i in (opened, index.open_index(fresh))]
+    assert by_name[0] == by_name[1] and len(by_name[0]) == 405
+    embeddings.write_metadata(folder, ["same"] * 405, None, [])
+    with pytest.raises(SourceError, match="404 names are given twice, such as 'same'"):
+        index.update(tmp_path / "index", place)
+
+
 @pytest.mark.parametrize(("num_views", "resident"), [pytest.param(0, 1024, marks=pytest.mark.whole), (3, 0)])
 def test_a_folder_of_embeddings_from_training_to_search(tmp_path, num_views, resident):
     folder = folder_of(tmp_path / "e", num_views)

@@ -341,7 +341,7 @@ def _loss_problems(c: ConfigDict) -> Iterator[str]:
 
 def _clips_nothing(c: ConfigDict) -> bool:
     count = derived.clip_rule(c, 1).count(queued=c.loss.queue)
-    return count == 0 if c.loss.clip_scope == "anchor" else count * 2 * c.data.batch_size * derived.ROUNDING < 1
+    return bool(count == 0 if c.loss.clip_scope == "anchor" else count * 2 * c.data.batch_size * derived.ROUNDING < 1)
 
 
 def _run_problems(c: ConfigDict) -> Iterator[str]:

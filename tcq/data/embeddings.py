@@ -9,6 +9,7 @@ clip-retrieval and img2dataset leave them in this form:
 The shards are in the order of the numbers in their names. Arrays are memory-mapped, never loaded as a whole.
 """
 
+import hashlib
 import itertools
 import logging
 import re
@@ -18,23 +19,25 @@ from typing import Any
 
 import numpy as np
 
+from tcq.data.cache import DIGEST_BYTES
 from tcq.data.rows import Rows
 from tcq.data.source import Source, SourceError
+from tcq.runtime import log, signals
 
 ITEMS, VIEWS, METADATA = "img_emb", "view_emb", "metadata"
 logger = logging.getLogger(__name__)
 
 FLOATS = (np.float16, np.float32, np.float64)
 NAMES = ("image_path", "path", "key", "url", "image_url")
-WHOLE = 2**30  # bytes up to which all rows are tested for numbers that are not finite
-CHECKED = 65_536  # rows of larger folders that are tested, spread over all
+CHECKED = 65_536  # views that are tested for numbers that are not finite, spread over all
 BLOCK = 8192  # rows tested at a time
 
 
 def open_folder(path: str | Path) -> Source:
     """The embeddings below a folder, as a source.
 
-    Its `images` are rows (N, F), and its `views` rows (N, V, F) or None.
+    Its `images` are rows (N, F), and its `views` rows (N, V, F) or None. All rows of `images` are read once, for their
+    digests.
 
     Raises SourceError if there are none, if shards have different widths or numbers that are not finite, or if the
     metadata does not have one row for each embedding.
@@ -44,11 +47,12 @@ def open_folder(path: str | Path) -> Source:
     views = _shards(root, VIEWS, 3) if (root / VIEWS).is_dir() else None
     if views is not None and (len(views) != len(items) or views.shape[2] != items.shape[1]):
         raise SourceError(f"{root / VIEWS}: {views.shape} does not fit the embeddings {items.shape} of {root / ITEMS}")
-    for name, rows in ((ITEMS, items), (VIEWS, views)):
-        if rows is not None:
-            _check_finite(root / name, rows)
     names, labels, classes = _metadata(root, items)
-    return Source(items, labels, names, classes, [], views=views)
+    if views is not None:
+        places = np.unique(np.linspace(0, len(views) - 1, CHECKED).astype(np.int64))
+        for some in np.array_split(places, -(-len(places) // BLOCK)):
+            _check_finite(root / VIEWS, some, views[some])
+    return Source(items, labels, names, classes, [], views=views, digests=_digests(root / ITEMS, items))
 
 
 def width(path: str | Path) -> int:
@@ -65,8 +69,10 @@ def _shards(root: Path, name: str, ndim: int) -> Rows:
     for file in files:
         try:
             array = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError, OverflowError) as error:
+        except (OSError, EOFError, OverflowError) as error:
             raise SourceError(f"{file}: cannot be read: {error}") from None
+        except ValueError:  # NumPy's message advises to unpickle
+            raise SourceError(f"{file}: cannot be read: it must be a complete .npy file of numbers") from None
         if not isinstance(array, np.ndarray):
             raise SourceError(f"{file}: is an archive of arrays, not a .npy file of one")
         first = (*arrays, array)[0]
@@ -84,7 +90,7 @@ def _shards(root: Path, name: str, ndim: int) -> Rows:
 
 def _files(root: Path, name: str) -> list[Path]:
     folder = root / name if (root / name).is_dir() else root
-    return sorted(folder.glob("*.npy"), key=_number)
+    return sorted((p for p in folder.glob("[!.]*.npy") if p.is_file() or p.is_symlink()), key=_number)
 
 
 def _check_pairs(shards: list[Path], rows: list[int], files: list[Path], lines: list[int]) -> None:
@@ -101,14 +107,25 @@ def _number(path: Path) -> tuple[list[int], str]:
     return [int(n) for n in re.findall(r"\d+", path.stem)], path.name
 
 
-def _check_finite(path: Path, rows: Rows) -> None:
-    size = int(np.prod(rows.shape)) * rows.dtype.itemsize
-    count = len(rows) if size <= WHOLE else CHECKED
-    places = np.unique(np.linspace(0, len(rows) - 1, count).astype(np.int64))
-    for some in np.array_split(places, -(-len(places) // BLOCK)):
-        finite = np.isfinite(rows[some].reshape(len(some), -1).astype(np.float32)).all(axis=1)
-        if not finite.all():
-            raise SourceError(f"{path}: row {some[~finite][0]:,} has a number that is not finite: leave such rows out")
+def _digests(path: Path, rows: Rows) -> list[bytes]:
+    """The digest of each row, which knows it under another name. Raises SourceError."""
+    digests: list[bytes] = []
+    progress = log.Progress(logger, "reading embeddings", len(rows))
+    for first in range(0, len(rows), BLOCK):
+        signals.poll()
+        places = np.arange(first, min(first + BLOCK, len(rows)))
+        block = np.ascontiguousarray(rows[places])
+        _check_finite(path, places, block)
+        digests += [hashlib.blake2b(row.data, digest_size=DIGEST_BYTES).digest() for row in block]
+        progress.update(len(digests))
+    return digests
+
+
+def _check_finite(path: Path, places: np.ndarray, rows: np.ndarray) -> None:
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(rows.reshape(len(rows), -1).astype(np.float32)).all(axis=1)
+    if not finite.all():
+        raise SourceError(f"{path}: row {places[~finite][0]:,} has a number that is not finite: leave such rows out")
 
 
 def _tables(files: list[Path]) -> tuple[list[Any], str | None]:
@@ -136,8 +153,9 @@ def _tables(files: list[Path]) -> tuple[list[Any], str | None]:
 
 def _metadata(root: Path, items: Rows) -> tuple[list[str], np.ndarray | None, list[str]]:
     """Names, labels and classes of the items."""
-    files, count = sorted((root / METADATA).glob("*.parquet"), key=_number), len(items)
+    files, count = sorted((root / METADATA).glob("[!.]*.parquet"), key=_number), len(items)
     if not files:
+        logger.info(f"{root / METADATA}: no .parquet files found, so items have numbers as names")
         return [f"{i:09d}" for i in range(count)], None, []
     tables, name = _tables(files)
     columns = tables[0].column_names
@@ -148,9 +166,12 @@ def _metadata(root: Path, items: Rows) -> tuple[list[str], np.ndarray | None, li
         raise SourceError(f"{root / METADATA}: {total:,} rows for {count:,} embeddings: it must have one for each")
 
     def column(key: str) -> list[Any]:
-        return [value for table in tables for value in table[key].to_pylist()]
+        try:
+            return [value for table in tables for value in table[key].to_pylist()]
+        except UnicodeDecodeError as error:
+            raise SourceError(f"{root / METADATA}: column {key!r} is not UTF-8: {error}") from None
 
-    names = [str(v) for v in column(name)] if name else [f"{i:09d}" for i in range(count)]
+    names = _names(root, name, column(name)) if name else [f"{i:09d}" for i in range(count)]
     if "label" not in columns:
         return names, None, []
     values = column("label")
@@ -165,6 +186,16 @@ def _metadata(root: Path, items: Rows) -> tuple[list[str], np.ndarray | None, li
     classes = sorted(set(values))
     number = {c: i for i, c in enumerate(classes)}
     return names, np.array([number[v] for v in values], np.int64), [str(c) for c in classes]
+
+
+def _names(root: Path, column: str, values: list[Any]) -> list[str]:
+    wrong = next((i for i, v in enumerate(values) if not isinstance(v, str | int) or v == ""), None)
+    if wrong is not None:
+        raise SourceError(
+            f"{root / METADATA}: row {wrong:,} of column {column!r} is {values[wrong]!r:.80}: a name must be a text or "
+            f"a whole number; leave such rows out, here and in {ITEMS}"
+        )
+    return [str(v) for v in values]
 
 
 def write_metadata(folder: Path, names: Sequence[str], labels: np.ndarray | None, classes: Sequence[str]) -> None:

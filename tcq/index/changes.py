@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Int64
 
-from tcq.data.cache import DIGEST_BYTES
 from tcq.data.source import Source
 from tcq.index import items
 from tcq.index.contents import Index
@@ -35,16 +34,17 @@ def plan(index: Index, root: str, source: Source) -> Plan:
     An item with the same name and contents stays. One with the same contents whose own file is gone was moved. Items in
     folders that cannot be read now, and unreadable files, are not gone.
     """
-    hashes = source.digests or [b""] * len(source.names)
+    assert source.digests is not None
+    hashes = source.digests
     below = _items_below(index, root)
     rows = {name: row for row, name in enumerate(source.names)}
-    both = below.keys() & rows.keys() if source.digests else set()  # embeddings are known by their names alone
+    both = below.keys() & rows.keys()
     edited = {below[name]: rows[name] for name in both if _hash(index, below[name]) != hashes[rows[name]]}
     added = [row for name, row in rows.items() if name not in below]
     gone = [i for name, i in below.items() if name not in rows and not _unreadable(name, source)]
     own = set(below.values())
     others = [i for i in range(len(index.paths)) if i not in own]
-    moved = _moved(index, gone, others, added, hashes) if source.digests else {}
+    moved = _moved(index, gone, others, added, hashes)
     rest = set(moved.values())
     return Plan([row for row in added if row not in rest], edited, moved, [i for i in gone if i not in moved])
 
@@ -150,7 +150,8 @@ def with_rows(
         return index
     roots = index.roots if root in index.roots else (*index.roots, root)
     names = [source.names[row] for row in rows]
-    hashes = [source.digests[row] for row in rows] if source.digests else [bytes(DIGEST_BYTES)] * len(rows)
+    assert source.digests is not None
+    hashes = [source.digests[row] for row in rows]
     files = files or items.files(root, names, hashes)
     table = items.rows(ids, roots.index(root), files, codes, index.config.quantizer.num_codewords)
     return index.replace(table=pa.concat_tables([index.table, table]), roots=roots)

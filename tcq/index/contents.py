@@ -68,7 +68,7 @@ class Index:
 
     @cached_property
     def hashes(self) -> UInt[np.ndarray, "N 20"]:
-        """The hash of the contents of each file; 0 for embeddings."""
+        """The hash of the contents of each file, or of the numbers of each embedding."""
         return self._live(items.bytes_of(self.table["hash"]))
 
     @cached_property

@@ -84,7 +84,8 @@ def find(
     Raises:
       IndexFileError: a reference is not in the index, or it holds embeddings, whose contents are not known.
     """
-    if not index.hashes.any() and len(index.rows):
+    is_image = np.array([bool(root) for root in index.roots], bool)[index.paths.numbers]
+    if len(is_image) and not is_image.any():
         raise IndexFileError("this index holds embeddings: duplicates are found among images")
     reference = np.zeros(len(index.rows), bool)
     for name in references:
@@ -93,8 +94,7 @@ def find(
             raise IndexFileError(f"--reference={name} not found in the index: give paths as tcq search prints them")
         reference[places] = True
     keys = [(row.tobytes(), path) for row, path in zip(index.hashes, index.paths, strict=True)]
-    images = np.flatnonzero(index.hashes.any(axis=1)).tolist()  # embeddings have no hash
-    items = sorted(images, key=keys.__getitem__)
+    items = sorted(np.flatnonzero(is_image).tolist(), key=keys.__getitem__)
     sets = [list(same) for _, same in itertools.groupby(items, key=lambda i: keys[i][0])]
     groups = [_group(index, KINDS[0], 1.0, same, reference) for same in sets if len(same) > 1]
     left = [_first(index, same, reference) for same in sets]

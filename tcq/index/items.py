@@ -27,7 +27,7 @@ def schema(num_codebooks: int, num_codewords: int) -> pa.Schema:
             ("id", pa.int64()),  # given once, in ascending order
             ("root", pa.uint16()),  # number of the folder, "" for embeddings
             ("name", pa.large_binary()),  # below the root; the bytes of the file name
-            ("hash", pa.binary(DIGEST_BYTES)),  # of the contents; zeros for embeddings
+            ("hash", pa.binary(DIGEST_BYTES)),  # of the contents
             ("size", pa.int64()),  # bytes of the file; null if not known
             ("modified", pa.timestamp("us", "UTC")),  # of the file when it was encoded; null if not known
             ("code", pa.binary(packed_bytes(num_codebooks, num_codewords))),

@@ -24,6 +24,13 @@ def read_folder(encoder: encode.Encoder, images: str | Path) -> Source:
         if not takes_embeddings or source.images.shape[1] != m.width:
             takes = f"embeddings of {m.width} numbers" if takes_embeddings else "images"
             raise SourceError(f"{images}: rows of {source.images.shape[1]} numbers; the model takes {takes}")
+        repeated = len(source.names) - len(set(source.names))
+        if repeated:
+            seen: set[str] = set()
+            name = next(n for n in source.names if n in seen or seen.add(n))  # type: ignore[func-returns-value]
+            raise SourceError(
+                f"{images}: {repeated:,} names are given twice, such as {name!r}: an index needs other ones"
+            )
         return source
     if takes_embeddings and not m.embedder:
         raise SourceError(f"{images}: the model was trained on embeddings: give --images=embeddings:<folder>")

@@ -149,10 +149,40 @@ def test_what_does_not_fit_is_refused(tmp_path):
         changed(write(tmp_path / "lacks", rows(4), rows(2), metadata=six), {"path": list("abcd"), "label": [0] * 4}): (
             "metadata_1.parquet: has no column 'label', which metadata_0.parquet has"
         ),
+        write(
+            tmp_path / "null", rows(2), metadata={"path": ["a", None]}
+        ): "row 1 of column 'path' is None: a name must",
+        write(
+            tmp_path / "blank", rows(2), metadata={"path": ["", "b"]}
+        ): "row 0 of column 'path' is '': a name must be",
+        write(tmp_path / "bytes", rows(2), metadata={"path": [b"a", b"b"]}): "row 0 of column 'path' is b'a'",
+        write(tmp_path / "latin", rows(2), metadata={"path": not_utf8()}): "column 'path' is not UTF-8",
         views: r"\(3, 2, 6\) does not fit the embeddings \(4, 6\)",
     }.items():
         with pytest.raises(SourceError, match=message):
             embeddings.open_folder(folder)
+
+
+def not_utf8():
+    return pyarrow.Array.from_buffers(
+        pyarrow.string(), 2, [None, *map(pyarrow.py_buffer, (np.array([0, 1, 2], "i4").tobytes(), b"\xff\xfe"))]
+    )
+
+
+def test_hidden_files_and_pipes_are_no_shards(tmp_path, logs):
+    write(tmp_path, rows(4))
+    np.save(tmp_path / "img_emb" / ".img_emb_1.npy", rows(2))
+    (tmp_path / "img_emb" / "._img_emb_0.npy").write_bytes(b"resource")
+    os.mkfifo(tmp_path / "img_emb" / "img_emb_2.npy")
+    assert len(embeddings.open_folder(tmp_path).images) == 4
+    assert "no .parquet files found, so items have numbers as names" in logs.text
+
+
+def test_a_row_has_the_digest_of_its_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(embeddings, "BLOCK", 3)
+    two = rows(4), rows(4)[::-1]
+    digests = embeddings.open_folder(write(tmp_path, *two)).digests
+    assert len(digests) == 8 and len(set(digests)) == 4 and digests[:4] == digests[:3:-1]
 
 
 def test_nothing_is_unpickled(tmp_path):
