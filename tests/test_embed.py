@@ -15,11 +15,12 @@ import pytest
 
 import small
 import tiny_embedder
-from tcq import augment, embed, encode, evaluate, index, train
+from tcq import augment, embed, encode, evaluate, index, quantizer, train
 from tcq import config as configs
 from tcq.data import embeddings, sources, splits
 from tcq.data.source import SourceError
 from tcq.embed import files
+from tcq.evaluate import held_out
 from tcq.models import embedder, retriever
 from tcq.train import optimizer, step
 from tcq.train import run as runs
@@ -280,12 +281,17 @@ def test_an_index_follows_embeddings_that_are_edited_or_renamed(tmp_path):
 
 
 @pytest.mark.parametrize(("num_views", "resident"), [pytest.param(0, 1024, marks=pytest.mark.whole), (3, 0)])
-def test_a_folder_of_embeddings_from_training_to_search(tmp_path, num_views, resident):
+def test_a_folder_of_embeddings_from_training_to_search(tmp_path, num_views, resident, logs, monkeypatch):
+    monkeypatch.setattr(held_out, "FOUND", 12)
     folder = folder_of(tmp_path / "e", num_views)
     overrides = [f"data.source=embeddings:{folder}", f"data.resident={resident}", "data.augment.noise=0.3"]
     config = configs.load("configs/embeddings.py", [*small.SMALL, *overrides, "optim.learning_rate=0.01"])
     validated = train.train(config, tmp_path / "run")
     assert validated["mAP"] > 0.5 and 0 < validated["accuracy"] <= 1
+    assert "codes find" not in logs.text
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0] == {"step": 0, "validation/neighbours": lines[0]["validation/neighbours"]}
+    assert validated["neighbours"] == pytest.approx(nearest_found(tmp_path / "run", folder), abs=0.004)
     results = evaluate.evaluate(tmp_path / "run", which="latest")
     assert results["mAP"]["asymmetric"] > 0.5
     done = small.main(
@@ -299,6 +305,34 @@ def test_a_folder_of_embeddings_from_training_to_search(tmp_path, num_views, res
     assert [line for line in lines if line.startswith("#")] == [f"# {tmp_path / 'query.npy'} row {i}" for i in range(3)]
     of_same_class = [int(line.rsplit(" ", 1)[1]) % 4 == 0 for line in lines[1:21]]
     assert np.mean(of_same_class) > 0.6
+
+
+def nearest_found(workdir, folder):
+    """`held_out.neighbours` by decoded codes, in float64."""
+    encoder = encode.load(workdir, which="latest")
+    source = sources.open_source(encoder.config.data)
+    split = splits.of_source(source, encoder.config.data)
+    queries, database = (np.asarray(source.images[rows], np.float64) for rows in (split.validation, split.train))
+    truth = unit(queries - database.mean(axis=0)) @ unit(database - database.mean(axis=0)).T
+    encoded = encode.encode(encoder, np.asarray(source.images[split.train]))
+    items = np.asarray(quantizer.decode(encoded.codes, encoder.codebooks), np.float64)
+    scores = encode.encode(encoder, np.asarray(source.images[split.validation])).features @ items.T
+    found = [
+        set(np.argsort(-t)[:10]) & set(np.argsort(-s, kind="stable")[:12]) for t, s in zip(truth, scores, strict=True)
+    ]
+    return np.mean([len(f) / 10 for f in found])
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def test_codes_that_lose_neighbours_are_a_warning(tmp_path, logs, monkeypatch):
+    monkeypatch.setattr(runs, "LOST", 1.5)
+    source = f"data.source=embeddings:{folder_of(tmp_path / 'e', 0)}"
+    config = configs.load("configs/embeddings.py", [*small.SMALL, source, "train.total_steps=2"])
+    train.train(config, tmp_path / "run")
+    assert re.search(r"codes find \d+% of the nearest embeddings, and \d+% before the first step", logs.text)
 
 
 def test_what_a_model_on_embeddings_cannot_take_is_refused(tmp_path, run, images):

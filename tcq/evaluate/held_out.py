@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from tcq import augment, encode, losses
+from tcq import augment, encode, losses, ranking
 from tcq import config as configs
 from tcq.data import protocols
 from tcq.data.rows import take
@@ -20,12 +20,15 @@ from tcq.models import retriever
 from tcq.runtime import devices
 
 MAX_BATCHES = 4  # of the training size, for the loss and the quality of clipping
+QUERIES, DATABASE = 200, 10_000  # embeddings for `neighbours`, at most
+NEAREST, FOUND = 10, 100  # of an embedding, and the first ones by codes
 
 
 def validate(encoder: encode.Encoder, source: Source, split: protocols.Split) -> dict[str, float]:
     """Loss and clip quality on the validation images, and with labels their mAP.
 
-    The mAP is against training images. Empty if there are fewer than two validation images.
+    The mAP is against training images. A model on embeddings also has `neighbours`. Empty if there are fewer than two
+    validation images.
     """
     if len(split.validation) < 2:
         return {}
@@ -34,6 +37,8 @@ def validate(encoder: encode.Encoder, source: Source, split: protocols.Split) ->
     labels = None if source.labels is None else source.labels[split.validation]
     rows = images if source.views is None else take(source.views, split.validation)
     values = clip_quality(encoder, rows, labels)
+    if retriever.takes_embeddings(encoder.model):
+        values["neighbours"] = neighbours(encoder, source, split)
     if source.labels is None:
         return values
     chosen = np.sort(np.random.RandomState(0).permutation(split.train)[: config.eval.max_database])
@@ -46,6 +51,25 @@ def validate(encoder: encode.Encoder, source: Source, split: protocols.Split) ->
         score, labels, source.labels[chosen], k=k, ks=[1], conventions=conventions, max_scores=config.eval.max_scores
     )
     return {"mAP": result.mean_average_precision} | values
+
+
+def neighbours(encoder: encode.Encoder, source: Source, split: protocols.Split) -> float:
+    """The share of the nearest training embeddings that codes find for validation ones.
+
+    Of the NEAREST ones, by the cosine of the embeddings minus their mean, it counts those among the FOUND first ones by
+    codes. It needs no labels.
+    """
+    random = np.random.RandomState(0)
+    chosen = (random.permutation(s)[:n] for s, n in ((split.validation, QUERIES), (split.train, DATABASE)))
+    queries, database = (np.asarray(take(source.images, np.sort(places)), np.float32) for places in chosen)
+    mean = database.mean(axis=0, keepdims=True)
+    cosines = ranking.dense_scores(queries - mean, database - mean, metric="cosine")
+    metric, normalize = encoder.model.metric, configs.query_norm(encoder.config)
+    features = encode.encode(encoder, queries).features
+    tables = ranking.lookup_table(features, encoder.codebooks, metric=metric, normalize=normalize)
+    scores = np.asarray(ranking.scores(tables, encode.codes(encoder, database)))
+    nearest, found = (np.argsort(-s, axis=1, kind="stable")[:, :n] for s, n in ((cosines, NEAREST), (scores, FOUND)))
+    return float(np.mean([np.isin(a, b).mean() for a, b in zip(nearest, found, strict=True)]))
 
 
 def clip_quality(encoder: encode.Encoder, images: Any, labels: Any) -> dict[str, float]:

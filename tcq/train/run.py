@@ -26,6 +26,7 @@ from tcq.train import optimizer as optimizers
 from tcq.workdir import CONFIG, checkpoint
 from tcq.workdir.journal import Journal
 
+LOST = 0.7  # of the nearest neighbours that the start finds: with fewer there is a warning (our choice)
 INIT_VIEWS = 65_536  # of which the first projection learns in which directions views of one image differ
 
 logger = logging.getLogger(__name__)
@@ -141,10 +142,14 @@ def make_job(
         data, rows = devices.replicate(np.asarray(rows[indices])), None
         logger.info(f"the training images are on every device ({data.nbytes / 2**20:,.1f} MiB)")
 
+    journal = open_journal(mirror, state)
+    start = _neighbours_at_start(config, model, source, split, state, journal)
+
     def validate(variables: retriever.Variables, number: int) -> dict[str, float]:
         encoder = encode.Encoder(config, model, devices.place(variables), number)
         values = held_out.validate(encoder, source, split)
         if number == steps:
+            _warn_of_lost_neighbours(start, values)
             clipped.write(mirror.folder, encoder, source, split)
         return values
 
@@ -156,9 +161,36 @@ def make_job(
         stream=partial(_batches, config, rows, indices),
         validate=validate,
         manager=manager,
-        journal=open_journal(mirror, state),
+        journal=journal,
         profile=(mirror.folder / "profile", *profile) if profile else None,
     )
+
+
+def _neighbours_at_start(
+    config: ConfigDict,
+    model: retriever.Retriever,
+    source: Source,
+    split: protocols.Split,
+    state: step.TrainState,
+    journal: Journal,
+) -> float | None:
+    """`held_out.neighbours` before the first step; None for a resumed run, and for models on images."""
+    if int(state.step) or not retriever.takes_embeddings(model) or len(split.validation) < 2:
+        return None
+    encoder = encode.Encoder(config, model, devices.place(loop.items(state)["variables"]), 0)
+    share = held_out.neighbours(encoder, source, split)
+    journal.write(0, {"validation/neighbours": share})
+    logger.info(f"before the first step: neighbours {share:.4f}")
+    return share
+
+
+def _warn_of_lost_neighbours(start: float | None, values: dict[str, float]) -> None:
+    if start and values and values["neighbours"] < LOST * start:
+        logger.warning(
+            f"codes find {values['neighbours']:.0%} of the nearest embeddings, and {start:.0%} before the first step: "
+            f"they tell fewer, coarser kinds apart. If that is not wanted, say how many kinds there are (kinds=), or "
+            f"lower loss.temperature"
+        )
 
 
 def open_journal(mirror: storage.Mirror, state: step.TrainState) -> Journal:
