@@ -3,8 +3,8 @@
     python launch/local.py --processes=4 -- train --config=configs/digits.py --workdir=runs/digits
 
 Write a tcq command that takes --distributed (train, evaluate, embed, index, doctor) after --. The output of process i
-begins with [i]. SIGTERM and SIGINT are passed to all processes. When one fails, the others have --grace seconds to exit
-and are then killed. The exit status is that of the first process that failed.
+begins with [i]. SIGTERM, SIGINT and SIGHUP are passed to all processes. When one fails, the others have --grace seconds
+to exit and are then killed. The exit status is that of the first process that failed.
 """
 
 import argparse
@@ -53,8 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
             if process.poll() is None:
                 process.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+            signal.signal(number, pass_on)
     readers = [threading.Thread(target=_show, args=(i, process)) for i, process in enumerate(processes)]
     for reader in readers:
         reader.start()

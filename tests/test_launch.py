@@ -3,12 +3,15 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+import small
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 TRAIN = ["train", "--config=configs/a b.py:bits=32", "--workdir=gs://bucket/run", "--config.loss.clip=0.1"]
@@ -157,3 +160,16 @@ def test_gke(calls):
     assert calls("gke.sh", *where, "delete")[0][0][0][:3] == ["xpk", "workload", "delete"]
     calls("gke.sh", "start", *TRAIN, status=2)
     assert calls("gke.sh", *where, "--dry_run", "status")[1].startswith("xpk workload list")
+
+
+@pytest.mark.whole
+def test_a_closed_terminal_ends_all_processes(tmp_path):
+    flags = small.flags("train.total_steps=100000")
+    command = small.launcher(2, "train", "--config=configs/digits.py", f"--workdir={tmp_path}", *flags)
+    process = subprocess.Popen(command, env=small.environment(), stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "step 5/" in line:
+            process.send_signal(signal.SIGHUP)
+            break
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGHUP and output.count("stopped by SIGHUP after step") == 2, output

@@ -190,7 +190,8 @@ def _decode_all(
         except ImageError as error:
             return _Result(identity, None, str(error).encode("utf-8", "replace").decode())
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
         ahead: deque[Any] = deque()
         for number, source in items:
             ahead.append((number, pool.submit(one, source)))
@@ -200,6 +201,8 @@ def _decode_all(
         while ahead:
             number, future = ahead.popleft()
             yield number, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # a stop waits only for the images that are being decoded
 
 
 def _write(

@@ -100,16 +100,42 @@ def read(source: str | Path | bytes, *, size: int, resize: Resize = WHOLE, max_p
       UnreadableError: not a regular file, cannot be read, needs a library that is missing, or memory is short.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns about metadata; pixels that cannot be decoded raise
-            with opened(source) as file:
-                return _read(file, size, resize, max_pixels)
+        with _without_warnings(), opened(source) as file:
+            return _read(file, size, resize, max_pixels)
     except ImageError:
         raise
     except MemoryError:
         raise UnreadableError("memory is short") from None
     except OSError as error:
         raise UnreadableError(f"cannot be read: {error.strerror or error}") from None
+
+
+class _Quiet:
+    """The threads that decode now, and the filters from before the first of them."""
+
+    lock = threading.Lock()
+    threads = 0
+    filters = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Hides what Pillow warns of in metadata; pixels that cannot be decoded raise.
+
+    Filters belong to the process, so the last of several threads restores them.
+    """
+    with _Quiet.lock:
+        _Quiet.threads += 1
+        if _Quiet.threads == 1:
+            _Quiet.filters.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+    try:
+        yield
+    finally:
+        with _Quiet.lock:
+            _Quiet.threads -= 1
+            if not _Quiet.threads:
+                _Quiet.filters.close()
 
 
 def square(gray: UInt8[np.ndarray, "H W"], *, size: int) -> UInt8[np.ndarray, "size size 3"]:
@@ -126,8 +152,7 @@ def pixel_digest(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) ->
     Raises ImageError and UnreadableError as `read`, also for a file that would have to be repaired.
     """
     try:
-        with warnings.catch_warnings(), opened(source) as file:
-            warnings.simplefilter("ignore")
+        with _without_warnings(), opened(source) as file:
             image = _open(file)
             width, height = image.size
             if width * height > max_pixels:

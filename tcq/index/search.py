@@ -234,7 +234,8 @@ def image_of(path: str) -> str | bytes:
 def thumbnail(index: Index, path: str) -> UInt8[np.ndarray, "side side 3"]:
     """An indexed image as a small picture; gray if it cannot be read."""
     try:
-        return decode(image_of(path), size=max(index.config.data.image_size, THUMBNAIL))
+        data = index.config.data
+        return decode(image_of(path), size=max(data.image_size, THUMBNAIL), max_pixels=data.max_pixels)
     except (ImageError, storage.BucketError):
         return np.full((THUMBNAIL, THUMBNAIL, 3), 128, np.uint8)
 

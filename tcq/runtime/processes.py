@@ -220,6 +220,8 @@ def exit_stopped(status: int) -> None:
     _Run.watching = False
     try:
         _client().key_value_set(f"tcq/stopped/{jax.process_index()}", str(status))
+        _ask_to_stop()
+        _send_heartbeat(leaving=True)
         end = time.monotonic() + 2 * STOP_TOGETHER
         while time.monotonic() < end and len(_client().key_value_dir_get("tcq/stopped/")) < jax.process_count():
             time.sleep(HEARTBEAT / 4)
@@ -252,6 +254,12 @@ def _send_heartbeat(*, leaving: bool = False) -> None:
     _client().key_value_set(f"tcq/alive/{jax.process_index()}", json.dumps(beat), allow_overwrite=True)
 
 
+def _ask_to_stop() -> None:
+    """Tells the other processes of a signal to stop, if this one got one."""
+    if signals.requested():
+        _client().key_value_set(f"tcq/stop/{jax.process_index()}", str(signals.requested()), allow_overwrite=True)
+
+
 def _watch() -> None:
     """Sends heartbeats, and watches the other processes.
 
@@ -261,12 +269,11 @@ def _watch() -> None:
     while _Run.watching:
         try:
             _send_heartbeat()
+            _ask_to_stop()
+            for name in _read("stop").values():
+                signals.request(name)
             failed, stopped = _read("failed"), _read("stopped")
             alive = {i: json.loads(text) for i, text in _read("alive").items()}
-            if signals.requested():
-                _client().key_value_set("tcq/stop", str(signals.requested()), allow_overwrite=True)
-            for _, name in _client().key_value_dir_get("tcq/stop"):
-                signals.request(name)
         except Exception as error:
             if _Run.watching:
                 _end(f"process 0, which hosts the coordination service, is gone ({str(error).splitlines()[0][:200]})")

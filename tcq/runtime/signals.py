@@ -143,6 +143,7 @@ def _end_after_grace(reader: socket.socket) -> None:
         number = reader.recv(1)[0]
     name = signal.Signals(number).name
     time.sleep(min(NOTICE, GRACE))
+    request(name)  # the handler does not run while the main thread waits in a call, for another process say
     logger.info(f"{name}: stopping at the next safe point, or after {GRACE:.0f} s")
     time.sleep(max(GRACE - NOTICE, 0))
     logger.error(f"{name}: no safe point reached within {GRACE:.0f} s; exiting. What has been saved is intact.")

@@ -5,12 +5,14 @@ import shutil
 import sqlite3
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
 
 from tcq.data import cache, images, shards, sources
 from tcq.data.cache import Item, Rule
+from tcq.runtime import signals
 from write_images import png, write_images
 
 
@@ -246,3 +248,28 @@ def test_it_is_shown_and_cleaned(tmp_path, rule, decoded):
     assert not old.exists() and not list(rule.folder.glob("*.u8"))
     cache.decode(items(tmp_path / "a"), rule)
     assert len(decoded) == 12
+
+
+def test_threads_leave_the_filters_of_warnings_as_they_were(tmp_path, rule):
+    write_images(tmp_path, [f"{i}.png" for i in range(400)])
+    before = list(warnings.filters)
+    cache.decode([Item(str(i), tmp_path / f"{i}.png") for i in range(400)], rule)
+    assert warnings.filters == before
+
+
+def test_a_stop_does_not_wait_for_images_that_are_queued(tmp_path, rule, monkeypatch):
+    read, started = images.read, []
+
+    def slow(source, **options):
+        started.append(source)
+        time.sleep(0.05)
+        if len(started) == 6:
+            signals.request("SIGTERM")
+        return read(source, **options)
+
+    monkeypatch.setattr(images, "read", slow)
+    write_images(tmp_path, [f"{i}.png" for i in range(200)])
+    with pytest.raises(signals.Stopped):
+        cache.decode([Item(str(i), tmp_path / f"{i}.png") for i in range(200)], rule)
+    signals.reset()
+    assert len(started) < 30

@@ -119,6 +119,24 @@ def test_a_resumed_run_of_many_has_the_bits_of_an_uninterrupted_one(two, images,
     assert logged[0] == logged[1]
 
 
+def test_a_signal_to_one_that_waits_reaches_the_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("EMBEDDED_BY", str(tmp_path / "log"))
+    embedder = small.ROOT / "tests" / "helpers" / "tiny_embedder.py"
+    flags = small.flags("data.image_size=16", "data.views=40", f"model.embedder={embedder}:logged")
+    command = small.launcher(2, "embed", "--config=configs/digits.py", *flags, f"--out={tmp_path / 'e'}")
+    process = subprocess.Popen(command, env=small.environment(), stdout=subprocess.PIPE, text=True)
+    found = {}
+    while len(found) < 2 or min(found.values()) < 100:  # process 1 takes longer, and process 0 waits for it then
+        assert process.poll() is None
+        time.sleep(0.05)
+        pids = (tmp_path / "log").read_text().split()[::2] if (tmp_path / "log").exists() else []
+        found = {int(pid): pids.count(pid) for pid in pids}
+    os.kill(max(found, key=found.get), signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert "[1] tcq embed: stopped by SIGTERM" in output, output
+    assert process.returncode == 128 + signal.SIGTERM
+
+
 def test_many_processes_evaluate_and_index_as_one(two, images, tmp_path):
     workdir, *_ = two
     by_two = json.loads((workdir / "results.json").read_text())

@@ -289,7 +289,9 @@ async def _thumbnail(request: Request) -> Response:
             raise BusyError
         state.thumbnails_waiting += 1
         try:
-            jpeg = await anyio.to_thread.run_sync(_jpeg, index.paths[place], side, limiter=state.decoding)
+            jpeg = await anyio.to_thread.run_sync(
+                _jpeg, index.paths[place], side, index.config.data.max_pixels, limiter=state.decoding
+            )
         except (ImageError, storage.BucketError):
             raise HTTPException(404, "this image cannot be read any more") from None
         finally:
@@ -302,9 +304,9 @@ async def _thumbnail(request: Request) -> Response:
     return Response(jpeg, media_type="image/jpeg", headers=headers)
 
 
-def _jpeg(path: str, side: int) -> bytes:
+def _jpeg(path: str, side: int, max_pixels: int) -> bytes:
     out = io.BytesIO()
-    Image.fromarray(decode(image_of(path), size=side)).save(out, "JPEG", quality=85)
+    Image.fromarray(decode(image_of(path), size=side, max_pixels=max_pixels)).save(out, "JPEG", quality=85)
     return out.getvalue()
 
 
