@@ -174,7 +174,7 @@ def _neighbours_at_start(
     state: step.TrainState,
     journal: Journal,
 ) -> float | None:
-    """`held_out.neighbours` before the first step; None for a resumed run or a model on images."""
+    """`held_out.neighbours` before the first step; None if resumed, or for a model on images."""
     if int(state.step) or not retriever.takes_embeddings(model) or len(split.validation) < 2:
         return None
     encoder = encode.Encoder(config, model, devices.place(loop.items(state)["variables"]), 0)
