@@ -22,6 +22,7 @@ from tcq.data.source import SourceError
 from tcq.embed import files
 from tcq.evaluate import held_out
 from tcq.models import embedder, retriever
+from tcq.runtime import signals
 from tcq.train import optimizer, step
 from tcq.train import run as runs
 
@@ -276,7 +277,7 @@ def test_an_index_follows_embeddings_that_are_edited_or_renamed(tmp_path):
     by_name = [dict(zip(i.paths, map(bytes, i.codes), strict=True)) for i in (opened, index.open_index(fresh))]
     assert by_name[0] == by_name[1] and len(by_name[0]) == 405
     embeddings.write_metadata(folder, ["same"] * 405, None, [])
-    with pytest.raises(SourceError, match="404 names are given twice, such as 'same'"):
+    with pytest.raises(SourceError, match="1 names are given more than once, such as 'same'"):
         index.update(tmp_path / "index", place)
 
 
@@ -330,7 +331,12 @@ def unit(x):
 def test_codes_that_lose_neighbours_are_a_warning(tmp_path, logs, monkeypatch):
     monkeypatch.setattr(runs, "LOST", 1.5)
     source = f"data.source=embeddings:{folder_of(tmp_path / 'e', 0)}"
-    config = configs.load("configs/embeddings.py", [*small.SMALL, source, "train.total_steps=2"])
+    config = configs.load(
+        "configs/embeddings.py", [*small.SMALL, source, "train.total_steps=8", "checkpoint.every_steps=2"]
+    )
+    with small.signal_at("step 3/8  loss"), pytest.raises(signals.Stopped):
+        train.train(config, tmp_path / "run")
+    assert "codes find" not in logs.text
     train.train(config, tmp_path / "run")
     assert re.search(r"codes find \d+% of the nearest embeddings, and \d+% before the first step", logs.text)
 

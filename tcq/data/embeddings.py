@@ -90,7 +90,7 @@ def _shards(root: Path, name: str, ndim: int) -> Rows:
 
 def _files(root: Path, name: str) -> list[Path]:
     folder = root / name if (root / name).is_dir() else root
-    return sorted((p for p in folder.glob("[!.]*.npy") if p.is_file() or p.is_symlink()), key=_number)
+    return sorted((p for p in folder.glob("[!.]*.npy") if p.is_file() or not p.exists()), key=_number)
 
 
 def _check_pairs(shards: list[Path], rows: list[int], files: list[Path], lines: list[int]) -> None:

@@ -30,8 +30,9 @@ def open_source(config: ConfigDict, order: Callable[[Source], Source] = lambda s
     """The source of a config; with `model.embedder`, its embeddings.
 
     The embeddings are computed once and cached. The processes of a run share the work and read all of them, so these
-    must share `data.cache_dir`. `order` puts the images into the order that a run knows.
-    Raises SourceError and EmbedderError.
+    must share `data.cache_dir`. `order` puts the images into the order that a run knows. In `config` all processes
+    take what the embedder gave in process 0.
+    Raises SourceError, EmbedderError and ProcessError.
     """
     source = order(sources.open_source(config.data))
     if not config.model.embedder:

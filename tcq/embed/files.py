@@ -46,9 +46,11 @@ class State(NamedTuple):
 
 
 def read_state(path: Path) -> State | None:
-    """The state in a file; None if there is no file."""
-    text = storage.read(path)
-    return State(**json.loads(text)) if text else None
+    """The state in a file; None if there is no file, or another one."""
+    try:
+        return State(**json.loads(storage.read(path) or b"null"))
+    except (ValueError, TypeError):
+        return None
 
 
 def write_state(path: Path, state: State) -> None:

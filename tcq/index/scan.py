@@ -1,5 +1,6 @@
 """Reading the folder of images that is to be indexed."""
 
+from collections import Counter
 from pathlib import Path
 
 from tcq import encode
@@ -24,12 +25,11 @@ def read_folder(encoder: encode.Encoder, images: str | Path) -> Source:
         if not takes_embeddings or source.images.shape[1] != m.width:
             takes = f"embeddings of {m.width} numbers" if takes_embeddings else "images"
             raise SourceError(f"{images}: rows of {source.images.shape[1]} numbers; the model takes {takes}")
-        repeated = len(source.names) - len(set(source.names))
+        repeated = [name for name, count in Counter(source.names).items() if count > 1]
         if repeated:
-            seen: set[str] = set()
-            name = next(n for n in source.names if n in seen or seen.add(n))  # type: ignore[func-returns-value]
             raise SourceError(
-                f"{images}: {repeated:,} names are given twice, such as {name!r}: an index needs other ones"
+                f"{images}: {len(repeated):,} names are given more than once, such as {repeated[0]!r}: an index needs "
+                f"a name for each row"
             )
         return source
     if takes_embeddings and not m.embedder:

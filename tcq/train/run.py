@@ -24,8 +24,10 @@ from tcq.runtime import devices, log, processes, storage
 from tcq.train import loop, step
 from tcq.train import optimizer as optimizers
 from tcq.workdir import CONFIG, checkpoint
+from tcq.workdir import journal as journals
 from tcq.workdir.journal import Journal
 
+NEIGHBOURS = "validation/neighbours"  # the name of `held_out.neighbours` in metrics.jsonl
 LOST = 0.7  # of the nearest neighbours that the start finds: with fewer there is a warning (our choice)
 INIT_VIEWS = 65_536  # of which the first projection learns in which directions views of one image differ
 
@@ -143,13 +145,16 @@ def make_job(
         logger.info(f"the training images are on every device ({data.nbytes / 2**20:,.1f} MiB)")
 
     journal = open_journal(mirror, state)
-    start = _neighbours_at_start(config, model, source, split, state, journal)
+    if not int(state.step) and retriever.takes_embeddings(model) and len(split.validation) > 1:
+        _log_neighbours(
+            encode.Encoder(config, model, devices.place(loop.items(state)["variables"]), 0), source, split, journal
+        )
 
     def validate(variables: retriever.Variables, number: int) -> dict[str, float]:
         encoder = encode.Encoder(config, model, devices.place(variables), number)
         values = held_out.validate(encoder, source, split)
         if number == steps:
-            _warn_of_lost_neighbours(start, values)
+            _warn_of_lost_neighbours(mirror.folder, values)
             clipped.write(mirror.folder, encoder, source, split)
         return values
 
@@ -166,26 +171,19 @@ def make_job(
     )
 
 
-def _neighbours_at_start(
-    config: ConfigDict,
-    model: retriever.Retriever,
-    source: Source,
-    split: protocols.Split,
-    state: step.TrainState,
-    journal: Journal,
-) -> float | None:
-    """`held_out.neighbours` before the first step; None if resumed, or for a model on images."""
-    if int(state.step) or not retriever.takes_embeddings(model) or len(split.validation) < 2:
-        return None
-    encoder = encode.Encoder(config, model, devices.place(loop.items(state)["variables"]), 0)
+def _log_neighbours(encoder: encode.Encoder, source: Source, split: protocols.Split, journal: Journal) -> None:
+    """Records `held_out.neighbours` before the first step."""
     share = held_out.neighbours(encoder, source, split)
-    journal.write(0, {"validation/neighbours": share})
+    journal.write(0, {NEIGHBOURS: share})
     logger.info(f"before the first step: neighbours {share:.4f}")
-    return share
 
 
-def _warn_of_lost_neighbours(start: float | None, values: dict[str, float]) -> None:
-    if start and values and values["neighbours"] < LOST * start:
+def _warn_of_lost_neighbours(folder: Path, values: dict[str, float]) -> None:
+    """Compares with the record of the start, which a resumed run has, too."""
+    if not processes.is_first() or "neighbours" not in values:
+        return
+    start = next((line[NEIGHBOURS] for line in journals.read(folder / journals.METRICS) if NEIGHBOURS in line), 0)
+    if values["neighbours"] < LOST * start:
         logger.warning(
             f"codes find {values['neighbours']:.0%} of the nearest embeddings, and {start:.0%} before the first step: "
             f"they tell fewer, coarser kinds apart. If that is not wanted, say how many kinds there are (kinds=), or "

@@ -87,7 +87,8 @@ def test_ties_and_a_queue_on_devices(devices, gather):
 
 
 @pytest.mark.parametrize(
-    ("b", "d", "block_size", "share"), [(64, 16, 8, 1.0), (64, 16, 8, 0.6), (300, 33, None, 0.6), (257, 33, 100, 0.5)]
+    ("b", "d", "block_size", "share"),
+    [(64, 16, 8, 1.0), (64, 16, 8, 0.6), (300, 33, None, 0.6), (300, 33, None, 0.4), (257, 33, 100, 0.5)],
 )
 @pytest.mark.parametrize("seed", [0, 1])
 def test_equal_images_are_counted_whatever_their_rounding(b, d, block_size, share, seed):
