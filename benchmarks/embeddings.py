@@ -2,9 +2,13 @@
 
     python benchmarks/embeddings.py --folder=runs/million            # 10^6 x 512, float16: 1 GB of disk
 
-The embeddings are synthetic: points of 1,000 clusters plus noise. Each part runs in a process of its own, one after the
-other. tcq trains on two noisy views of each embedding; FAISS trains on a sample, as it does by default. The last line
-is the share of the ten nearest items of 200 queries that are of the query's cluster.
+    python benchmarks/embeddings.py --folder=runs/close --count=20000 --width=256 --clusters=200 --groups=20
+
+The embeddings are synthetic: points of clusters plus noise. With --groups the centres of the clusters lie around those
+of some groups. Each part runs in a process of its own, one after the
+other. tcq trains on two noisy views of each embedding, without or with --kinds; FAISS trains on a sample, as it does by
+default. The last lines are `neighbours` before the first step and after the last one, and the share of the ten nearest
+items of 200 queries that are of the query's cluster.
 """
 
 import argparse
@@ -22,24 +26,26 @@ SAMPLE = 2**16
 QUERIES, NEAREST = 200, 10
 
 
-def make(folder: Path, count: int, width: int) -> None:
+def make(folder: Path, count: int, width: int, *, clusters: int, groups: int) -> None:
     """Writes the embeddings in shards, and queries, once."""
     if (folder / "queries.npy").is_file():
         return
     random = np.random.RandomState(0)
-    centres = random.randn(1000, width).astype("f4")
+    centres = random.randn(clusters, width).astype("f4")
+    if groups:
+        centres += random.randn(groups, width).astype("f4")[random.randint(0, groups, clusters)]
     (folder / "items").mkdir(parents=True, exist_ok=True)
 
     def draw(n: int) -> tuple[np.ndarray, np.ndarray]:
-        clusters = random.randint(0, 1000, n)
-        return (centres[clusters] + 1.5 * random.randn(n, width)).astype("f2"), clusters
+        own = random.randint(0, clusters, n)
+        return (centres[own] + 1.5 * random.randn(n, width)).astype("f2"), own
 
-    clusters = []
+    drawn = []
     for shard, start in enumerate(range(0, count, 100_000)):
         rows, of_rows = draw(min(100_000, count - start))
         np.save(folder / "items" / f"items_{shard}.npy", rows)
-        clusters.append(of_rows)
-    np.save(folder / "clusters.npy", np.concatenate(clusters))
+        drawn.append(of_rows)
+    np.save(folder / "clusters.npy", np.concatenate(drawn))
     queries, of_queries = draw(QUERIES)
     np.save(folder / "query_clusters.npy", of_queries)
     np.save(folder / "queries.npy", queries)
@@ -91,28 +97,34 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--count", type=int, default=10**6)
     parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--clusters", type=int, default=1000)
+    parser.add_argument("--groups", type=int, default=0)
+    parser.add_argument("--kinds", type=int, help="for configs/embeddings.py")
     parser.add_argument("--part", choices=["faiss"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder = arguments.folder
     if arguments.part:
         return faiss_codes(folder)
-    make(folder, arguments.count, arguments.width)
+    make(folder, arguments.count, arguments.width, clusters=arguments.clusters, groups=arguments.groups)
     tcq = [sys.executable, "-m", "tcq"]
     source, run, index = f"{folder}/items", folder / "run", folder / "index"
+    config = f"configs/embeddings.py:{source}" + (f",kinds={arguments.kinds}" if arguments.kinds else "")
     for old in (run, index):
         subprocess.run(["rm", "-rf", old], check=True)
     parts = {
-        "tcq train": [*tcq, "train", f"--config=configs/embeddings.py:{source}", f"--workdir={run}"],
+        "tcq train": [*tcq, "train", f"--config={config}", f"--workdir={run}", "--quiet"],
         "tcq index": [*tcq, "index", f"--workdir={run}", f"--images=embeddings:{source}", f"--out={index}"],
         "FAISS OPQ + PQ, train and encode": [sys.executable, __file__, f"--folder={folder}", "--part=faiss"],
     }
-    parts["tcq train"] += ["--quiet", "--config.loss.clip=kinds=1000"]
     results = {}
     for name, command in parts.items():
         results[name] = measure(command)
         print(f"{name:<34} {results[name][0]:7.1f} s  {results[name][1]:5.2f} GiB", flush=True)
     total = results["tcq train"][0] + results["tcq index"][0]
     print(f"tcq / FAISS: x {total / results['FAISS OPQ + PQ, train and encode'][0]:.2f}")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    shares = [line["validation/neighbours"] for line in lines if "validation/neighbours" in line]
+    print(json.dumps({"neighbours": [shares[0], shares[-1]]}))
     print(json.dumps({"of the query's cluster": precision(folder, index)}))
 
 
