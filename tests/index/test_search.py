@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import small
-from tcq import encode, ranking
+from tcq import config, encode, ranking
 from tcq import index as indexes
-from tcq.index import info
+from tcq.index import info, search
 
 
 def hits_of(done):
@@ -27,6 +27,13 @@ def assert_same(answer, other):
 @pytest.fixture
 def opened(index):
     return indexes.open_index(index)
+
+
+def test_a_small_picture_takes_the_largest_image_that_the_index_takes(opened):
+    strict = opened.replace(config=config.with_eval(opened.config, []))
+    strict.config.data.max_pixels = 98  # images have 11 x 9
+    grays = [np.ptp(search.thumbnail(i, opened.paths[1])) == 0 for i in (opened, strict)]
+    assert grays == [False, True]
 
 
 def test_items_are_queries_without_their_images(index, opened, images, monkeypatch):

@@ -20,6 +20,7 @@ import small
 from serving import ask, running
 from tcq import index as indexes
 from tcq import web
+from tcq.data.images import ImageError
 from tcq.index.serve import app, searches
 from tcq.web.guard import Guard
 
@@ -191,13 +192,16 @@ def test_thumbnails_are_encoded_anew(run, images, tmp_path):
         assert str(tmp_path) not in json.dumps(answer)
 
 
-def test_thumbnails_in_memory_are_bounded(address, monkeypatch):
-    """None is kept above the limit."""
+def test_thumbnails_in_memory_are_bounded(address, index, monkeypatch):
+    """None is kept above the limit. The index says how large an image may be."""
     jpeg, encoded = app._jpeg, []
-    monkeypatch.setattr(app, "_jpeg", lambda path, side: encoded.append(path) or jpeg(path, side))
+    monkeypatch.setattr(app, "_jpeg", lambda path, side, most: encoded.append(most) or jpeg(path, side, most))
     for i in (1, 2, 2):
         assert ask(address, f"/api/thumbnails/{i}?side=1280")[0] == 200
-    assert len(encoded) == 2
+    opened = indexes.open_index(index)
+    assert encoded == 2 * [opened.config.data.max_pixels]
+    with pytest.raises(ImageError, match="above data.max_pixels 98"):
+        jpeg(opened.paths[1], 320, 98)
     monkeypatch.setattr(app, "CACHED", 100)
     for i in (1, 2, 1):
         assert ask(address, f"/api/thumbnails/{i}?side=320")[0] == 200
