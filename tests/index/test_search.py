@@ -9,7 +9,8 @@ import pytest
 import small
 from tcq import config, encode, ranking
 from tcq import index as indexes
-from tcq.index import info, search
+from tcq.index import info
+from tcq.index.search import thumbnail
 
 
 def hits_of(done):
@@ -32,7 +33,7 @@ def opened(index):
 def test_a_small_picture_takes_the_largest_image_that_the_index_takes(opened):
     strict = opened.replace(config=config.with_eval(opened.config, []))
     strict.config.data.max_pixels = 98  # images have 11 x 9
-    grays = [np.ptp(search.thumbnail(i, opened.paths[1])) == 0 for i in (opened, strict)]
+    grays = [np.ptp(thumbnail(i, opened.paths[1])) == 0 for i in (opened, strict)]
     assert grays == [False, True]
 
 
