@@ -54,7 +54,7 @@ def test_quiet_and_levels(tmp_path):
     assert small.main("doctor", *flags).returncode == 0
     train = (
         "train",
-        *small.flags("train.total_steps=2", "optim.warmup_steps=0", "eval.every_steps=0"),
+        *small.flags("train.total_steps=2", "optim.learning_rate=1e-4", "optim.warmup_steps=0", "eval.every_steps=0"),
         "--config=configs/digits.py",
     )
     loud = small.main(*train, f"--workdir={tmp_path / 'loud'}")

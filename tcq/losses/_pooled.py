@@ -87,7 +87,7 @@ def pool(settings: Settings, batch: Batch, count: UInt32[Array, ""]) -> Pool:
     middle = to_ordered_int(end.under)
     near = _over_devices(jax.lax.psum, settings, jnp.sum(_count_near(owned, queued, middle)))
     low, high, ties, above = jax.lax.cond(
-        has_many_rows(s) | (near > jnp.maximum(2, MANY_TIES * count.astype(jnp.float32))),
+        has_many_rows(s) | (near.astype(jnp.float32) > jnp.maximum(2.0, MANY_TIES * count.astype(jnp.float32))),
         lambda: _ties_of_all(settings, batch, middle - ROUNDING, middle + ROUNDING),
         lambda: (*_between(settings, s, end, values), _ties_of_few(settings, end, own, owned, queued), end.reach_over),
     )

@@ -180,7 +180,7 @@ def _log(job: Job, step: int, logs: Logs, speed: Speed, rate: Any) -> None:
     lowest, size = values["codeword_usage_min"], job.config.quantizer.num_codewords
     if step == job.steps and lowest < ONE_BIT:
         logger.warning(
-            f"a codebook has collapsed: images use {lowest:.1f} of its {size} codewords, less than one bit; a lower "
+            f"a codebook has collapsed: images use {lowest:.2f} of its {size} codewords, less than one bit; a lower "
             f"optim.learning_rate or a higher loss.temperature may help"
         )
 
