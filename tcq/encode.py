@@ -18,6 +18,8 @@ from ml_collections import ConfigDict
 
 from tcq import augment, quantizer
 from tcq import workdir as workdirs
+from tcq.data import known
+from tcq.data.rows import take
 from tcq.models import embedder, retriever, vit
 from tcq.models import weights as published
 from tcq.runtime import devices, log, signals
@@ -118,25 +120,46 @@ def _in_batches(encoder: Encoder, images: Any, *, with_features: bool) -> tuple[
     if not len(images):
         return None
     if takes_embeddings and of_images:
-        images = _embed_images(encoder, images)
+        images = Embedded(encoder, images)
     run = _compiled_encoder(encoder.model, with_features)
     return devices.map_in_batches(run, devices.place(encoder.variables), images, encoder.config.eval.batch_size)
 
 
-def _embed_images(encoder: Encoder, images: Any) -> Float[np.ndarray, "N F"]:
-    """The embeddings of images by `model.embedder`.
+class Embedded:
+    """Embeddings (N, F) of images by `model.embedder`, which are computed where they are read."""
 
-    Raises EmbedderError if it is not the one of the training.
-    """
-    m = encoder.config.model
-    _require_embedder(m.embedder, encoder.config.data.image_size, tuple(m.embedder_output))
-    progress = log.Progress(logger, "embedding images", len(images))
-    parts = []
-    for first in range(0, len(images), EMBEDDED):
-        parts.append(embedder.run(m.embedder, np.asarray(images[first : first + EMBEDDED])))
-        progress.update(first + len(parts[-1]))
+    def __init__(self, encoder: Encoder, images: Any, earlier: known.Known | None = None) -> None:
+        """Takes the images, and where the embeddings of some of them are."""
+        self._encoder, self._images, self._earlier = encoder, images, earlier
+        self.shape, self.ndim, self.dtype = (len(images), encoder.config.model.width), 2, np.dtype(np.float32)
+        self._progress = log.Progress(logger, "embedding images", -(-len(images) // jax.process_count()))
+        self._done = 0
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> Float[np.ndarray, "n F"]:
+        """The embeddings of a slice of the images.
+
+        Raises EmbedderError if the function is not that of the training.
+        """
+        images = np.arange(len(self))[rows]
+        out = np.empty((len(images), self.shape[1]), np.float32)
+        missing = np.ones(len(images), bool) if self._earlier is None else self._earlier.numbers[images] < 0
+        if self._earlier is not None and not missing.all():
+            out[~missing] = known.items(self._earlier, images[~missing])
+        for some in np.array_split(np.flatnonzero(missing), -(-int(missing.sum()) // EMBEDDED) or 1):
+            if len(some):
+                out[some] = self._embed(images[some])
+        self._done += len(images)
+        self._progress.update(self._done)
+        return out
+
+    def _embed(self, images: np.ndarray) -> np.ndarray:
+        m = self._encoder.config.model
+        _require_embedder(m.embedder, self._encoder.config.data.image_size, tuple(m.embedder_output))
         signals.poll()
-    return np.concatenate(parts)
+        return embedder.run(m.embedder, np.asarray(take(self._images, images)))
 
 
 _require_embedder = lru_cache(maxsize=4)(embedder.require_same)

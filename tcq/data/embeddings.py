@@ -43,8 +43,8 @@ def open_folder(path: str | Path) -> Source:
     metadata does not have one row for each embedding.
     """
     root = Path(path).expanduser()
-    items = _shards(root, ITEMS, 2)
-    views = _shards(root, VIEWS, 3) if (root / VIEWS).is_dir() else None
+    items = read_shards(root, ITEMS)
+    views = read_shards(root, VIEWS) if (root / VIEWS).is_dir() else None
     if views is not None and (len(views) != len(items) or views.shape[2] != items.shape[1]):
         raise SourceError(f"{root / VIEWS}: {views.shape} does not fit the embeddings {items.shape} of {root / ITEMS}")
     names, labels, classes = _metadata(root, items)
@@ -57,11 +57,12 @@ def open_folder(path: str | Path) -> Source:
 
 def width(path: str | Path) -> int:
     """The number F of the embeddings below a folder. Raises SourceError."""
-    return _shards(Path(path).expanduser(), ITEMS, 2).shape[1]
+    return read_shards(Path(path).expanduser(), ITEMS).shape[1]
 
 
-def _shards(root: Path, name: str, ndim: int) -> Rows:
-    files = _files(root, name)
+def read_shards(root: Path, name: str) -> Rows:
+    """The rows of all `.npy` files of ITEMS or VIEWS below a folder, mapped from them. Raises SourceError."""
+    files, ndim = _files(root, name), 3 if name == VIEWS else 2
     if not files:
         folder = root / name if (root / name).is_dir() else root
         raise SourceError(f"{folder}: no .npy files found: embeddings are in {root}/{ITEMS}/*.npy or {root}/*.npy")

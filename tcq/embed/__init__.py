@@ -5,8 +5,9 @@ A user's function or a backbone embeds them.
 
 import hashlib
 import json
+import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ from ml_collections import ConfigDict
 
 from tcq import config as configs
 from tcq import encode
-from tcq.data import embeddings, sources, splits
+from tcq.data import cache, embeddings, known, sources, splits
 from tcq.data.source import Source, SourceError
 from tcq.embed import files
 from tcq.models import embedder, retriever
 from tcq.runtime import devices, processes, signals, storage
 
 DONE = "done.json"  # of a folder of the cache: its `files.State`
+FEATURES = ("noise", "drop")  # of data.augment: they change embeddings, not images
+
+logger = logging.getLogger(__name__)
 
 
 def open_source(config: ConfigDict, order: Callable[[Source], Source] = lambda source: source) -> Source:
@@ -38,8 +42,9 @@ def open_source(config: ConfigDict, order: Callable[[Source], Source] = lambda s
     if not config.model.embedder:
         return source
     _agree(config)
-    folder = Path(processes.on_first(lambda: str(_cache(config, source))))
-    _fill(folder, config, source)
+    named = _with_digests(source)
+    folder = Path(processes.on_first(lambda: str(_cache(config, named))))
+    _fill(folder, config, named)
     processes.require_visible(folder / DONE)
     cached = embeddings.open_folder(folder)
     return source._replace(images=cached.images, views=cached.views, pictures=source.images)
@@ -58,13 +63,14 @@ def write(config: ConfigDict, out: str | Path) -> int:
     out = Path(out)
     processes.on_first(lambda: _refuse(out, "exists"))
     run = _run_of(config)
-    source = sources.open_source(config.data)
+    source = _with_digests(sources.open_source(config.data))
     keys = {k: v for k, v in configs.flatten(config).items() if k != "model.embedder_output"}
     of = hashlib.blake2b(json.dumps(keys, sort_keys=True).encode() + _contents(source)).hexdigest()
+    all_images = np.full(len(source.images), config.data.views > 0)
     with processes.entered_by_first(lambda: files.locked(out)):
         processes.on_first(lambda: _refuse(out, "was written meanwhile by another process"))
         state = files.State(of, config.model.embedder_output)
-        files.write(files.partial(out), state, run, source, np.arange(len(source.images)), config.data)
+        files.write(files.partial(out), state, run, source, all_images, config.data, _find(config, source, all_images))
         processes.on_first(lambda: files.publish(out))
     return len(source.images)
 
@@ -120,43 +126,94 @@ def _agree(config: ConfigDict) -> None:
     processes.require_same("embeddings by model.embedder", list(m.embedder_output))
 
 
+def inputs(encoder: encode.Encoder, images: Any, digests: Sequence[bytes]) -> Any:
+    """What the encoder takes for images: these, or their embeddings by `model.embedder`.
+
+    Images are embedded where they are read, unless a training on images of the same contents has left the embeddings
+    in the cache. Raises EmbedderError if the function is not the one of the training.
+    """
+    if not encoder.config.model.embedder or images.ndim != 4:
+        return images
+    places = _earlier(encoder.config)
+    return encode.Embedded(encoder, images, known.find(places, digests, np.zeros(len(images), bool), drawn_as=""))
+
+
+def _with_digests(source: Source) -> Source:
+    """The source with digests of its pixels, if it has none of files."""
+    if source.digests is not None:
+        return source
+    digests: list[bytes] = []
+    for first in range(0, len(source.images), files.BLOCK):
+        signals.poll()
+        block = np.ascontiguousarray(source.images[first : first + files.BLOCK])
+        digests += [hashlib.blake2b(image.data, digest_size=cache.DIGEST_BYTES).digest() for image in block]
+    return source._replace(digests=digests)
+
+
+def _contents(source: Source) -> bytes:
+    assert source.digests is not None
+    return b"".join(source.digests)
+
+
 def _cache(config: ConfigDict, source: Source) -> Path:
     """The folder of the embeddings of a source, named by all that they depend on.
 
-    A folder that exists is taken if its embedder gave nearly the same.
+    The parts of the name are of the images as the function sees them, of the views, of the collection, and of the
+    function. A folder that exists is taken if its embedder gave nearly the same.
     """
     data, output = config.data, [float(x) for x in config.model.embedder_output]
-    parts = [
-        files.SEED,
-        data.views,
-        sorted((name, strength) for name, strength in data.augment.items() if name not in ("noise", "drop")),
-        [data.image_size, data.resize, data.interpolation, data.crop_share],
-        [data.protocol, data.split_seed, data.query, data.validation],
-        [data.max_pixels, data.labels],
-    ]
-    home = Path(data.cache_dir).expanduser() if data.cache_dir else storage.cache_home()
-    images, function = _digest(json.dumps(parts).encode() + _contents(source)), _digest(json.dumps(output).encode())
-    own = home / "embedded" / f"{images}-{function}"
-    for file in sorted(own.parent.glob(f"{images}-*/*.json")):
+    of_collection = [data.protocol, data.split_seed, data.query, data.validation, data.labels]
+    collection = _digest(json.dumps(of_collection).encode() + _contents(source))
+    start = f"{_pixels(config)}-{_drawn_as(config)}-{collection}"
+    own = _home(config) / f"{start}-{_digest(json.dumps(output).encode())}"
+    for file in sorted(own.parent.glob(f"{start}-*/*.json")):
         state = files.read_state(file) if file.name in (DONE, files.STATE) else None
         if state and embedder.is_same(output, state.output):
             return file.parent.with_name(file.parent.name.removesuffix(files.PARTIAL))
     return own
 
 
+def _home(config: ConfigDict) -> Path:
+    folder = config.data.cache_dir
+    return (Path(folder).expanduser() if folder else storage.cache_home()) / "embedded"
+
+
+def _pixels(config: ConfigDict) -> str:
+    """The part of a folder's name that tells how images are decoded."""
+    data = config.data
+    return _digest(
+        json.dumps([data.image_size, data.resize, data.interpolation, data.crop_share, data.max_pixels]).encode()
+    )
+
+
+def _drawn_as(config: ConfigDict) -> str:
+    """The part of a folder's name that tells how views are drawn."""
+    strengths = sorted((name, strength) for name, strength in config.data.augment.items() if name not in FEATURES)
+    return _digest(json.dumps([files.SEED, config.data.views, strengths]).encode())
+
+
+def _find(config: ConfigDict, source: Source, has_views: np.ndarray) -> known.Known | None:
+    """The embeddings of these images and views that are in the cache; None for a backbone of ours."""
+    if not config.model.embedder:
+        return None
+    assert source.digests is not None
+    found = known.find(_earlier(config), source.digests, has_views, drawn_as=_drawn_as(config))
+    count = int((found.numbers >= 0).sum())
+    if count:
+        logger.info(f"{count:,} of {len(has_views):,} images are embedded already")
+    return found
+
+
+def _earlier(config: ConfigDict) -> list[Path]:
+    """The folders of the cache with embeddings by the same function, of images that were decoded in the same way."""
+    output = config.model.embedder_output
+    found = sorted(_home(config).glob(f"{_pixels(config)}-*/{DONE}"))
+    states = [(file.parent, files.read_state(file)) for file in found]
+    return [place for place, state in states if state and embedder.is_same(output, state.output)]
+
+
 def _digest(text: bytes) -> str:
-    return hashlib.blake2b(text, digest_size=16).hexdigest()
-
-
-def _contents(source: Source) -> bytes:
-    """The digests of all images; one of all pixels if there are none."""
-    if source.digests is not None:
-        return b"".join(source.digests)
-    digest = hashlib.blake2b()
-    for first in range(0, len(source.images), files.BLOCK):
-        signals.poll()
-        digest.update(np.ascontiguousarray(source.images[first : first + files.BLOCK]).data)
-    return digest.digest()
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
 def _fill(folder: Path, config: ConfigDict, source: Source) -> None:
@@ -170,16 +227,20 @@ def _fill(folder: Path, config: ConfigDict, source: Source) -> None:
     m = config.model
     embedder.require_same(m.embedder, config.data.image_size, tuple(m.embedder_output))
     split = splits.of_source(source, config.data)
-    viewed = np.union1d(split.train, split.validation)
+    assert source.digests is not None
+    has_views = np.zeros(len(source.images), bool)
+    has_views[np.union1d(split.train, split.validation)] = config.data.views > 0
     with processes.entered_by_first(lambda: files.locked(folder)):
         if processes.on_first(is_done):  # by another run, meanwhile
             return
         partial = files.partial(folder)
         state = files.State(folder.name, m.embedder_output)
-        files.write(partial, state, _run_of(config), source, viewed, config.data)
+        files.write(partial, state, _run_of(config), source, has_views, config.data, _find(config, source, has_views))
 
         def publish() -> None:
+            assert source.digests is not None
             shutil.rmtree(folder, ignore_errors=True)
+            known.write(partial, source.digests, has_views)
             files.write_state(partial / DONE, state)
             files.publish(folder)
 

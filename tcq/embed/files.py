@@ -17,15 +17,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Int32
 from ml_collections import ConfigDict
 
 from tcq import augment, encode
 from tcq.data import embeddings
+from tcq.data import known as earlier
 from tcq.data.source import Source
 from tcq.models import embedder
 from tcq.runtime import locks, log, processes, signals, storage
 
 BLOCK = 64  # images embedded at a time
+COPIED = 1024  # embeddings copied at a time
 SHARD = 2**16  # rows of a file, at most
 FILES = 32  # of a collection below 2^21 images; as many processes can share the work
 SEED = 0  # of the views: runs with other seeds share them
@@ -85,24 +88,35 @@ class _Work(NamedTuple):
     folder: Path
     names: Sequence[str]  # of the kinds of files
     images: Any
+    seeds: np.ndarray  # int32, for each image: of its views
     has_views: np.ndarray  # for each image whether it gets views
+    known: earlier.Known | None
     run: Run
     draw: Callable[..., Any]
     views: int
 
 
-def write(folder: Path, state: State, run: Run, source: Source, viewed: np.ndarray, data: ConfigDict) -> None:
-    """Writes items, the views of the images at `viewed` (zeros for others), and metadata.
+def write(
+    folder: Path,
+    state: State,
+    run: Run,
+    source: Source,
+    has_views: Bool[np.ndarray, " N"],
+    data: ConfigDict,
+    known: earlier.Known | None = None,
+) -> None:
+    """Writes items, the views of the images that have any (zeros for others), and metadata.
 
-    Each process of a run writes files of its own. They go on where they stopped, if the folder has this state.
-    `data` is `config.data`.
+    Each process of a run writes files of its own. They go on where they stopped, if the folder has this state. The
+    source has digests: they seed the views. `data` is `config.data`. Embeddings that are `known` are copied.
     """
+    assert source.digests is not None
     images = source.images
     names = (embeddings.ITEMS, embeddings.VIEWS)[: 2 if data.views else 1]
     processes.on_first(lambda: _begin(folder, names, state))
     processes.require_visible(folder / STATE)
     draw = _compiled_views(tuple(sorted(data.augment.items())))
-    work = _Work(folder, names, images, np.isin(np.arange(len(images)), viewed), run, draw, data.views)
+    work = _Work(folder, names, images, view_seeds(source.digests), has_views, known, run, draw, data.views)
     size = min(SHARD, max(BLOCK, -(-len(images) // FILES)))
     own = list(enumerate(range(0, len(images), size)))[jax.process_index() :: jax.process_count()]
     spans = [(number, first, min(first + size, len(images))) for number, first in own]
@@ -112,8 +126,9 @@ def write(folder: Path, state: State, run: Run, source: Source, viewed: np.ndarr
     embedded = sum(done.values())
     progress = log.Progress(logger, task, total, done=embedded)
     for number, first, stop in spans:
-        for count in _write_file(work, number, range(first + done[number], stop, BLOCK), (first, stop)):
-            embedded += count
+        for end in _write_file(work, number, (first, stop), first + done[number]):
+            embedded += end - first - done[number]
+            done[number] = end - first
             progress.update(embedded)
     processes.exchange(None)  # all are done
 
@@ -125,32 +140,55 @@ def write(folder: Path, state: State, run: Run, source: Source, viewed: np.ndarr
     processes.on_first(finish)
 
 
-def _write_file(work: _Work, number: int, starts: range, span: tuple[int, int]) -> Iterator[int]:
-    """Embeds the blocks of images that begin at `starts`, for the files of one number.
+def view_seeds(digests: Sequence[bytes]) -> Int32[np.ndarray, " N"]:
+    """What seeds the views of images: their contents, so that they are the same in any collection."""
+    return np.array([int.from_bytes(digest[:4], "big") >> 1 for digest in digests], np.int32)
 
-    `span` is the first image of the files and the end. Yields the number of images of each block.
+
+def _write_file(work: _Work, number: int, span: tuple[int, int], begin: int) -> Iterator[int]:
+    """Embeds the images from `begin` on, for the files of one number.
+
+    `span` is the first image of the files and the end. Yields again and again the image before which all are done.
     """
     first, stop = span
-    shards: list[np.ndarray] = []
+    rows = np.arange(begin, stop)
+    missing, shards = rows, []
+    if work.known is not None and (work.known.numbers[rows] >= 0).any():
+        missing = rows[work.known.numbers[rows] < 0]
+        shards = _shards(work, number, span, work.known.folders[0].items.shape[1], new=begin == first)
+        _copy(work, np.setdiff1d(rows, missing), shards, first)
     recorded = time.monotonic()
-    for start in starts:
+    for start in range(0, len(missing), BLOCK):
         signals.poll()
-        rows = np.arange(start, min(start + BLOCK, stop))
-        block = np.asarray(work.images[rows])
-        plain = work.run(block)
-        if not shards:
-            shapes = (stop - first, plain.shape[1]), (stop - first, work.views, plain.shape[1])
-            named = zip(work.names, shapes, strict=False)
-            shards = [_shard(work.folder, name, number, shape, new=start == first) for name, shape in named]
-        shards[0][rows - first] = plain
-        here = work.has_views[rows]
+        block = missing[start : start + BLOCK]
+        pixels = np.asarray(work.images[block])
+        plain = work.run(pixels)
+        shards = shards or _shards(work, number, span, plain.shape[1], new=begin == first)
+        shards[0][block - first] = plain
+        here = work.has_views[block]
         for view in range(work.views) if here.any() else ():
-            pixels = np.asarray(work.draw(block, rows.astype(np.int32), np.int32(view)))[here]
-            shards[1][rows[here] - first, view] = work.run(pixels)
-        if time.monotonic() - recorded >= EVERY or rows[-1] + 1 == stop:
-            _record(work.folder, number, shards, int(rows[-1]) + 1 - first)
+            drawn = np.asarray(work.draw(pixels, work.seeds[block], np.int32(view)))[here]
+            shards[1][block[here] - first, view] = work.run(drawn)
+        end = int(missing[start + BLOCK]) if start + BLOCK < len(missing) else stop
+        if time.monotonic() - recorded >= EVERY or end == stop:
+            _record(work.folder, number, shards, end - first)
             recorded = time.monotonic()
-        yield len(rows)
+        yield end
+    if len(rows) and not len(missing):
+        _record(work.folder, number, shards, stop - first)
+        yield stop
+
+
+def _copy(work: _Work, images: np.ndarray, shards: Sequence[np.ndarray], first: int) -> None:
+    """Copies the embeddings of images that are known into files, whose first image is `first`."""
+    assert work.known is not None
+    for start in range(0, len(images), COPIED):
+        signals.poll()
+        block = images[start : start + COPIED]
+        shards[0][block - first] = earlier.items(work.known, block)
+        viewed = block[work.has_views[block]]
+        if work.views and len(viewed):
+            shards[1][viewed - first] = earlier.views(work.known, viewed)
 
 
 def _begin(folder: Path, names: Sequence[str], state: State) -> None:
@@ -188,6 +226,13 @@ def _file(folder: Path, name: str, number: int) -> Path:
     return folder / name / f"{name}_{number}.npy"
 
 
+def _shards(work: _Work, number: int, span: tuple[int, int], width: int, *, new: bool) -> list[np.ndarray]:
+    """The mapped files of one number, one of each kind."""
+    count = span[1] - span[0]
+    shapes = (count, width), (count, work.views, width)
+    return [_shard(work.folder, name, number, shape, new=new) for name, shape in zip(work.names, shapes, strict=False)]
+
+
 def _shard(folder: Path, name: str, number: int, shape: tuple[int, ...], *, new: bool) -> np.ndarray:
     """A mapped file, whose place on the disk is reserved.
 
@@ -205,13 +250,13 @@ def _shard(folder: Path, name: str, number: int, shape: tuple[int, ...], *, new:
 
 @lru_cache(maxsize=2)
 def _compiled_views(strengths: tuple[tuple[str, float], ...]) -> Any:
-    """uint8 views by number, the same that a frozen backbone of ours would see."""
+    """uint8 views by number, drawn as for a frozen backbone of ours."""
 
     @jax.jit
-    def views(images: Any, indices: Any, number: Any) -> Any:
-        def view(image: Any, index: Any) -> Any:
-            return augment.random_view(encode.view_key(SEED, index, number), image / 255, dict(strengths))
+    def views(images: Any, seeds: Any, number: Any) -> Any:
+        def view(image: Any, seed: Any) -> Any:
+            return augment.random_view(encode.view_key(SEED, seed, number), image / 255, dict(strengths))
 
-        return jnp.round(jax.vmap(view)(images.astype(jnp.float32), indices) * 255).astype(jnp.uint8)
+        return jnp.round(jax.vmap(view)(images.astype(jnp.float32), seeds) * 255).astype(jnp.uint8)
 
     return views

@@ -15,6 +15,7 @@ from tcq import embed, encode, metrics, ranking
 from tcq import workdir as workdirs
 from tcq.data import protocols, splits
 from tcq.data.rows import take
+from tcq.data.source import Source
 from tcq.evaluate import baselines, clipped, report, retrieval
 from tcq.evaluate.report import NAMES, EvaluateError, Evaluation, read_recorded, table
 from tcq.models import opq, retriever
@@ -67,15 +68,8 @@ def _moved(config: ConfigDict, root: str) -> ConfigDict:
 def _encode(folder: Path, encoder: encode.Encoder) -> Evaluation:
     """The images of a run and their codes. Raises EvaluateError if there is nothing to score."""
     config = encoder.config
-    source = embed.open_source(config, partial(workdirs.in_order, folder))
+    source = embed.open_source(config, partial(_to_score, folder, config.data))
     split = splits.of_source(source, config.data)
-    processes.require_same("images", {"names": splits.names_digest(source), "split": protocols.digest(split)})
-    processes.on_first(lambda: workdirs.claim_data(folder, source, split))
-    if source.labels is None or not len(split.query):
-        missing = "no labels" if source.labels is None else "no queries (data.query is 0)"
-        raise EvaluateError(
-            f"{config.data.source} has {missing}, so there is nothing to score; tcq index and tcq search need neither"
-        )
     start = time.monotonic()
     queries = encode.encode(encoder, take(source.images, split.query))
     database = encode.encode(encoder, take(source.images, split.database))
@@ -84,6 +78,18 @@ def _encode(folder: Path, encoder: encode.Encoder) -> Evaluation:
         f"encoded {len(split.query):,} queries and {len(split.database):,} database images, {rate:,.0f} images/s"
     )
     return Evaluation(encoder, source, split, queries, database)
+
+
+def _to_score(folder: Path, data: ConfigDict, source: Source) -> Source:
+    """The source in the run's order, before it is embedded. Raises EvaluateError if there is nothing to score."""
+    source = workdirs.unchanged(folder, data, source)
+    split = splits.of_source(source, data)
+    if source.labels is None or not len(split.query):
+        missing = "no labels" if source.labels is None else "no queries (data.query is 0)"
+        raise EvaluateError(
+            f"{data.source} has {missing}, so there is nothing to score; tcq index and tcq search need neither"
+        )
+    return source
 
 
 def cut_offs(encoder: encode.Encoder, num_database: int) -> tuple[int, list[int]]:

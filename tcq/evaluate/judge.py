@@ -66,14 +66,13 @@ def prepare(workdir: str | Path, *, count: int, labels: bool) -> tuple[Source, C
     """The source of a run, and `judge` for its training images and newest checkpoint.
 
     Raises EvaluateError if there is nothing to show, no labels, or the workdir is in a bucket, and as `encode.load` and
-    `embed.open_source` and `workdir.claim_data`. The second raises LockedError if another process asks.
+    `embed.open_source` and `workdir.unchanged`. The second raises LockedError if another process asks.
     """
     if storage.is_url(workdir):
         raise EvaluateError(f"{workdir} is in a bucket, and answers are kept in the workdir: copy it to a local folder")
     encoder = encode.load(workdir, which="latest")
-    source = embed.open_source(encoder.config, partial(workdirs.in_order, Path(workdir)))
+    source = embed.open_source(encoder.config, partial(workdirs.unchanged, Path(workdir), encoder.config.data))
     split = splits.of_source(source, encoder.config.data)
-    workdirs.claim_data(Path(workdir), source, split)
     if labels and source.labels is None:
         raise EvaluateError(f"{encoder.config.data.source} has no labels: leave out --labels, and answer yourself")
     if not labels and source.images.ndim != 4 and source.pictures is None:

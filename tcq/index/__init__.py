@@ -3,11 +3,11 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from tcq import encode
+from tcq import embed, encode
 from tcq.data.rows import take
 from tcq.data.source import Source
 from tcq.index import changes, columns, contents, items, scan, store
@@ -100,7 +100,7 @@ def build(
     root = scan.root_of(images)
     if own is not None:
         columns.places(own, [root], [items.join(root, name) for name in source.names])
-    codes = encode.codes(encoder, source.images)
+    codes = encode.codes(encoder, _inputs(encoder, source))
     ids = np.arange(len(codes))
     index = changes.with_rows(contents.empty(encoder), root, source, ids.tolist(), ids, codes)
     index = columns.joined(index.replace(rows=ids, next_id=len(ids)), own)
@@ -111,6 +111,11 @@ def build(
 
     processes.on_first(write)
     return Changes(len(codes), skipped=source.skipped)
+
+
+def _inputs(encoder: encode.Encoder, source: Source) -> Any:
+    assert source.digests is not None
+    return embed.inputs(encoder, source.images, source.digests)
 
 
 def add(path: str | Path, images: str | Path, *, own_columns: str | Path | None = None) -> Changes:
@@ -170,7 +175,9 @@ def _settled(index: Index) -> Index:
 def _with_folder(index: Index, root: str, source: Source, *, remove: bool) -> tuple[Index, Changes]:
     plan = changes.plan(index, root, source)
     rows = np.array([*plan.edited.values(), *plan.new], np.int64)
-    codes = encode.codes(index.encoder, take(source.images, rows))
+    assert source.digests is not None
+    some = source._replace(images=take(source.images, rows), digests=[source.digests[row] for row in rows])
+    codes = encode.codes(index.encoder, _inputs(index.encoder, some))
     changed = changes.apply(index, root, source, plan, codes, remove=remove)
     removed = len(plan.gone) if remove else 0
     return changed, Changes(len(plan.new), len(plan.edited), len(plan.moved), removed)

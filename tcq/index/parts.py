@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from tcq import config as configs
-from tcq import encode
+from tcq import embed, encode
 from tcq.data import cache, folders
 from tcq.data.source import Source, SourceError
 from tcq.index import changes, columns, contents, items, store
@@ -123,7 +123,7 @@ def _write_part(encoder: encode.Encoder, root: Path, names: Sequence[str], file:
     Returns the numbers of images and of skipped files.
     """
     entry = cache.decode([cache.Item(name, root / name) for name in names], cache.rule_of(encoder.config.data))
-    codes = encode.codes(encoder, entry.images)
+    codes = encode.codes(encoder, embed.inputs(encoder, entry.images, entry.digests))
     of = items.files(str(root), entry.names, entry.digests)
     table = pa.table(
         {

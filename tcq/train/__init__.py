@@ -50,7 +50,7 @@ def train(
     promotion = jax.numpy_dtype_promotion("standard")  # which optax and flax take for granted
     locked = processes.entered_by_first(lambda: _lock(workdir))
     with promotion, locked, storage.mirror(workdir, writes=processes.is_first()) as mirror:
-        source, split = run.read_data(config, mirror.folder)
+        source, split = run.read_data(config, mirror.folder, workdir, allow_changes=allow_changes)
         changes = run.claim(mirror, workdir, config, source, split, allow_changes=allow_changes)
         model = retriever.from_config(config, axis_name=AXIS)
         optimizer = optimizers.make(config, configs.total_steps(config, len(split.train)))

@@ -34,25 +34,27 @@ INIT_VIEWS = 65_536  # of which the first projection learns in which directions 
 logger = logging.getLogger(__name__)
 
 
-def read_data(config: ConfigDict, folder: Path) -> tuple[Source, protocols.Split]:
+def read_data(
+    config: ConfigDict, folder: Path, workdir: str | Path, *, allow_changes: bool
+) -> tuple[Source, protocols.Split]:
     """The images and their split, the same in all processes.
 
-    They are checked against the config and the devices. `folder` is the local mirror of the workdir, which knows the
-    order of the images.
+    They are checked against the config, the devices and the run in the workdir, before images are embedded. `folder` is
+    the local mirror of the workdir, which knows the order of the images.
     """
     processes.set_phase("reading the images")
+    processes.on_first(lambda: workdirs.compare_config(folder, workdir, config, allow_changes=allow_changes))
 
     def ordered(source: Source) -> Source:
-        source = workdirs.in_order(folder, source)
+        source = workdirs.unchanged(folder, config.data, source)
         split = splits.of_source(source, config.data)
-        configs.check_run(  # before images are embedded, which can take hours
+        configs.check_run(
             config, num_devices=jax.device_count(), num_train=len(split.train), num_validation=len(split.validation)
         )
         return source
 
     source = embed.open_source(config, ordered)
     split = splits.of_source(source, config.data)
-    processes.require_same("images", {"names": splits.names_digest(source), "split": protocols.digest(split)})
     processes.require_same("config", configs.identity(config))
     return source, split
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import time
+import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +22,7 @@ from tcq import config as configs
 from tcq.data import protocols, splits
 from tcq.data.rows import take
 from tcq.data.source import Source
-from tcq.runtime import storage
+from tcq.runtime import processes, storage
 
 CONFIG, DATA, CHANGES, SKIPPED = "config.json", "data.json", "changes.jsonl", "skipped.jsonl"
 REPAIRED, IMAGES = "repaired.jsonl", "images.npz"
@@ -61,28 +62,45 @@ def claim(
     Raises ConfigError if the config differs and changes are not allowed, WorkdirError if the folder is not writable,
     ProtocolError if the images differ.
     """
-    stored = storage.read(folder / CONFIG)
-    before = configs.from_json(stored.decode()) if stored else config
-    moved = before.data.source != config.data.source and all(_is_folder(c) for c in (before, config))
-    changes = configs.differences(before, with_source(config, before.data.source) if moved else config)
-    if changes and not allow_changes:
-        raise configs.ConfigError(
-            f"{str(workdir)!r} holds a run with another config: use another --workdir, the same values, or "
-            f"--allow_changes\n" + _bullets(changes)
-        )
+    changes = compare_config(folder, workdir, config, allow_changes=allow_changes)
+    moved = _moved_from(folder, config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         claim_data(folder, source, split)
         if not changes:
             storage.write_text(folder / CONFIG, configs.to_json(config))
         if moved:
-            logger.info(f"the images of this run have moved: {before.data.source} -> {config.data.source}")
+            logger.info(f"the images of this run have moved: {moved} -> {config.data.source}")
         for name, rows in ((SKIPPED, source.skipped), (REPAIRED, source.repaired)):
             if rows:
                 storage.write_text(folder / name, json_lines(rows))
     except OSError as error:
         raise WorkdirError(f"--workdir {str(workdir)!r} cannot be written: {error.strerror or error}") from None
     return changes
+
+
+def compare_config(folder: Path, workdir: str | Path, config: ConfigDict, *, allow_changes: bool) -> list[str]:
+    """What differs between a config and that of the run in the folder, if it holds one.
+
+    A folder of images that was moved is no change. Raises ConfigError if there are changes, and they are not allowed.
+    """
+    stored = storage.read(folder / CONFIG)
+    before = configs.from_json(stored.decode()) if stored else config
+    changes = configs.differences(before, with_source(config, _moved_from(folder, config) or config.data.source))
+    if changes and not allow_changes:
+        raise configs.ConfigError(
+            f"{str(workdir)!r} holds a run with another config: use another --workdir, the same values, or "
+            f"--allow_changes\n" + _bullets(changes)
+        )
+    return changes
+
+
+def _moved_from(folder: Path, config: ConfigDict) -> str:
+    """Where the folder of images of the run was, if it was elsewhere."""
+    stored = storage.read(folder / CONFIG)
+    before = configs.from_json(stored.decode()) if stored else config
+    moved = before.data.source != config.data.source and all(_is_folder(c) for c in (before, config))
+    return str(before.data.source) if moved else ""
 
 
 def in_order(folder: Path, source: Source) -> Source:
@@ -102,6 +120,19 @@ def in_order(folder: Path, source: Source) -> Source:
     free = {d: iter([i for i in where if i not in taken]) for d, where in places.items()}
     order = np.array([i if i >= 0 else next(free[d]) for i, d in zip(own, stored[1], strict=True)], np.int64)
     return source_rows(source, order)
+
+
+def unchanged(folder: Path, data: ConfigDict, source: Source) -> Source:
+    """The source in the run's order of images.
+
+    Raises ProtocolError if the images or their split are not those of the run, and ProcessError if they differ between
+    its processes.
+    """
+    source = in_order(folder, source)
+    split = splits.of_source(source, data)
+    processes.require_same("images", {"names": splits.names_digest(source), "split": protocols.digest(split)})
+    processes.on_first(lambda: _compare(folder, source, _described(source, split)))
+    return source
 
 
 def source_rows(source: Source, order: np.ndarray) -> Source:
@@ -124,15 +155,26 @@ def claim_data(folder: Path, source: Source, split: protocols.Split) -> None:
     Raises ProtocolError if it holds others. Otherwise an image that is added to a folder would silently turn training
     images into queries.
     """
-    data = {"images": len(source.names), "names_sha256": splits.names_digest(source)}
-    data["split_sha256"] = protocols.digest(split)
-    if source.digests is not None:
-        data["contents_sha256"] = hashlib.sha256(b"".join(source.digests)).hexdigest()
-    text = storage.read(folder / DATA)
-    if text is None:
+    data = _described(source, split)
+    if storage.read(folder / DATA) is None:
         storage.write_text(folder / DATA, json.dumps(data, indent=2) + "\n")
         if source.digests is not None:
             _write_images(folder, source)
+    _compare(folder, source, data)
+
+
+def _described(source: Source, split: protocols.Split) -> dict[str, Any]:
+    data: dict[str, Any] = {"images": len(source.names), "names_sha256": splits.names_digest(source)}
+    data["split_sha256"] = protocols.digest(split)
+    if source.digests is not None:
+        data["contents_sha256"] = hashlib.sha256(b"".join(source.digests)).hexdigest()
+    return data
+
+
+def _compare(folder: Path, source: Source, data: dict[str, Any]) -> None:
+    """Raises ProtocolError if the workdir holds digests of other images or of another split."""
+    text = storage.read(folder / DATA)
+    if text is None:
         return
     stored = json.loads(text)
     by_contents = "contents_sha256" in stored and "contents_sha256" in data
@@ -155,10 +197,10 @@ def _write_images(folder: Path, source: Source) -> None:
 
 def _read_images(folder: Path) -> tuple[list[str], list[bytes]] | None:
     try:
-        with np.load(folder / IMAGES, allow_pickle=False) as saved:
+        with open(folder / IMAGES, "rb") as file, np.load(file, allow_pickle=False) as saved:
             names = json.loads(zlib.decompress(saved["names"].tobytes()))
             return names, [row.tobytes() for row in saved["digests"]]
-    except (OSError, ValueError, KeyError, zlib.error):
+    except (OSError, ValueError, KeyError, zlib.error, zipfile.BadZipFile):
         return None
 
 

@@ -159,7 +159,7 @@ def test_a_bad_range_of_a_trace_is_refused(tmp_path):
 
 def test_a_warmup_that_does_not_fit_is_logged(tmp_path, logs):
     c = small.config("train.total_steps=10", "optim.warmup_steps=100", "eval.every_steps=0")
-    source, split = run.read_data(c, tmp_path)
+    source, split = run.read_data(c, tmp_path, tmp_path, allow_changes=False)
     _, _, start = small.first_step(c)
     run.log_start(c, source, split, start)
     assert "optim.warmup_steps 100 does not fit a run of 10 steps and is reduced to 1" in logs.text

@@ -72,6 +72,12 @@ def test_the_message_names_what_has_changed(own_run, photos):
     small.assert_refused(small.main("evaluate", f"--workdir={own_run}"), "and 16 more")
 
 
+def test_without_the_names_of_the_images_changes_are_refused_too(own_run, photos):
+    (own_run / "images.npz").write_bytes(b"half of an archive")
+    write_images(photos, ["a/new.png"])
+    small.assert_refused(small.main("evaluate", f"--workdir={own_run}"), "the images have changed since this run began")
+
+
 def test_results_of_other_conventions_stand_beside(own_run):
     own = (own_run / "results.json").read_text()
     done = small.main("evaluate", f"--workdir={own_run}", "--config.eval.ties=index", "--config.eval.k=5")

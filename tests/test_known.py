@@ -1,0 +1,199 @@
+"""Embeddings of images that an earlier run has embedded."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import small
+from tcq import config as configs
+from tcq import embed, encode, evaluate, index, train
+from tcq.data import protocols
+from tcq.embed import files
+from tcq.evaluate import judge
+from tcq.index import parts
+from tcq.models import embedder
+
+TINY = small.ROOT / "tests" / "helpers" / "tiny_embedder.py"
+VIEWS = 3
+
+
+def config_of(photos, cache, *more):
+    head = "data.image_size=16", f"data.views={VIEWS}", f"model.embedder={TINY}:embed", "data.labels=none"
+    return small.config(f"data.source=folder:{photos}", *head, f"data.cache_dir={cache}", *more)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The numbers of images of all calls of the function, but for those of its signature."""
+    calls, run, signature = [], embedder.run, embedder.signature
+
+    def counting(spec, images):
+        calls.append(len(images))
+        return run(spec, images)
+
+    def not_counted(*arguments):
+        result = signature(*arguments)
+        del calls[-1]
+        return result
+
+    monkeypatch.setattr(embedder, "run", counting)
+    monkeypatch.setattr(embedder, "signature", not_counted)
+    return calls
+
+
+@pytest.fixture
+def photos(images, tmp_path):
+    return shutil.copytree(images, tmp_path / "photos")
+
+
+def add(photos, *names):
+    for i, name in enumerate(names):
+        pixels = np.random.RandomState(i).randint(0, 256, (20, 20, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(photos / name)
+
+
+def assert_same(source, other):
+    assert source.names == other.names
+    np.testing.assert_allclose(source.images[:], other.images[:], atol=1e-6)
+    np.testing.assert_allclose(source.views[:], other.views[:], atol=1e-6)
+
+
+NEW = "0.png", "class 5/new.png", "z.png"  # the first, one between others, and the last
+
+
+def test_an_image_that_is_added_is_embedded_alone(photos, tmp_path, counted, logs):
+    embed.open_source(config_of(photos, tmp_path / "cache"))
+    add(photos, *NEW)
+    counted.clear()
+    source = embed.open_source(config_of(photos, tmp_path / "cache"))
+    assert sum(counted) == len(NEW) * (1 + VIEWS)
+    assert "120 of 123 images are embedded already" in logs.text
+    assert_same(source, embed.open_source(config_of(photos, tmp_path / "fresh")))
+
+
+def test_an_image_without_views_is_embedded_once_they_are_needed(photos, tmp_path, counted):
+    labelled = "data.labels=folders", "data.query=0.2"
+    one = embed.open_source(config_of(photos, tmp_path / "cache", *labelled))
+    counted.clear()
+    config = config_of(photos, tmp_path / "cache", *labelled, "data.split_seed=1")
+    other = embed.open_source(config)
+    had, has = (source.views[:].any(axis=(1, 2)) for source in (one, other))
+    assert 0 < has.sum() < len(has) and sum(counted) == int((has & ~had).sum()) * (1 + VIEWS) > 0
+    assert_same(other, embed.open_source(config_of(photos, tmp_path / "fresh", *labelled, "data.split_seed=1")))
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("override", ["data.views=2", "data.augment.flip=0.2", "data.crop_share=0.5"])
+def test_views_that_were_drawn_in_another_way_are_not_taken(photos, tmp_path, override):
+    embed.open_source(config_of(photos, tmp_path / "cache"))
+    config = config_of(photos, tmp_path / "cache", override)
+    fresh = config_of(photos, tmp_path / "fresh", override)
+    assert_same(embed.open_source(config), embed.open_source(fresh))
+
+
+def test_equal_images_share_what_is_known(photos, tmp_path, counted):
+    embed.open_source(config_of(photos, tmp_path / "cache"))
+    shutil.copy(photos / "class 0" / "000.png", photos / "a.png")
+    counted.clear()
+    source = embed.open_source(config_of(photos, tmp_path / "cache"))
+    assert not counted and "a.png" in source.names
+    at, other = source.names.index("a.png"), source.names.index("class 0/000.png")
+    np.testing.assert_array_equal(source.views[at], source.views[other])
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("broken", ["images.npz", "img_emb/img_emb_0.npy", "view_emb"])
+def test_a_folder_that_cannot_be_read_is_left_out(photos, tmp_path, counted, logs, broken):
+    embed.open_source(config_of(photos, tmp_path / "cache"))
+    (file,) = (tmp_path / "cache" / "embedded").glob(f"*/{broken}")
+    shutil.rmtree(file) if file.is_dir() else file.write_bytes(file.read_bytes()[:100])
+    add(photos, *NEW)
+    counted.clear()
+    source = embed.open_source(config_of(photos, tmp_path / "cache"))
+    assert sum(counted) == len(source.images) * (1 + VIEWS)
+    assert "cannot be read" in logs.text and "its embeddings are not used" in logs.text
+
+
+def test_a_stopped_call_goes_on_beside_what_is_known(photos, tmp_path, monkeypatch, counted):
+    cache = tmp_path / "cache"
+    embed.open_source(config_of(photos, cache))
+    add(photos, *(f"class {i % 10}/{i:03}b.png" for i in range(100)))
+    counting = embedder.run
+    monkeypatch.setattr(files, "BLOCK", 16)
+    monkeypatch.setattr(files, "FILES", 2)
+
+    def failing(spec, images):
+        if sum(counted) > (120 + 35) * (1 + VIEWS):
+            raise KeyboardInterrupt
+        return counting(spec, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embedder, "run", failing)
+        patch.setattr(files, "EVERY", 0)
+        with pytest.raises(KeyboardInterrupt):
+            embed.open_source(config_of(photos, cache))
+    source = embed.open_source(config_of(photos, cache))
+    assert 100 * (1 + VIEWS) <= sum(counted) - 120 * (1 + VIEWS) < 100 * (1 + VIEWS) + 2 * files.BLOCK
+    assert_same(source, embed.open_source(config_of(photos, tmp_path / "fresh")))
+
+
+def test_tcq_embed_takes_what_training_embedded(photos, tmp_path, counted):
+    config = config_of(photos, tmp_path / "cache")
+    source = embed.open_source(config)
+    counted.clear()
+    embed.write(config, tmp_path / "out")
+    assert not counted
+    assert_same(source, embed.embeddings.open_folder(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("way", [pytest.param("build", marks=pytest.mark.whole), "update", "parts"])
+def test_an_index_of_the_training_images_embeds_none(photos, tmp_path, counted, way):
+    train.train(config_of(photos, tmp_path / "cache"), tmp_path / "run")
+    fresh = encode.load(tmp_path / "run", which="latest")
+    counted.clear()
+    if way == "parts":
+        assert parts.write(tmp_path / "run", photos, tmp_path / "parts", which="latest").images == 120
+        parts.join(tmp_path / "run", tmp_path / "parts", tmp_path / "index", which="latest")
+    else:
+        index.build(tmp_path / "run", photos, tmp_path / "index", which="latest")
+    assert not counted
+    if way == "update":
+        add(photos, *NEW)
+        assert index.update(tmp_path / "index", photos).added == len(NEW)
+        assert counted == [len(NEW)]
+    opened = index.open_index(tmp_path / "index")
+    queries = index.read_queries(opened, list(opened.paths))
+    np.testing.assert_array_equal(encode.codes(fresh, queries), opened.codes)
+
+
+def test_a_collection_is_embedded_in_blocks(photos, tmp_path, counted, monkeypatch):
+    train.train(config_of(photos, tmp_path / "cache"), tmp_path / "run")
+    encoder = encode.load(tmp_path / "run", which="latest")
+    monkeypatch.setattr(encode, "EMBEDDED", 10)
+    images = np.random.RandomState(0).randint(0, 256, (95, 16, 16, 3)).astype(np.uint8)
+    counted.clear()
+    encoded = encode.encode(encoder, images)
+    assert sum(counted) == 95 and max(counted) <= 10
+    np.testing.assert_array_equal(encode.encode(encoder, embedder.run(f"{TINY}:embed", images)).codes, encoded.codes)
+
+
+@pytest.mark.whole
+def test_images_that_changed_are_refused_before_they_are_embedded(photos, tmp_path, counted):
+    labelled = "data.labels=folders", "data.query=0.2"
+    config = config_of(photos, tmp_path / "cache", *labelled)
+    train.train(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "cache")
+    add(photos, *NEW)
+    counted.clear()
+    for call in (
+        lambda: train.train(config, tmp_path / "run"),
+        lambda: evaluate.evaluate(tmp_path / "run"),
+        lambda: judge.run(tmp_path / "run", count=5, labels=True),
+    ):
+        with pytest.raises(protocols.ProtocolError, match="the images have changed since this run began: 120 then"):
+            call()
+    with pytest.raises(configs.ConfigError, match="data.split_seed"):
+        train.train(config_of(photos, tmp_path / "cache", *labelled, "data.split_seed=3"), tmp_path / "run")
+    assert not counted
