@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,9 @@ from tcq import flags
 from tcq.cli_index import FILTER_HELP
 
 BLOCK = 256  # queries that are read and encoded together
+BESTS = 5  # scores in a message
+
+logger = logging.getLogger(__name__)
 
 
 def add_search(commands: flags.Commands) -> None:
@@ -153,8 +157,9 @@ def _searcher(opened: Any, arguments: argparse.Namespace) -> Iterator[Callable[[
         def search(tables: Any) -> list[list[Any]]:
             nonlocal engine
             engine = engine or (index.build_engine(opened) if len(tables) == BLOCK else None)
-            answers = index.search_tables(opened, tables, k=a.k, allowed=allowed, engine=engine)
-            return index.hits(opened, *answers, min_score=a.min_score)
+            scores, items = index.search_tables(opened, tables, k=a.k, allowed=allowed, engine=engine)
+            _warn_of_scores(scores, a.min_score)
+            return index.hits(opened, scores, items, min_score=a.min_score)
 
         yield search
         return
@@ -165,6 +170,14 @@ def _searcher(opened: Any, arguments: argparse.Namespace) -> Iterator[Callable[[
         )
     finally:
         database.close(connection)
+
+
+def _warn_of_scores(scores: Any, least: float) -> None:
+    """Warns of queries (Q, k) without a hit, because the least score is too high."""
+    bests = scores[scores[:, 0] < least, 0] if scores.size else ()
+    if len(bests):
+        listed = ", ".join(f"{best:.6f}" for best in bests[:BESTS])
+        logger.warning(f"{len(bests):,} of {len(scores):,} queries have no hit of --min_score {least}: best {listed}")
 
 
 def _queries(opened: Any, arguments: argparse.Namespace) -> Iterator[tuple[list[str], Any, Any]]:

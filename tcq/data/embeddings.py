@@ -61,7 +61,10 @@ def width(path: str | Path) -> int:
 
 
 def read_shards(root: Path, name: str) -> Rows:
-    """The rows of all `.npy` files of ITEMS or VIEWS below a folder, mapped from them. Raises SourceError."""
+    """The rows of all `.npy` files of ITEMS or VIEWS, mapped from them.
+
+    Raises SourceError.
+    """
     files, ndim = _files(root, name), 3 if name == VIEWS else 2
     if not files:
         folder = root / name if (root / name).is_dir() else root

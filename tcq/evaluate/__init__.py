@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from tcq.data.source import Source
 from tcq.evaluate import baselines, clipped, report, retrieval
 from tcq.evaluate.report import NAMES, EvaluateError, Evaluation, read_recorded, table
 from tcq.models import opq, retriever
-from tcq.runtime import processes, storage
+from tcq.runtime import log, processes, storage
 
 __all__ = ["NAMES", "EvaluateError", "evaluate", "read_recorded", "table"]
 FAISS_SAMPLE = 256  # vectors for each codeword, as many as FAISS's k-means uses at most
@@ -51,6 +51,7 @@ def evaluate(
         k, ks = cut_offs(encoder, len(evaluation.split.database))
         retrievals = _retrieve(evaluation, k, ks)
         results = report.results(evaluation, retrievals, k=k, ks=ks)
+        _warn_of_baselines(results["mAP"], results["bits"])
         processes.on_first(lambda: report.write(mirror.folder, evaluation, retrievals, results, overrides=overrides))
         if not overrides:
             clipped.write(mirror.folder, encoder, evaluation.source, evaluation.split)
@@ -81,7 +82,10 @@ def _encode(folder: Path, encoder: encode.Encoder) -> Evaluation:
 
 
 def _to_score(folder: Path, data: ConfigDict, source: Source) -> Source:
-    """The source in the run's order, before it is embedded. Raises EvaluateError if there is nothing to score."""
+    """The source in the run's order, before it is embedded.
+
+    Raises EvaluateError if there is nothing to score, and as `workdir.unchanged`.
+    """
     source = workdirs.unchanged(folder, data, source)
     split = splits.of_source(source, data)
     if source.labels is None or not len(split.query):
@@ -105,9 +109,13 @@ def _retrieve(evaluation: Evaluation, k: int, ks: list[int]) -> dict[str, retrie
     assert labels is not None
     conventions = configs.conventions(config)
     own = _own_positions(split) if config.eval.exclude_query else None
-    scorers = retrieval.scorers(evaluation.encoder, evaluation.queries, evaluation.database) | _baselines(evaluation)
-    retrievals = {
-        name: retrieval.retrieve(
+    scorers = retrieval.scorers(evaluation.encoder, evaluation.queries, evaluation.database)
+    logger.info("training the baselines on the same bits")
+    scorers |= _baselines(evaluation)
+    progress = log.Progress(logger, "scoring rankings", len(scorers), unit="rankings")
+    retrievals = {}
+    for done, (name, score) in enumerate(scorers.items(), 1):
+        retrievals[name] = retrieval.retrieve(
             score,
             labels[split.query],
             labels[split.database],
@@ -117,12 +125,23 @@ def _retrieve(evaluation: Evaluation, k: int, ks: list[int]) -> dict[str, retrie
             own=own,
             max_scores=config.eval.max_scores,
         )
-        for name, score in scorers.items()
-    }
+        progress.update(done)
     relevant = retrievals["asymmetric"].relevant
     others = len(split.database) - int(own is not None and bool((own >= 0).all()))
     chance = metrics.random_order(relevant, others, k=k, cuts=ks, denominator=conventions.denominator)
     return retrievals | {"random": retrieval.summary(chance, ks, empty=conventions.empty)}
+
+
+def _warn_of_baselines(scores: Mapping[str, float | None], bits: int) -> None:
+    """Warns if FAISS has found better codes for the embeddings without any training of ours."""
+    own = scores["asymmetric"] or 0.0
+    better = [(s, name) for name in ("pq_embeddings", "opq_embeddings") if (s := scores.get(name)) and s > own]
+    if better:
+        best, name = max(better)
+        logger.warning(
+            f"{report.NAMES[name]} scores {best:.3f} with {bits} bits, and this run {own:.3f}: train longer, or say "
+            f"with loss.clip=kinds=N how many kinds of things there are (tcq judge finds it)"
+        )
 
 
 def _own_positions(split: protocols.Split) -> np.ndarray | None:

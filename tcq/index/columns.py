@@ -4,6 +4,7 @@ The filters are on own columns, paths, sizes and dates.
 """
 
 import datetime
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from tcq.index import items
 from tcq.index.contents import Index, IndexFileError
 
 PATH = "path"  # the column by which a file is joined
+logger = logging.getLogger(__name__)
+
 RESERVED = re.compile(r"id|size|modified|hash|score|query|norm|code\d*|place__|tcq_version", re.IGNORECASE)
 
 
@@ -89,6 +92,8 @@ def joined(index: Index, own: pa.Table | None) -> Index:
     if own is None:
         return index
     rows = places(own, index.roots, list(index.paths))
+    joined = len(set(rows[rows >= 0].tolist()))
+    logger.info(f"--columns: {joined:,} of {len(own):,} rows are of images; {int((rows < 0).sum()):,} images have none")
     new = own.take(pa.array(rows[rows >= 0])).drop_columns([PATH])
     new = new.add_column(0, "id", pa.array(index.ids[rows >= 0]))
     if index.columns is not None:

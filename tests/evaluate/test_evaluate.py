@@ -127,3 +127,18 @@ def test_without_labels_there_is_nothing_to_score(tmp_path):
 def test_other_workdirs_and_checkpoints(run, tmp_path):
     small.assert_refused(small.main("evaluate", f"--workdir={tmp_path}"), "holds no config.json")
     small.assert_refused(small.main("evaluate", f"--workdir={run}", "--checkpoint=7"), "checkpoint '7' not found in")
+
+
+def test_better_codes_by_faiss_are_a_warning(logs):
+    for scores, warned in (
+        ({"asymmetric": 0.5, "pq_embeddings": 0.4, "opq_embeddings": 0.5}, ""),
+        (
+            {"asymmetric": 0.5, "pq_embeddings": None, "opq_embeddings": 0.612},
+            "OPQ and PQ on the embeddings scores 0.612",
+        ),
+        ({"asymmetric": 0.5, "pq_embeddings": 0.51, "opq_embeddings": 0.4}, "FAISS PQ on the embeddings scores 0.510"),
+        ({"asymmetric": 0.5, "pq_features": 0.9}, ""),
+    ):
+        logs.clear()
+        evaluate._warn_of_baselines(scores, 32)
+        assert warned in logs.text and bool(warned) == bool(logs.text)

@@ -107,8 +107,11 @@ def test_a_least_score(index, images):
     least = whole["hits"][30]["score"]
     (some,) = hits_of(small.main(*flags, f"--min_score={least}"))
     assert some["hits"] == [h for h in whole["hits"] if h["score"] >= least] and 30 < len(some["hits"]) < 120
-    (none,) = hits_of(small.main(*flags, "--min_score=1"))
+    done = small.main(*flags, "--min_score=1")
+    (none,) = hits_of(done)
     assert none["hits"] == []
+    assert f"1 of 1 queries have no hit of --min_score 1.0: best {whole['hits'][0]['score']:.6f}" in done.stderr
+    assert "no hit" not in small.main(*flags, f"--min_score={least}").stderr
 
 
 def test_a_query_is_needed(index):

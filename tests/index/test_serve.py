@@ -102,6 +102,7 @@ def test_an_item_is_a_query(address, index):
         ("/api/search?item=1&k=1001", 400, "to 1000"),
         ("/api/search?item=1&offset=-1", 400, "offset"),
         ("/api/search?item=1&min_score=high", 400, "must be a number"),
+        ("/api/search?item=1&filter=year>2000", 400, "'filter' must be one of item, features, k"),
         ("/api/items/99999", 404, "no image"),
         ("/api/items/" + "9" * 5000, 404, "no image"),
         ("/api/items/x", 404, "no image"),

@@ -43,6 +43,7 @@ UPLOAD_SECONDS = 30.0
 UPLOADS = 128  # images that are received or wait for decoding
 UPLOAD_BYTES = 256 * 2**20  # of all these together
 DECODING = 2  # images that are decoded at once
+PARAMETERS = ("item", "features", "k", "offset", "path", "min_score", "hide_copies")  # of /api/search
 MOST = 1000  # hits of an answer, and of the offset
 LARGEST = 1e15  # of the numbers of a feature; the squares of larger ones overflow
 SIDES = (160, 320, 640, 1280)  # pixels of thumbnails
@@ -142,6 +143,9 @@ def _takes_images(index: Index) -> bool:
 async def _search(request: Request) -> Response:
     """Searches by the image in the body, or by `item` or `features`."""
     searcher: Searcher = request.app.state.searcher
+    unknown = sorted(set(request.query_params) - set(PARAMETERS))
+    if unknown:
+        raise HTTPException(400, f"{unknown[0][:40]!r} must be one of {', '.join(PARAMETERS)}")
     query = _options(request)
     given = [name for name in ("item", "features") if request.query_params.get(name)]
     if request.method == "POST":
