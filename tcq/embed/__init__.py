@@ -193,7 +193,7 @@ def _drawn_as(config: ConfigDict) -> str:
 
 
 def _find(config: ConfigDict, source: Source, has_views: np.ndarray) -> known.Known | None:
-    """The embeddings of these images and views that are in the cache; None for a backbone of ours."""
+    """The embeddings of these images and views in the cache; None for a backbone of ours."""
     if not config.model.embedder:
         return None
     assert source.digests is not None
