@@ -205,7 +205,10 @@ def _find(config: ConfigDict, source: Source, has_views: np.ndarray) -> known.Kn
 
 
 def _earlier(config: ConfigDict) -> list[Path]:
-    """The folders of the cache with embeddings by the same function, of images that were decoded in the same way."""
+    """The folders of the cache with embeddings by the same function.
+
+    Their images were decoded in the same way.
+    """
     output = config.model.embedder_output
     found = sorted(_home(config).glob(f"{_pixels(config)}-*/{DONE}"))
     states = [(file.parent, files.read_state(file)) for file in found]
