@@ -141,7 +141,10 @@ def write(
 
 
 def view_seeds(digests: Sequence[bytes]) -> Int32[np.ndarray, " N"]:
-    """What seeds the views of images: their contents, so that they are the same in any collection."""
+    """The seeds of the views of images, from their contents.
+
+    So an image has the same views in any collection.
+    """
     return np.array([int.from_bytes(digest[:4], "big") >> 1 for digest in digests], np.int32)
 
 
