@@ -120,7 +120,7 @@ ALLOWED: dict[str, Choice | Range] = {
     "quantizer.init_images": POSITIVE_COUNT,
     "quantizer.whitening": Range(0, 1),
     "loss.pairing": _one_of(losses.PAIRINGS),
-    "loss.temperature": POSITIVE,
+    "loss.temperature": Range(*losses.TEMPERATURES),
     "loss.clip_from": SHARE,
     "loss.clip_full": SHARE,
     "loss.clip_ramp": _one_of(RAMPS),

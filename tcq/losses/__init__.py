@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Num
 
@@ -30,6 +31,7 @@ __all__ = [
     "GATHERS",
     "PAIRINGS",
     "SCOPES",
+    "TEMPERATURES",
     "Queue",
     "assignment_entropy",
     "codeword_diversity",
@@ -37,6 +39,7 @@ __all__ = [
     "nt_xent",
 ]
 PAIRINGS = ("cross", "quantized", "float")
+TEMPERATURES = 1e-4, 1e4  # beyond these, logits overflow or all are equal in float32
 Logs = dict[str, Array]
 T = TypeVar("T")
 
@@ -82,10 +85,11 @@ def nt_xent(
 
     Args:
       a, b: the two views, (b, D) on each device; normalized inside, in float32.
-      temperature: divisor of the cosine similarities, above 0.
+      temperature: divisor of the cosine similarities, within TEMPERATURES.
       clip: number of negatives dropped for each anchor, of the 2B - 2 in the batch and those in the queue, most similar
         first: exactly that many; ties go by their order in [a, b, queue]. 0 is plain NT-Xent. An array may change from
-        step to step without recompilation; its value is not checked, and at most all negatives are dropped.
+        step to step without recompilation; its value is not checked, and between none and all negatives are
+        dropped.
       clip_scope: "anchor": each anchor loses `clip` negatives. "batch": of all negative pairs of the global batch the
         clip x 2B most similar ones are dropped, so `clip` is the mean of each anchor, and may be a float (rounded down
         to whole pairs); ties go by the order of the anchors in [a, b], then by that of their columns. A pair counts
@@ -111,8 +115,9 @@ def nt_xent(
       (share of false negatives that are clipped).
 
     Raises:
-      ValueError: the shapes differ, the temperature is not positive, clip is not in 0 .. 2B - 2 + Q, debias is not in
-        [0, 1), the block size is below 1, gather is unknown, a ring has no axis, or there are labels and a queue.
+      ValueError: the shapes differ, there are no negatives, the temperature is out of range, clip is not in
+        0 .. 2B - 2 + Q, debias is not in [0, 1), the block size is below 1, gather is unknown, a ring has no axis, or
+        there are labels and a queue.
 
     Example:
       >>> import jax
@@ -161,6 +166,7 @@ def contrastive_loss(
 
 def _mean_over_pairs(pairs: list[tuple[ArrayLike, ArrayLike]], o: _Options) -> tuple[Array, Logs]:
     """Mean loss and logs over pairs of views, whose columns are gathered together."""
+    o = o._replace(clip=o.clip.item() if isinstance(o.clip, np.generic) else o.clip)
     shapes = {jnp.shape(view) for pair in pairs for view in pair}
     if len(shapes) > 1 or len(next(iter(shapes))) != 2:
         raise ValueError(f"the views must have one shape (B, D), got {', '.join(map(str, sorted(shapes)))}")
@@ -213,18 +219,21 @@ def _pool(settings: _blocked.Settings, batch: _blocked.Batch, clip: ArrayLike) -
     if isinstance(clip, int | float):
         pairs = jnp.uint32(int(clip * num_anchors + 1e-6))
     else:
-        mean = jnp.asarray(clip)
+        mean = jnp.clip(jnp.asarray(clip), 0, num_anchors - 2 + batch.filled)
         whole = mean.astype(jnp.uint32)  # computed apart: a product in float32 would lose pairs
-        rest = jnp.floor((mean - whole.astype(mean.dtype)).astype(jnp.float32) * num_anchors).astype(jnp.uint32)
-        pairs = whole * jnp.uint32(num_anchors) + rest
+        rest = (mean - whole.astype(mean.dtype)).astype(jnp.float32) * num_anchors
+        error = jnp.minimum(mean.astype(jnp.float32) * num_anchors * 6e-8, 0.5)  # of a mean in float32
+        pairs = whole * jnp.uint32(num_anchors) + jnp.floor(rest + error).astype(jnp.uint32)
     return _pooled.pool(settings, jax.lax.stop_gradient(batch), jnp.minimum(pairs, most))
 
 
 def _check(o: _Options, *, batch_size: int, queue_size: int) -> None:
     """Raises ValueError for options out of their range; the batch size is global."""
     num_negatives = 2 * batch_size - 2 + queue_size
-    if not o.temperature > 0:
-        raise ValueError(f"temperature {o.temperature} must be above 0")
+    if not num_negatives:
+        raise ValueError("a batch of 1 image has no negatives: use a larger batch, or a queue")
+    if not TEMPERATURES[0] <= o.temperature <= TEMPERATURES[1]:
+        raise ValueError(f"temperature {o.temperature} must be from {TEMPERATURES[0]} to {TEMPERATURES[1]:.0f}")
     if isinstance(o.clip, int | float) and not 0 <= o.clip <= num_negatives:
         raise ValueError(f"clip {o.clip} must be from 0 to the {num_negatives} negatives of a batch of {batch_size}")
     if o.clip_scope not in SCOPES:
@@ -262,6 +271,8 @@ def _both_views(labels: ArrayLike | None, axis_name: str | None) -> tuple[Array,
     if labels is None:
         return None
     labels = jnp.asarray(labels)
+    if labels.ndim == 2:
+        labels = (labels != 0).astype(jnp.float32)  # a product of small integers would overflow
     return jnp.concatenate([labels] * 2), jnp.concatenate([_gather(labels, axis_name)] * 2)
 
 

@@ -31,7 +31,7 @@ def refused(overrides, file="configs/digits.py"):
         ("model.scan=maybe", "--config.model.scan=maybe: must be bool"),
         ("model.mean=x", "--config.model.mean=x: must be tuple"),
         ("loss.temperature=hot", "--config.loss.temperature=hot: must be float"),
-        ("loss.temperature=0", "loss.temperature 0.0 must be above 0"),
+        ("loss.temperature=0", "loss.temperature 0.0 must be from 0.0001 to 10000.0"),
         ("loss.temperature=nan", "loss.temperature nan must be a finite number"),
         (
             "loss.clip=254",

@@ -244,6 +244,29 @@ def test_logs_say_what_was_clipped():
     np.testing.assert_allclose(logs["clip_recall"], (16 * 6) / (16 * 6 + 8), rtol=1e-6)
 
 
+@pytest.mark.parametrize("scope", losses.SCOPES)
+def test_a_traced_clip_stays_between_none_and_all(scope):
+    a, b = views()
+    run = jax.jit(lambda clip: losses.nt_xent(a, b, temperature=0.2, clip=clip, clip_scope=scope)[0])
+    for number, stands_for in ((-3, 0), (10, 10), (11, 10), (10**6, 10)):
+        truth = losses.nt_xent(a, b, temperature=0.2, clip=stands_for, clip_scope=scope)[0]
+        np.testing.assert_allclose(run(jnp.int32(number)), truth, rtol=1e-6)
+    if scope == "batch":
+        for number, stands_for in ((-0.5, 0.0), (1e9, 10.0)):
+            truth = losses.nt_xent(a, b, temperature=0.2, clip=stands_for, clip_scope=scope)[0]
+            np.testing.assert_allclose(run(jnp.float32(number)), truth, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["i1", "u1", "f4"])
+def test_many_labels_in_a_small_dtype_are_shared(dtype):
+    a, b = views(8)
+    labels = np.zeros((8, 300), dtype)
+    labels[:4, :256] = 1  # a sum of 256 is 0 in eight bits
+    labels[4:, 299] = 1
+    _, logs = losses.nt_xent(a, b, temperature=0.2, clip=6, labels=labels)
+    np.testing.assert_allclose(logs["false_negative_rate"], 6 / 14, rtol=1e-6)
+
+
 def test_accuracy_and_similarities():
     a = np.eye(4, dtype="f4")
     _, logs = losses.nt_xent(a, a, temperature=0.5, clip=1)
@@ -285,7 +308,13 @@ def test_errors_carry_the_numbers(untyped):
     for message, arguments in {
         "clip 11 must be from 0 to the 10 negatives of a batch of 6": {"clip": 11},
         "clip 17 must be from 0 to the 16 negatives": {"clip": 17, "queue": queue},
-        "temperature 0": {"temperature": 0.0},
+        "clip -1 must be": {"clip": np.int32(-1)},
+        "clip 11 must": {"clip": np.int64(11)},
+        "temperature 0.0 must be from 0.0001 to 10000": {"temperature": 0.0},
+        "temperature inf": {"temperature": np.inf},
+        "temperature nan": {"temperature": np.nan},
+        "temperature 2e-05": {"temperature": 2e-5},
+        "a batch of 1 image has no negatives": {"a": a[:1], "b": b[:1]},
         "debias 1.0 is a share": {"debias": 1.0},
         "block_size 0 must be": {"block_size": 0},
         "gather 'some' is unknown": {"gather": "some"},
