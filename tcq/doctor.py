@@ -197,7 +197,7 @@ def _config(config: str, overrides: Sequence[str], workdir: str | Path | None) -
         cache = Path(c.data.cache_dir).expanduser() if c.data.cache_dir else storage.cache_home()
         if cache.is_dir():
             lines.append(f"cache of decoded images: {shutil.disk_usage(cache).free / GIB:,.0f} GiB free")
-    except (configs.ConfigError, source.SourceError, protocols.ProtocolError) as error:
+    except (configs.ConfigError, source.SourceError, protocols.ProtocolError, storage.BucketError, OSError) as error:
         return Findings(lines, [str(error)])
     return Findings(lines, [])
 

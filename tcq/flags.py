@@ -57,6 +57,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def at_least_0(text: str) -> float:
+    """A finite number of at least 0. Raises ArgumentTypeError."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least 0")
+    return number
+
+
 def checkpoint(text: str) -> str:
     """The name of a checkpoint. Raises ArgumentTypeError."""
     if text not in ("best", "latest") and not text.isdecimal():

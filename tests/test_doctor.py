@@ -44,6 +44,13 @@ def test_it_accepts_what_train_accepts(tmp_path):
     assert small.main("train", *arguments).returncode == 0
 
 
+def test_a_cache_that_cannot_be_written_is_a_finding(images, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    flags = f"--config.data.cache_dir={tmp_path / 'cache'}", "--config.data.batch_size=32"
+    done = small.main("doctor", f"--config=configs/folder.py:{images}", *flags)
+    assert done.returncode and "8 devices" in done.stdout and str(tmp_path / "cache") in done.stderr, done.stderr
+
+
 def test_classes_and_the_first_skipped_files(images):
     done = small.main("doctor", f"--config=configs/folder.py:{images}", "--config.data.batch_size=32")
     assert "10 classes: class 0 12, class 1 13, class 2 13" in done.stdout, done.stdout + done.stderr

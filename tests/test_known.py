@@ -1,6 +1,8 @@
 """Embeddings of images that an earlier run has embedded."""
 
+import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from PIL import Image
 import small
 from tcq import config as configs
 from tcq import embed, encode, evaluate, index, train
-from tcq.data import protocols
+from tcq.data import cleaning, protocols
 from tcq.embed import files
 from tcq.evaluate import judge
 from tcq.index import parts
@@ -196,4 +198,16 @@ def test_images_that_changed_are_refused_before_they_are_embedded(photos, tmp_pa
             call()
     with pytest.raises(configs.ConfigError, match="data.split_seed"):
         train.train(config_of(photos, tmp_path / "cache", *labelled, "data.split_seed=3"), tmp_path / "run")
+    assert not counted
+
+
+def test_embeddings_in_use_are_not_deleted_as_unused(photos, tmp_path, counted):
+    config = config_of(photos, tmp_path / "cache")
+    embed.open_source(config)
+    for file in (tmp_path / "cache").rglob("*"):
+        os.utime(file, (time.time() - 9 * cleaning.DAY,) * 2)
+    embed.open_source(config)
+    cleaning.delete_unused(tmp_path / "cache", days=5)
+    counted.clear()
+    embed.open_source(config)
     assert not counted

@@ -23,7 +23,6 @@ from tcq.data import repair
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000")
 HEIC = "HEIC"  # by pillow-heif, which is an extra
-MAX_UPLOAD = 256 * 2**20  # bytes of an image that is not a file
 MAX_PIXELS = 100_000_000  # the default of data.max_pixels
 AT_ONCE = 2**27  # pixels that all threads of a process hold decoded at a time; one larger image is decoded alone
 STRIP = 2**20  # pixels that are converted to RGB at a time

@@ -6,6 +6,7 @@ A user's function or a backbone embeds them.
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -46,6 +47,7 @@ def open_source(config: ConfigDict, order: Callable[[Source], Source] = lambda s
     folder = Path(processes.on_first(lambda: str(_cache(config, named))))
     _fill(folder, config, named)
     processes.require_visible(folder / DONE)
+    processes.on_first(lambda: os.utime(folder / DONE))  # it is in use: see cleaning.delete_unused
     cached = embeddings.open_folder(folder)
     return source._replace(images=cached.images, views=cached.views, pictures=source.images)
 

@@ -332,16 +332,19 @@ def _write_table(folder: Path, kind: str, table: pa.Table) -> Segment:
 
 def _write_file(folder: Path, name: str, save: Callable[[Any], None]) -> Segment:
     """Writes a file that is named by its contents."""
-    with tempfile.NamedTemporaryFile(prefix=storage.TEMPORARY, dir=folder, delete=False) as file:
-        save(file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary = Path(file.name)
-    temporary.chmod(0o644)
-    digest = _sha256(temporary)
     kind, _, suffix = name.partition(".")
-    target = folder / f"{kind}-{digest[:16]}.{suffix}"
-    temporary.replace(target)
+    with tempfile.NamedTemporaryFile(prefix=storage.TEMPORARY, dir=folder, delete=False) as file:
+        temporary = Path(file.name)
+        try:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            digest = _sha256(temporary)
+            target = folder / f"{kind}-{digest[:16]}.{suffix}"
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
     return Segment(target.name, 0, digest)
 
 

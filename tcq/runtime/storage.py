@@ -84,22 +84,6 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text)
 
 
-@contextmanager
-def temporary_folder(path: str | Path) -> Iterator[Path]:
-    """A new folder beside `path`, for the block to fill and to rename.
-
-    What is still there afterwards is deleted.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}-", dir=path.parent))
-    try:
-        folder.chmod(0o755)  # as other folders, where mkdtemp allows only the owner
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def delete_abandoned(folder: Path) -> None:
     """Deletes temporary files and folders that killed processes have left in a folder.
 
@@ -276,7 +260,8 @@ def _fetch(fs: Any, inside: str, names: list[str], folder: Path, url: str) -> No
         chunk = names[first : first + DOWNLOAD_BATCH]
         for parent in {(folder / name).parent for name in chunk}:
             parent.mkdir(parents=True, exist_ok=True)
-        temporary = [str((folder / n).with_name(f"{TEMPORARY}{Path(n).name}-{os.getpid()}")) for n in chunk]
+        ending = f"{os.getpid()}-{secrets.token_hex(4)}"  # hosts share folders
+        temporary = [str((folder / n).with_name(f"{TEMPORARY}{Path(n).name}-{ending}")) for n in chunk]
         fs.get([f"{inside}/{name}" for name in chunk], temporary)
         for file, name in zip(temporary, chunk, strict=True):
             os.replace(file, folder / name)

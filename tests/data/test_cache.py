@@ -244,6 +244,8 @@ def test_it_is_shown_and_cleaned(tmp_path, rule, decoded):
     small.main("cache", f"--cache_dir={rule.home}", "--delete_unused=1")
     cache.decode(items(tmp_path / "a"), rule)
     assert len(decoded) == 6
+    for days in ("-1", "nan", "all"):
+        small.assert_refused(small.main("cache", f"--cache_dir={rule.home}", f"--delete_unused={days}"), "at least 0")
     assert "deleted" in small.main("cache", f"--cache_dir={rule.home}", "--delete_unused=0").stdout
     assert not old.exists() and not list(rule.folder.glob("*.u8"))
     cache.decode(items(tmp_path / "a"), rule)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import threading
 import time
+import types
 
 import numpy as np
 import pyarrow as pa
@@ -343,6 +344,21 @@ def test_a_full_disk_leaves_no_part_of_a_new_index(run, images, tmp_path, monkey
     done = small.main("index", f"--workdir={run}", f"--images={images / 'class 3'}", f"--out={tmp_path / 'index'}")
     small.assert_refused(done, "cannot be written: No space left on device")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_meanwhile_leaves_no_temporary_file(run, images, tmp_path, monkeypatch):
+    from tcq.index import store
+
+    indexes.build(run, images / "class 3", tmp_path / "i")
+    before = sorted(p.name for p in (tmp_path / "i").iterdir())
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "os", types.SimpleNamespace(**vars(os) | {"fsync": full}))
+    done = small.main("index", "update", f"--index={tmp_path / 'i'}", f"--images={images / 'class 4'}", "--keep")
+    small.assert_refused(done, "cannot be written: No space left on device")
+    assert sorted(p.name for p in (tmp_path / "i").iterdir()) == before
 
 
 @pytest.mark.slow

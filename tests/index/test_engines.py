@@ -163,11 +163,24 @@ def test_addresses_that_are_none_are_refused(index):
         ("milvus://x/y", "is unknown"),
         ("qdrant://localhost", "must be qdrant://host:port/collection"),
         ("qdrant://localhost:1/photos", "cannot be used"),
+        ("qdrant://localhost:port/photos", "with a number for the port"),
         ("postgresql://me:secret@localhost:1/x", "postgresql://me@localhost:1/x cannot be opened"),
     ):
         done = small.main("push", f"--index={index}", f"--to={address}")
         small.assert_refused(done, words)
         assert "secret" not in done.stdout + done.stderr
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # its client leaves a file open
+def test_a_folder_that_another_process_has_opened_is_refused(index, tmp_path):
+    from tcq.index.engines import qdrant
+
+    address = f"qdrant://{tmp_path}/photos"
+    connection = qdrant.connect(address)
+    try:
+        small.assert_refused(small.main("push", f"--index={index}", f"--to={address}"), "cannot be opened")
+    finally:
+        qdrant.close(connection)
 
 
 def test_a_table_of_others_is_not_touched(server):

@@ -193,24 +193,6 @@ def test_an_atomic_file_is_whole_or_absent(tmp_path):
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_temporary_folder_is_renamed_or_deleted(tmp_path):
-    target = tmp_path / "below" / "folder"
-
-    def fail():
-        with storage.temporary_folder(target) as folder:
-            (folder / "a").write_text("a")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail()
-    assert list(target.parent.iterdir()) == []
-    with storage.temporary_folder(target) as folder:
-        (folder / "a").write_text("a")
-        folder.rename(target)
-    assert [p.name for p in target.parent.iterdir()] == ["folder"] and (target / "a").read_text() == "a"
-    assert target.stat().st_mode & 0o777 == 0o755
-
-
 def test_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert storage.cache_home() == tmp_path / "tcq"

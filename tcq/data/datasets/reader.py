@@ -38,6 +38,8 @@ def read(name: str, data: ConfigDict) -> Source:
     except (SourceError, MemoryError):
         raise
     except Exception as error:  # TFDS, array_record and protobuf raise errors of many kinds
+        if isinstance(error, OSError) and str(error.filename).startswith(str(cache.rule_of(data).folder)):
+            raise  # the cache cannot be written
         raise SourceError(
             f"TFDS dataset {name!r} in {folder} cannot be read ({type(error).__name__}: {str(error)[:300]}): delete "
             f"that folder and prepare it again"

@@ -45,9 +45,15 @@ def connect(address: str) -> Connection:
     if not collection or (parts.netloc and folder):
         raise EngineError(f"{address} must be qdrant://host:port/collection, or qdrant:///folder/collection")
     if not parts.netloc:
-        return Connection(QdrantClient(path=folder), collection, address)
+        try:
+            return Connection(QdrantClient(path=folder), collection, address)
+        except (RuntimeError, OSError) as error:  # another process has opened the folder
+            raise EngineError(f"{address} cannot be opened: {str(error)[:500]}") from None
     scheme = "https" if parts.scheme == "qdrants" else "http"
-    url = f"{scheme}://{parts.hostname}:{parts.port or 6333}"
+    try:
+        url = f"{scheme}://{parts.hostname}:{parts.port or 6333}"
+    except ValueError:
+        raise EngineError(f"{address} must be qdrant://host:port/collection, with a number for the port") from None
     key = os.environ.get("QDRANT_API_KEY")
     return Connection(QdrantClient(url=url, api_key=key, check_compatibility=False), collection, address)
 

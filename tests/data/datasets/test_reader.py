@@ -53,6 +53,15 @@ def test_tensorflow_is_not_imported(prepared):
     assert done.stdout.strip() == "(26, 8, 8, 3) False", done.stderr
 
 
+def test_a_cache_that_cannot_be_written_is_no_broken_dataset(prepared, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "images").write_text("a file")
+    data = config(prepared, "tiny_shapes")
+    data.cache_dir = str(tmp_path / "cache")
+    with pytest.raises(OSError, match=str(tmp_path / "cache")):  # and no SourceError
+        sources.open_source(data)
+
+
 def test_another_file_format_is_refused_with_the_command(prepared, tmp_path):
     shutil.copytree(prepared, tmp_path / "tfds")
     (info,) = (tmp_path / "tfds").rglob("dataset_info.json")
