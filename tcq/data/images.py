@@ -246,7 +246,7 @@ def _open(file: BufferedIOBase) -> Image.Image:
     if reasons:
         raise SyntaxError("; ".join(reasons))
     if start[4:8] == b"ftyp" and start[8:12] in repair.HEIC_BRANDS:
-        raise UnreadableError("HEIC, which needs pillow-heif: pip install 'tcq[heic]'")
+        raise UnreadableError("HEIC, which needs pillow-heif: pip install pillow-heif")
     raise ImageError(f"not an image of a known format ({', '.join((*FORMATS, HEIC))})")
 
 

@@ -95,7 +95,7 @@ def write_onnx(encoder: encode.Encoder, path: Path) -> None:
         import onnxruntime
         from jax2onnx import to_onnx
     except ImportError as error:
-        raise ProgramError(f"ONNX needs {error.name}: pip install 'tcq[onnx]'") from None
+        raise ProgramError(f"ONNX needs {error.name}: pip install jax2onnx onnxruntime") from None
     shape, dtype = _input(encoder)
     lenient = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
     with lenient[0], lenient[1], contextlib.redirect_stdout(io.StringIO()):

@@ -224,7 +224,7 @@ def _filesystem(url: str | Path) -> Iterator[tuple[Any, str]]:
     try:
         fs, inside = fsspec.core.url_to_fs(str(url).rstrip("/"))
     except (ImportError, ValueError) as error:
-        raise BucketError(f"{url}: {error}; for gs:// run pip install 'tcq[buckets]'") from None
+        raise BucketError(f"{url}: {error}; for gs:// run pip install gcsfs") from None
     fs.invalidate_cache()
     try:
         yield fs, inside

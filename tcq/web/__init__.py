@@ -29,7 +29,7 @@ def check_installed(command: str) -> None:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise PageError(f"{command} needs {error.name}: pip install 'tcq[serve]'") from None
+        raise PageError(f"{command} needs {error.name}: pip install starlette uvicorn") from None
 
 
 def is_loopback(host: str) -> bool:

@@ -64,7 +64,7 @@ def test_a_program_that_differs_is_refused(index, fault):
 def test_onnx_without_its_library_is_one_message(index, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     done = small.main("export", f"--index={index}", f"--out={tmp_path / 'x.onnx'}", "--format=onnx")
-    small.assert_refused(done, "pip install 'tcq[onnx]'")
+    small.assert_refused(done, "pip install jax2onnx onnxruntime")
     assert list(tmp_path.iterdir()) == []
 
 

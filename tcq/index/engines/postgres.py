@@ -45,7 +45,7 @@ def connect(address: str) -> Connection:
     try:
         import psycopg
     except ImportError:
-        raise EngineError("PostgreSQL needs its client: pip install 'tcq[postgres]'") from None
+        raise EngineError("PostgreSQL needs its client: pip install 'psycopg[binary]'") from None
     url, table = urldefrag(address)
     try:
         client = psycopg.connect(url, autocommit=True)

@@ -39,7 +39,7 @@ def connect(address: str) -> Connection:
     try:
         from qdrant_client import QdrantClient
     except ImportError:
-        raise EngineError(f"{address}: Qdrant needs its client: pip install 'tcq[qdrant]'") from None
+        raise EngineError(f"{address}: Qdrant needs its client: pip install qdrant-client") from None
     parts = urlsplit(address)
     folder, _, collection = parts.path.rpartition("/")
     if not collection or (parts.netloc and folder):
