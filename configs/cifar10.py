@@ -9,7 +9,7 @@ The arguments are bits=16, 32, 64 ...; backbone=, a name such as vit_b16 or resn
 (docs/weights.md). Without the last two the model is a small ViT on 32 pixels. On two CPU cores that took 10.5 minutes
 and gave mAP@1000 0.281 at 32 bits on CIFAR-10 (JPEG) read from a folder (1,000 queries carved from the training images,
 49,000 others as database; FAISS PQ on pixels 0.208; one seed). 3,200 steps of batch 256 with
-model.stem=conv took about an hour and gave 0.327 (docs/clipping.md).
+model.stem=conv took about an hour and gave 0.327 (docs/studies.md).
 
 The dataset has to be prepared once: `tcq doctor --config=configs/cifar10.py` says how.
 """
