@@ -85,7 +85,7 @@ def loop(job: Job, state: TrainState) -> dict[str, float]:
     state = devices.replicate(state)
     speed = Speed(step=start, total_steps=job.steps, batch_size=job.config.data.batch_size)
     rate = optimizers.learning_rate(job.config, job.steps)
-    validated = _missed_validation(job, state, start)
+    validated = _missed_validation(job, state, start) or processes.on_first(lambda: job.journal.last("validation"))
     stream, pending = devices.prefetch(job.stream(start)), None
     with closing(_Profiler(job.profile)) as profiler:
         for step in range(start + 1, job.steps + 1):

@@ -22,12 +22,14 @@ class Journal:
     ) -> None:
         self._writes, self._upload = writes, upload
         self._groups: set[tuple[int, str]] = set()
+        self._before: list[Any] = []
         if not writes:
             return
         from tensorboardX import SummaryWriter
 
         path = folder / METRICS
         lines = [line for line in read(path) if line["step"] <= step]
+        self._before = lines
         self._groups = {(line["step"], key.partition("/")[0]) for line in lines for key in line}
         storage.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._lines: TextIO = open(path, "a")
@@ -36,6 +38,12 @@ class Journal:
     def has(self, step: int, group: str) -> bool:
         """Whether this step had values of a group ("validation", say) when the journal was opened."""
         return (step, group) in self._groups
+
+    def last(self, group: str) -> dict[str, float]:
+        """The newest values of a group when the journal was opened; empty if there were none."""
+        start = f"{group}/"
+        found = ({k.removeprefix(start): v for k, v in line.items() if k.startswith(start)} for line in self._before)
+        return next((values for values in reversed(list(found)) if values), {})
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes a line of JSON and a TensorBoard scalar for each value.

@@ -89,7 +89,9 @@ def test_resuming_gives_the_bits_of_an_uninterrupted_run(digits_run, tmp_path, l
 def test_training_a_complete_run_again_changes_nothing(digits_run, tmp_path):
     shutil.copytree(digits_run, tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    train.train(small.shared(), tmp_path / "run")
+    values = train.train(small.shared(), tmp_path / "run")
+    last = {k: v for line in records(tmp_path / "run") for k, v in line.items() if k.startswith("validation/")}
+    assert last and values == {k.removeprefix("validation/"): v for k, v in last.items()}
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
     assert_same_bits(digits_run, tmp_path / "run")
 
