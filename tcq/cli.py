@@ -327,7 +327,7 @@ def _add_cache(commands: flags.Commands) -> None:
     parser = flags.add_command(commands, "cache", "show what is cached, or delete what has not been used", _cache)
     parser.add_argument("--cache_dir", type=flags.path, default="", help="as data.cache_dir (default: that of tcq)")
     parser.add_argument(
-        "--delete_unused", type=flags.at_least_0, metavar="DAYS", help="delete what was not used for DAYS; 0: all"
+        "--delete_unused", type=flags.number(0), metavar="DAYS", help="delete what was not used for DAYS; 0: all"
     )
 
 

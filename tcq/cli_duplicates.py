@@ -25,9 +25,9 @@ def add_duplicates(commands: flags.Commands) -> None:
     )
     parser.add_argument(
         "--min_likeness",
-        type=float,
+        type=flags.number(0, 1),
         default=0.97,
-        help="least correlation of small pictures of near images, up to 1 (default: 0.97)",
+        help="least correlation of small pictures of near images, from 0 to 1 (default: 0.97)",
     )
     parser.add_argument(
         "--others",

@@ -50,7 +50,10 @@ def add_search(commands: flags.Commands) -> None:
         help=f"search only images that meet a {FILTER_HELP}; with Qdrant, its own filter as JSON",
     )
     parser.add_argument(
-        "--min_score", type=float, default=float("-inf"), help="least score of a hit: tcq index info says what is rare"
+        "--min_score",
+        type=flags.number(),
+        default=float("-inf"),
+        help="least score of a hit: tcq index info says what is rare",
     )
     parser.add_argument("--k", type=flags.positive, default=10, help="number of hits (default: 10)")
     parser.add_argument("--gallery", type=flags.path, metavar="PNG", help="write a picture of the hits")

@@ -1,6 +1,7 @@
 """What the parsers of all commands share: flags, and the types of their values."""
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -57,15 +58,22 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def at_least_0(text: str) -> float:
-    """A finite number of at least 0. Raises ArgumentTypeError."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least 0")
-    return number
+def number(least: float = -math.inf, most: float = math.inf) -> Callable[[str], float]:
+    """The type of a flag whose value is a finite number in a range, which includes its ends."""
+    allowed = (
+        "" if least == -math.inf else f" of at least {least:g}" if most == math.inf else f" from {least:g} to {most:g}"
+    )
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (least <= value <= most and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number{allowed}")
+        return value
+
+    return parse
 
 
 def checkpoint(text: str) -> str:

@@ -79,3 +79,17 @@ def test_output_to_a_closed_pipe_is_no_error(run, index, images):
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(60) == 1
     process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("search", "--index=i", "--query=q", "--min_score=nan"), "'nan' must be a number\n"),
+        (("search", "--index=i", "--query=q", "--min_score=high"), "'high' must be a number\n"),
+        (("duplicates", "--index=i", "--min_likeness=1.1"), "'1.1' must be a number from 0 to 1\n"),
+        (("duplicates", "--index=i", "--min_likeness=-0.1"), "'-0.1' must be a number from 0 to 1\n"),
+        (("cache", "--delete_unused=-1"), "'-1' must be a number of at least 0\n"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(arguments, message):
+    small.assert_refused(small.main(*arguments), message)

@@ -88,8 +88,7 @@ def nt_xent(
       temperature: divisor of the cosine similarities, within TEMPERATURES.
       clip: number of negatives dropped for each anchor, of the 2B - 2 in the batch and those in the queue, most similar
         first: exactly that many; ties go by their order in [a, b, queue]. 0 is plain NT-Xent. An array may change from
-        step to step without recompilation; its value is not checked, and between none and all negatives are
-        dropped.
+        step to step without recompilation; its value is clamped, not checked.
       clip_scope: "anchor": each anchor loses `clip` negatives. "batch": of all negative pairs of the global batch the
         clip x 2B most similar ones are dropped, so `clip` is the mean of each anchor, and may be a float (rounded down
         to whole pairs); ties go by the order of the anchors in [a, b], then by that of their columns. A pair counts
@@ -115,9 +114,8 @@ def nt_xent(
       (share of false negatives that are clipped).
 
     Raises:
-      ValueError: the shapes differ, there are no negatives, the temperature is out of range, clip is not in
-        0 .. 2B - 2 + Q, debias is not in [0, 1), the block size is below 1, gather is unknown, a ring has no axis, or
-        there are labels and a queue.
+      ValueError: an argument is out of the range that is given here, the shapes differ, there are no negatives, a ring
+        has no axis, or there are labels and a queue.
 
     Example:
       >>> import jax
