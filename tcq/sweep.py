@@ -21,14 +21,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import tcq
 from tcq import config as configs
 from tcq import plots
 from tcq.data import sources
-from tcq.runtime import locks, log, signals, storage
+from tcq.runtime import checkout, locks, log, signals, storage
 
 SEED = "train.seed"
 TABLE, MARKDOWN, PLOT = "table.csv", "table.md", "sweep.png"
 POLL = 0.5  # seconds between two looks at running cells
+EVERY = 30.0  # seconds after which the newest lines of the running cells are shown
 MEASURED = (
     "validation_mAP",
     "test_mAP",
@@ -115,7 +117,7 @@ def _run_all(grid: Grid, waiting: Sequence[Cell], jobs: int) -> list[Cell]:
     If it is stopped, it stops the running cells, which save.
     """
     start, lock, ended = time.monotonic(), threading.Lock(), 0
-    running: set[subprocess.Popen[bytes]] = set()
+    running: dict[subprocess.Popen[bytes], Cell] = {}
 
     def run(cell: Cell) -> bool:
         nonlocal ended
@@ -134,8 +136,13 @@ def _run_all(grid: Grid, waiting: Sequence[Cell], jobs: int) -> list[Cell]:
     with ThreadPoolExecutor(jobs) as pool:
         futures: list[Future[bool]] = [pool.submit(run, cell) for cell in waiting]
         try:
+            shown = start
             while wait(futures, timeout=POLL).not_done:
                 signals.poll()
+                if time.monotonic() - shown >= EVERY:
+                    shown = time.monotonic()
+                    for cell in list(running.values()):
+                        logger.info(f"{cell.folder.name}: {_last_line(cell.folder / 'log.txt')}")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(running):
@@ -213,7 +220,7 @@ def _overrides(cell: Cell) -> list[str]:
     return [f"--config.{key}={value}" for key, value in cell.values.items()]
 
 
-def _run(grid: Grid, cell: Cell, running: set[subprocess.Popen[bytes]]) -> tuple[bool, float]:
+def _run(grid: Grid, cell: Cell, running: dict[subprocess.Popen[bytes], Cell]) -> tuple[bool, float]:
     """Trains and scores a cell; returns whether it is done, and the seconds it took."""
     command = [sys.executable, "-m", "tcq", "train", f"--config={grid.config}", f"--workdir={cell.folder}"]
     command += [f"--evaluate={grid.checkpoint}", *grid.overrides, *_overrides(cell)]
@@ -223,13 +230,17 @@ def _run(grid: Grid, cell: Cell, running: set[subprocess.Popen[bytes]]) -> tuple
         output.write((" ".join(command) + "\n").encode())
         output.flush()
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=_environment(grid))
-        running.add(process)
+        running[process] = cell
         status = process.wait()
-        running.discard(process)
+        del running[process]
     seconds = time.monotonic() - start
     record = _read_record(cell)
     record["seconds"] = record.get("seconds", 0) + seconds  # of all attempts
-    record |= {"command": command[1:], "commit": _commit(), "checkpoint": grid.checkpoint}
+    record |= {
+        "command": command[1:],
+        "commit": checkout.commit() or f"tcq {tcq.__version__}",
+        "checkpoint": grid.checkpoint,
+    }
     storage.write_text(cell.folder / "sweep.json", json.dumps(record, indent=2) + "\n")
     return status == 0 and _is_done(grid, cell), seconds
 
@@ -257,23 +268,6 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _commit() -> str:
-    """The commit of this checkout, with a + if files differ from it.
-
-    Outside a checkout it is the version of the package.
-    """
-    import tcq
-
-    folder = Path(tcq.__file__).resolve().parent
-    git = ["git", "-C", str(folder)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run([*git, "status", "--porcelain", "--", "."], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return f"tcq {tcq.__version__}"
-    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
 
 
 def _last_line(output: Path) -> str:

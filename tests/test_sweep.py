@@ -112,7 +112,8 @@ def test_the_plot_has_the_axes_that_were_asked_for(tmp_path, monkeypatch, axes, 
 
 
 @pytest.mark.whole
-def test_cells_that_are_done_stay_and_those_that_fail_are_named(tmp_path):
+def test_cells_that_are_done_stay_and_those_that_fail_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "EVERY", 0.0)
     workdir = tmp_path / "sweep"
 
     def run(grid=GRID, *more):
@@ -123,6 +124,7 @@ def test_cells_that_are_done_stay_and_those_that_fail_are_named(tmp_path):
     done = run()
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "1 of 2 cells failed" in done.stderr and "learning_rate=1e30,seed=0/log.txt: tcq train:" in done.stderr
+    assert re.search(r"learning_rate=1e-3,seed=0: \d\d:\d\d:\d\d .", done.stderr), done.stderr
     assert "2 cells, 0 of them done" in done.stderr and "0:00:00 left" in done.stderr
     with open(workdir / "table.csv") as file:
         good, bad = csv.DictReader(file)

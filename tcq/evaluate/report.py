@@ -2,7 +2,6 @@
 
 import json
 import platform
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -18,7 +17,7 @@ from tcq import encode, metrics, plots, ranking
 from tcq.data import protocols, splits
 from tcq.data.source import Source
 from tcq.evaluate import held_out, retrieval
-from tcq.runtime import storage
+from tcq.runtime import checkout, storage
 
 RESULTS, CURVES, GALLERY, QUERIES = "results.json", "curves.png", "gallery.png", "queries.jsonl"
 NEAREST = 10  # items of each query in queries.jsonl
@@ -114,22 +113,9 @@ def results(
             "python": f"Python {platform.python_version()}",
             "jax": f"jax {jax.__version__}",
         },
-        "tcq": {"version": version("tcq"), "commit": _commit()},
+        "tcq": {"version": version("tcq"), "commit": checkout.commit()},
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that runs, with "+" if files differ; None outside of one."""
-    here = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit, changed = (
-            subprocess.run([*here, *command], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-            for command in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--untracked-files=no", "."))
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit + ("+" if changed else "")
 
 
 def _conventions(config: ConfigDict, split: protocols.Split) -> dict[str, Any]:
