@@ -202,6 +202,24 @@ def _names(root: Path, column: str, values: list[Any]) -> list[str]:
     return [str(v) for v in values]
 
 
+def other_columns(path: str | Path) -> Any:
+    """The columns of the metadata beside that of the names, as a table of Arrow; None without metadata.
+
+    Raises SourceError if they cannot be read, or a column changes its type from file to file.
+    """
+    files = sorted((Path(path).expanduser() / METADATA).glob("[!.]*.parquet"), key=_number)
+    if not files:
+        return None
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.concat_tables([pyarrow.parquet.read_table(f) for f in files], promote_options="permissive")
+    except (OSError, pyarrow.ArrowException) as error:
+        raise SourceError(f"{files[0].parent}: the columns cannot be read: {error}") from None
+    name = next((n for n in NAMES if n in table.column_names), None)
+    return table if name is None else table.drop_columns([name])
+
+
 def write_metadata(folder: Path, names: Sequence[str], labels: np.ndarray | None, classes: Sequence[str]) -> None:
     """Writes the names of items, and of the classes of their labels, as one Parquet file."""
     import pyarrow

@@ -87,7 +87,8 @@ def build(
 ) -> Changes:
     """Encodes every image below a folder and writes a new index.
 
-    `own_columns` is a CSV or Parquet file with a column "path", whose other columns come back with the answers.
+    `own_columns` is a CSV or Parquet file with a column "path", whose other columns come back with the answers; without
+    it those of the metadata of embeddings do.
     Skipped files are also listed with reasons in skipped.jsonl of the index. The processes of a run share the work.
     Raises IndexFileError if `out` exists or the columns do not fit, and as `encode.load` and `sources.folder`; then
     nothing is left behind.
@@ -98,6 +99,8 @@ def build(
     source = scan.read_folder(encoder, images)
     processes.require_same("images", source.names)
     root = scan.root_of(images)
+    if own is None and scan.is_embeddings(images):
+        own = columns.of_metadata(scan.folder_of(images), source.names)
     if own is not None:
         columns.places(own, [root], [items.join(root, name) for name in source.names])
     codes = encode.codes(encoder, _inputs(encoder, source))
@@ -152,6 +155,8 @@ def _change(
                     f"index {str(path)!r} holds embeddings, whose folder it does not know: use --images"
                 )
         sources = [(scan.root_of(images), scan.read_folder(index.encoder, images)) for images in folders]
+        if own is None and len(folders) == 1 and scan.is_embeddings(folders[0]):
+            own = columns.of_metadata(scan.folder_of(folders[0]), sources[0][1].names)
         if own is not None:
             new = [items.join(root, name) for root, source in sources for name in source.names]
             columns.places(own, [*index.roots, *(root for root, _ in sources)], [*index.paths, *new])

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool
 
+from tcq.data import embeddings
 from tcq.index import items
 from tcq.index.contents import Index, IndexFileError
 
@@ -64,6 +65,22 @@ def read(file: str | Path) -> pa.Table:
     return table.set_column(names.index(PATH), PATH, paths)
 
 
+def of_metadata(folder: str | Path, names: Sequence[str]) -> pa.Table | None:
+    """The columns that the metadata of a folder of embeddings has beside the names of the items.
+
+    Those whose names tcq uses itself are left out. None if there are none. Raises SourceError.
+    """
+    table = embeddings.other_columns(folder)
+    if table is None:
+        return None
+    lower = [name.lower() for name in table.column_names]
+    left_out = [n for n in table.column_names if RESERVED.fullmatch(n) or n == PATH or lower.count(n.lower()) > 1]
+    table = table.drop_columns(left_out)
+    kept = ", ".join(table.column_names) or "none"
+    logger.info(f"own columns of the metadata: {kept}" + (f"; left out: {', '.join(left_out)}" if left_out else ""))
+    return table.append_column(PATH, pa.array(names, pa.string())) if table.column_names else None
+
+
 def places(own: pa.Table, roots: Sequence[str], paths: Sequence[str]) -> np.ndarray:
     """The row of `own` of each path, -1 where it has none.
 
@@ -93,7 +110,9 @@ def joined(index: Index, own: pa.Table | None) -> Index:
         return index
     rows = places(own, index.roots, list(index.paths))
     joined = len(set(rows[rows >= 0].tolist()))
-    logger.info(f"--columns: {joined:,} of {len(own):,} rows are of images; {int((rows < 0).sum()):,} images have none")
+    logger.info(
+        f"own columns: {joined:,} of {len(own):,} rows are of images; {int((rows < 0).sum()):,} images have none"
+    )
     new = own.take(pa.array(rows[rows >= 0])).drop_columns([PATH])
     new = new.add_column(0, "id", pa.array(index.ids[rows >= 0]))
     if index.columns is not None:

@@ -21,7 +21,7 @@ def read_folder(encoder: encode.Encoder, images: str | Path) -> Source:
     data, m = encoder.config.data, encoder.config.model
     takes_embeddings = retriever.takes_embeddings(encoder.model)
     if is_embeddings(images):
-        source = embeddings.open_folder(str(images).removeprefix(EMBEDDINGS))
+        source = embeddings.open_folder(folder_of(images))
         if not takes_embeddings or source.images.shape[1] != m.width:
             takes = f"embeddings of {m.width} numbers" if takes_embeddings else "images"
             raise SourceError(f"{images}: rows of {source.images.shape[1]} numbers; the model takes {takes}")
@@ -40,6 +40,11 @@ def read_folder(encoder: encode.Encoder, images: str | Path) -> Source:
 def is_embeddings(images: str | Path) -> bool:
     """Whether the argument names a folder of embeddings, not of images."""
     return str(images).startswith(EMBEDDINGS)
+
+
+def folder_of(images: str | Path) -> str:
+    """The folder of "embeddings:<folder>"."""
+    return str(images).removeprefix(EMBEDDINGS)
 
 
 def root_of(images: str | Path) -> str:

@@ -143,7 +143,7 @@ def test_own_columns_come_back_and_are_filtered_on(run, photos, tmp_path):
     done = small.main("index", "build", *flags, f"--columns={tmp_path / 'own.parquet'}")
     assert done.returncode == 0, done.stderr
     of_images = len(names) - 1
-    assert f"--columns: {of_images} of {of_images} rows are of images; 1 images have none" in done.stderr
+    assert f"own columns: {of_images} of {of_images} rows are of images; 1 images have none" in done.stderr
     query, index = f"--query={photos / names[0]}", f"--index={tmp_path / 'index'}"
     done = small.main("search", index, query, "--json", "--k=99")
     hits = json.loads(done.stdout)["hits"]
@@ -162,7 +162,7 @@ def test_own_columns_come_back_and_are_filtered_on(run, photos, tmp_path):
     )
     done = small.main("index", "update", index, f"--columns={tmp_path / 'own.csv'}")
     assert done.returncode == 0, done.stderr
-    assert "--columns: 1 of 2 rows are of images" in done.stderr
+    assert "own columns: 1 of 2 rows are of images" in done.stderr
     opened = indexes.open_index(tmp_path / "index")
     rows = columns.of(opened, np.arange(3)).to_pylist()
     assert [r["year"] for r in rows] == [2000, 1900, 2002] and [r["score_of_mine"] for r in rows] == [None, 0.5, None]
