@@ -203,9 +203,9 @@ def _names(root: Path, column: str, values: list[Any]) -> list[str]:
 
 
 def other_columns(path: str | Path) -> Any:
-    """The columns of the metadata beside that of the names, as a table of Arrow; None without metadata.
+    """The columns of the metadata beside that of the names, as a table of Arrow.
 
-    Raises SourceError if they cannot be read, or a column changes its type from file to file.
+    None without metadata. Raises SourceError if they cannot be read, or a column changes its type from file to file.
     """
     files = sorted((Path(path).expanduser() / METADATA).glob("[!.]*.parquet"), key=_number)
     if not files:
