@@ -148,9 +148,10 @@ class Embedded:
         missing = np.ones(len(images), bool) if self._earlier is None else self._earlier.numbers[images] < 0
         if self._earlier is not None and not missing.all():
             out[~missing] = known.items(self._earlier, images[~missing])
-        for some in np.array_split(np.flatnonzero(missing), -(-int(missing.sum()) // EMBEDDED) or 1):
-            if len(some):
-                out[some] = self._embed(images[some])
+        places = np.flatnonzero(missing)
+        for first in range(0, len(places), EMBEDDED):
+            some = places[first : first + EMBEDDED]
+            out[some] = self._embed(images[some])
         self._done += len(images)
         self._progress.update(self._done)
         return out

@@ -112,20 +112,24 @@ def test_an_embedding_that_is_stopped_goes_on(run, tmp_path, monkeypatch, logs, 
     assert [p.name for p in (tmp_path / "embedded").iterdir() if "partial" in p.name] == []
 
 
+def folder_for(config, source):
+    return embed._cache(config, embed._with_digests(source), embed._has_views(config, source))
+
+
 def test_the_cache_depends_on_all_that_embeddings_depend_on(run):
     config = small.config(*HEAD, f"data.cache_dir={run[1]}")
-    source = embed._with_digests(sources.open_source(config.data))
-    key = embed._cache(config, source)
+    source = sources.open_source(config.data)
+    key = folder_for(config, source)
     assert key.is_dir()
     moved = shutil.copy(TINY, run[1] / "moved.py")
-    assert embed._cache(small.config(*HEAD, f"data.cache_dir={run[1]}", f"model.embedder={moved}:embed"), source) == key
+    assert folder_for(small.config(*HEAD, f"data.cache_dir={run[1]}", f"model.embedder={moved}:embed"), source) == key
     other = small.config(*HEAD, f"data.cache_dir={run[1]}", f"model.embedder={TINY}:other")
-    assert embed._cache(other, source) != key
+    assert folder_for(other, source) != key
     edited = source.images.copy()
     edited[700, 3, 3, 1] ^= 1
-    assert embed._cache(config, embed._with_digests(source._replace(images=edited, digests=None))) != key
+    assert folder_for(config, source._replace(images=edited, digests=None)) != key
     for override, same in (("data.augment.noise=0.1", True), ("data.augment.flip=0.1", False), ("data.views=4", False)):
-        assert (embed._cache(small.config(*HEAD, f"data.cache_dir={run[1]}", override), source) == key) == same
+        assert (folder_for(small.config(*HEAD, f"data.cache_dir={run[1]}", override), source) == key) == same
 
 
 def test_it_learns_and_is_scored_beside_its_embeddings(run):

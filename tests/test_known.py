@@ -11,7 +11,7 @@ from PIL import Image
 import small
 from tcq import config as configs
 from tcq import embed, encode, evaluate, index, train
-from tcq.data import cleaning, protocols
+from tcq.data import cleaning, known, protocols, splits
 from tcq.embed import files
 from tcq.evaluate import judge
 from tcq.index import parts
@@ -21,8 +21,8 @@ TINY = small.ROOT / "tests" / "helpers" / "tiny_embedder.py"
 VIEWS = 3
 
 
-def config_of(photos, cache, *more):
-    head = "data.image_size=16", f"data.views={VIEWS}", f"model.embedder={TINY}:embed", "data.labels=none"
+def config_of(photos, cache, *more, function="embed"):
+    head = "data.image_size=16", f"data.views={VIEWS}", f"model.embedder={TINY}:{function}", "data.labels=none"
     return small.config(f"data.source=folder:{photos}", *head, f"data.cache_dir={cache}", *more)
 
 
@@ -211,3 +211,80 @@ def test_embeddings_in_use_are_not_deleted_as_unused(photos, tmp_path, counted):
     counted.clear()
     embed.open_source(config)
     assert not counted
+
+
+def test_a_function_gets_blocks_of_one_size(photos, tmp_path, counted, monkeypatch):
+    monkeypatch.setattr(files, "BLOCK", 16)
+    monkeypatch.setattr(files, "FILES", 4)
+    labelled = "data.labels=folders", "data.query=0.3"
+    embed.open_source(config_of(photos, tmp_path / "cache", *labelled))
+    assert len(set(counted) - {16}) <= 2  # the last blocks with and without views
+    add(photos, *(f"class {i % 10}/{i:03}b.png" for i in range(40)))
+    counted.clear()
+    source = embed.open_source(config_of(photos, tmp_path / "cache", *labelled))
+    assert len(counted) and len(set(counted) - {16}) <= 2
+    assert_same(source, embed.open_source(config_of(photos, tmp_path / "fresh", *labelled)))
+
+
+def test_images_that_get_views_later_are_embedded_then(images, tmp_path):
+    """Labels by folder decide which images are queries, and the folders may go."""
+    (tmp_path / "flat").mkdir()
+    files_of = sorted(p for p in images.rglob("*.png") if not p.name.startswith(("empty", "trunc", "text")))
+    for i, file in enumerate(files_of):
+        shutil.copy(file, tmp_path / "flat" / f"{i:03}.png")
+    for folder in (images, tmp_path / "flat"):
+        config = config_of(folder, tmp_path / "cache", "data.labels=auto", "data.query=0.2")
+        source = embed.open_source(config)
+        split = splits.of_source(source, config.data)
+        assert source.views[np.union1d(split.train, split.validation)].any(axis=(1, 2)).all()
+        assert (len(split.query) > 0) == (folder == images)
+
+
+def test_folders_are_opened_until_all_images_are_known(photos, tmp_path, logs):
+    source = embed.open_source(config_of(photos, tmp_path / "cache"))
+    (folder,) = (tmp_path / "cache" / "embedded").iterdir()
+    views = folder.name.split("-")[1]
+    needed = np.ones(len(source.images), bool)
+    found = known.find([folder, tmp_path / "gone"], source.digests, needed, drawn_as=views)
+    assert (found.numbers == 0).all() and found.places == [folder] and not logs.text
+    strange = [b"0" * 20] * 20_000
+    found = known.find([folder], source.digests[:3] * 10_000 + strange, np.ones(50_000, bool), drawn_as=views)
+    assert (found.numbers[:30_000] == 0).all() and (found.numbers[30_000:] == -1).all()
+    assert known.find([folder], strange, np.zeros(20_000, bool), drawn_as=views).folders == []
+
+
+def test_a_cache_of_another_user_is_read(photos, tmp_path, monkeypatch, counted):
+    embed.open_source(config_of(photos, tmp_path / "cache"))
+
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(embed.os, "utime", refuse)
+    counted.clear()
+    embed.open_source(config_of(photos, tmp_path / "cache"))
+    assert not counted
+
+
+def test_rounding_does_not_grow_from_folder_to_folder(photos, tmp_path, logs):
+    recorded = []
+    for i in range(2):
+        add(photos, *(f"{name}.png" for name in range(i + 1)))
+        embed.open_source(config_of(photos, tmp_path / "cache", function="rounding"))
+        done = max((tmp_path / "cache" / "embedded").glob(f"*/{embed.DONE}"), key=lambda p: p.stat().st_mtime_ns)
+        recorded.append(files.read_state(done).output)
+    assert "120 of 122" not in logs.text and "121 of 122 images are embedded already" in logs.text
+    assert recorded[0] == recorded[1]
+
+
+def test_the_rate_is_of_what_is_embedded_now(photos, tmp_path, monkeypatch):
+    starts, progress = [], files.log.Progress
+
+    def recording(logger, task, total, **options):
+        starts.append((task, total, options.get("done")))
+        return progress(logger, task, total, **options)
+
+    monkeypatch.setattr(files.log, "Progress", recording)
+    embed.open_source(config_of(photos, tmp_path / "cache"))
+    add(photos, *NEW)
+    embed.open_source(config_of(photos, tmp_path / "cache"))
+    assert [s[1:] for s in starts if s[0].startswith("embedding images and")] == [(120, 0), (123, 120)]

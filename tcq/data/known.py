@@ -2,7 +2,7 @@
 
 import logging
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ class Known(NamedTuple):
     """Where the embeddings of N images are, if they are known."""
 
     folders: list[Folder]
+    places: list[Path]  # of the folders
     numbers: Int32[np.ndarray, " N"]  # of the folders; -1 for an image that is in none
     rows: Int64[np.ndarray, " N"]  # of the image there
 
@@ -43,26 +44,35 @@ def write(folder: Path, digests: Sequence[bytes], has_views: Bool[np.ndarray, " 
 def find(
     places: Sequence[Path], digests: Sequence[bytes], needs_views: Bool[np.ndarray, " N"], *, drawn_as: str
 ) -> Known:
-    """Looks for the embeddings of images in folders of the cache.
+    """Looks for the embeddings of images in folders of the cache, one after the other.
 
     An image that needs views is known where it has views, in a folder whose name has the part `drawn_as`. Folders that
     cannot be read are left out.
     """
-    known = Known([], np.full(len(digests), -1, np.int32), np.zeros(len(digests), np.int64))
+    known = Known([], [], np.full(len(digests), -1, np.int32), np.zeros(len(digests), np.int64))
     wanted: dict[bytes, list[int]] = {}
     for i, digest in enumerate(digests):
         wanted.setdefault(digest, []).append(i)
     for place in places:
         signals.poll()
-        opened = _open(place, views=drawn_as in place.name.split("-"))
-        if opened is None:
+        if not wanted:
+            break
+        drawn = drawn_as in place.name.split("-")
+        try:
+            rows, has_views = _rows(place, wanted)
+            own = {d: [i for i in wanted[d] if not needs_views[i] or (drawn and has_views[rows[d]])] for d in rows}
+            if not any(own.values()):
+                continue
+            known.folders.append(_open(place, len(has_views), views=drawn and bool(has_views.any())))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile, SourceError) as error:
+            logger.warning(f"{place} cannot be read ({error}): its embeddings are not used")
             continue
-        folder, theirs, has_views = opened
-        for row, digest in enumerate(theirs):
-            for i in wanted.get(digest, ()):
-                if known.numbers[i] < 0 and (not needs_views[i] or (folder.views is not None and has_views[row])):
-                    known.numbers[i], known.rows[i] = len(known.folders), row
-        known.folders.append(folder)
+        known.places.append(place)
+        for digest, images in own.items():
+            known.numbers[images], known.rows[images] = len(known.folders) - 1, rows[digest]
+            wanted[digest] = [i for i in wanted[digest] if known.numbers[i] < 0]
+            if not wanted[digest]:
+                del wanted[digest]
     return known
 
 
@@ -86,19 +96,25 @@ def _gathered(known: Known, images: np.ndarray, arrays: Sequence[Rows | None]) -
     return out
 
 
-def _open(place: Path, *, views: bool) -> tuple[Folder, list[bytes], np.ndarray] | None:
-    try:
-        with open(place / IMAGES, "rb") as file, np.load(file, allow_pickle=False) as saved:
-            digests, has_views = [row.tobytes() for row in saved["digests"]], saved["has_views"]
-        items = embeddings.read_shards(place, embeddings.ITEMS)
-        drawn = embeddings.read_shards(place, embeddings.VIEWS) if views and has_views.any() else None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, SourceError) as error:
-        logger.warning(f"{place} cannot be read ({error}): its embeddings are not used")
-        return None
-    if not len(items) == len(digests) == len(has_views) == len(items if drawn is None else drawn):
-        logger.warning(f"{place} is not complete: its embeddings are not used")
-        return None
-    return Folder(items, drawn), digests, has_views
+def _rows(place: Path, wanted: Container[bytes]) -> tuple[dict[bytes, int], np.ndarray]:
+    """The row of each wanted digest in a folder, one with views if there is one; which rows have views."""
+    with open(place / IMAGES, "rb") as file, np.load(file, allow_pickle=False) as saved:
+        digests, has_views = [row.tobytes() for row in saved["digests"]], saved["has_views"]
+    if len(digests) != len(has_views):
+        raise ValueError(f"{len(digests)} digests of {len(has_views)} images")
+    rows: dict[bytes, int] = {}
+    for row, digest in enumerate(digests):
+        if digest in wanted and (digest not in rows or (has_views[row] and not has_views[rows[digest]])):
+            rows[digest] = row
+    return rows, has_views
+
+
+def _open(place: Path, count: int, *, views: bool) -> Folder:
+    items = embeddings.read_shards(place, embeddings.ITEMS)
+    drawn = embeddings.read_shards(place, embeddings.VIEWS) if views else None
+    if not count == len(items) == len(items if drawn is None else drawn):
+        raise ValueError(f"embeddings of {len(items)} images, not of {count}")
+    return Folder(items, drawn)
 
 
 def _array(digests: Sequence[bytes]) -> np.ndarray:

@@ -3,6 +3,7 @@
 A user's function or a backbone embeds them.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -15,11 +16,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool
 from ml_collections import ConfigDict
 
 from tcq import config as configs
 from tcq import encode
-from tcq.data import cache, embeddings, known, sources, splits
+from tcq.data import cache, embeddings, known, shards, sources, splits
 from tcq.data.source import Source, SourceError
 from tcq.embed import files
 from tcq.models import embedder, retriever
@@ -44,12 +46,28 @@ def open_source(config: ConfigDict, order: Callable[[Source], Source] = lambda s
         return source
     _agree(config)
     named = _with_digests(source)
-    folder = Path(processes.on_first(lambda: str(_cache(config, named))))
-    _fill(folder, config, named)
+    has_views = _has_views(config, source)
+    folder = Path(processes.on_first(lambda: str(_cache(config, named, has_views))))
+    _fill(folder, config, named, has_views)
     processes.require_visible(folder / DONE)
-    processes.on_first(lambda: os.utime(folder / DONE))  # it is in use: see cleaning.delete_unused
-    cached = embeddings.open_folder(folder)
-    return source._replace(images=cached.images, views=cached.views, pictures=source.images)
+    processes.on_first(lambda: _mark_as_used(folder))
+    items = embeddings.read_shards(folder, embeddings.ITEMS)
+    views = embeddings.read_shards(folder, embeddings.VIEWS) if config.data.views else None
+    return source._replace(images=items, views=views, pictures=source.images)
+
+
+def _has_views(config: ConfigDict, source: Source) -> Bool[np.ndarray, " N"]:
+    """Which images get views: those for training and validation."""
+    split = splits.of_source(source, config.data)
+    has_views = np.zeros(len(source.images), bool)
+    has_views[np.union1d(split.train, split.validation)] = config.data.views > 0
+    return has_views
+
+
+def _mark_as_used(folder: Path) -> None:
+    """For `cleaning.delete_unused`. A cache of another user stays as it is."""
+    with contextlib.suppress(OSError):
+        os.utime(folder / DONE)
 
 
 def write(config: ConfigDict, out: str | Path) -> int:
@@ -157,15 +175,14 @@ def _contents(source: Source) -> bytes:
     return b"".join(source.digests)
 
 
-def _cache(config: ConfigDict, source: Source) -> Path:
+def _cache(config: ConfigDict, source: Source, has_views: Bool[np.ndarray, " N"]) -> Path:
     """The folder of the embeddings of a source, named by all that they depend on.
 
     The parts of the name are of the images as the function sees them, of the views, of the collection, and of the
     function. A folder that exists is taken if its embedder gave nearly the same.
     """
-    data, output = config.data, [float(x) for x in config.model.embedder_output]
-    of_collection = [data.protocol, data.split_seed, data.query, data.validation, data.labels]
-    collection = _digest(json.dumps(of_collection).encode() + _contents(source))
+    output = [float(x) for x in config.model.embedder_output]
+    collection = _digest(np.packbits(has_views).tobytes() + _contents(source))
     start = f"{_pixels(config)}-{_drawn_as(config)}-{collection}"
     own = _home(config) / f"{start}-{_digest(json.dumps(output).encode())}"
     for file in sorted(own.parent.glob(f"{start}-*/*.json")):
@@ -184,7 +201,9 @@ def _pixels(config: ConfigDict) -> str:
     """The part of a folder's name that tells how images are decoded."""
     data = config.data
     return _digest(
-        json.dumps([data.image_size, data.resize, data.interpolation, data.crop_share, data.max_pixels]).encode()
+        json.dumps(
+            [shards.VERSION, data.image_size, data.resize, data.interpolation, data.crop_share, data.max_pixels]
+        ).encode()
     )
 
 
@@ -206,22 +225,39 @@ def _find(config: ConfigDict, source: Source, has_views: np.ndarray) -> known.Kn
     return found
 
 
-def _earlier(config: ConfigDict) -> list[Path]:
-    """The folders of the cache with embeddings by the same function.
+def _output(config: ConfigDict, found: known.Known | None) -> tuple[float, ...]:
+    """The signature of the function that has embedded a collection.
 
-    Their images were decoded in the same way.
+    With copies it is that of their folder: rounding that grows from folder to folder would not be seen otherwise.
     """
-    output = config.model.embedder_output
-    found = sorted(_home(config).glob(f"{_pixels(config)}-*/{DONE}"))
+    state = files.read_state(found.places[0] / DONE) if found and found.places else None
+    return tuple(state.output if state else config.model.embedder_output)
+
+
+def _earlier(config: ConfigDict) -> list[Path]:
+    """The folders of the cache with embeddings by the same function, the newest first.
+
+    Their images were decoded in the same way, and they have one signature.
+    """
+    now = config.model.embedder_output
+    found = sorted(_home(config).glob(f"{_pixels(config)}-*/{DONE}"), key=_time, reverse=True)
     states = [(file.parent, files.read_state(file)) for file in found]
-    return [place for place, state in states if state and embedder.is_same(output, state.output)]
+    same = [(place, list(state.output)) for place, state in states if state and embedder.is_same(now, state.output)]
+    return [place for place, output in same if output == same[0][1]]
+
+
+def _time(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # it was deleted meanwhile
+        return 0.0
 
 
 def _digest(text: bytes) -> str:
     return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
-def _fill(folder: Path, config: ConfigDict, source: Source) -> None:
+def _fill(folder: Path, config: ConfigDict, source: Source, has_views: Bool[np.ndarray, " N"]) -> None:
     """Writes a folder of the cache, unless it is there."""
 
     def is_done() -> bool:
@@ -231,16 +267,13 @@ def _fill(folder: Path, config: ConfigDict, source: Source) -> None:
         return
     m = config.model
     embedder.require_same(m.embedder, config.data.image_size, tuple(m.embedder_output))
-    split = splits.of_source(source, config.data)
-    assert source.digests is not None
-    has_views = np.zeros(len(source.images), bool)
-    has_views[np.union1d(split.train, split.validation)] = config.data.views > 0
     with processes.entered_by_first(lambda: files.locked(folder)):
         if processes.on_first(is_done):  # by another run, meanwhile
             return
         partial = files.partial(folder)
-        state = files.State(folder.name, m.embedder_output)
-        files.write(partial, state, _run_of(config), source, has_views, config.data, _find(config, source, has_views))
+        found = _find(config, source, has_views)
+        state = files.State(folder.name, processes.on_first(lambda: list(_output(config, found))))
+        files.write(partial, state, _run_of(config), source, has_views, config.data, found)
 
         def publish() -> None:
             assert source.digests is not None

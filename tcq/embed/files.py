@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from tcq.models import embedder
 from tcq.runtime import locks, log, processes, signals, storage
 
 BLOCK = 64  # images embedded at a time
-COPIED = 1024  # embeddings copied at a time
+COPIED = 2**26  # bytes copied at a time
 SHARD = 2**16  # rows of a file, at most
 FILES = 32  # of a collection below 2^21 images; as many processes can share the work
 SEED = 0  # of the views: runs with other seeds share them
@@ -96,6 +96,15 @@ class _Work(NamedTuple):
     views: int
 
 
+class _File(NamedTuple):
+    """The files of one number: some images in order."""
+
+    number: int
+    first: int  # image
+    is_done: np.ndarray  # for each image
+    shards: list[Any]  # one of each kind, mapped; empty until the width is known
+
+
 def write(
     folder: Path,
     state: State,
@@ -119,22 +128,19 @@ def write(
     work = _Work(folder, names, images, view_seeds(source.digests), has_views, known, run, draw, data.views)
     size = min(SHARD, max(BLOCK, -(-len(images) // FILES)))
     own = list(enumerate(range(0, len(images), size)))[jax.process_index() :: jax.process_count()]
-    spans = [(number, first, min(first + size, len(images))) for number, first in own]
-    done = {number: _done(folder, names, number) for number, *_ in spans}
+    of = {n: _File(n, first, _done(folder, names, n, min(size, len(images) - first)), []) for n, first in own}
+    _copy_known(work, of.values())
     task = f"embedding images and {data.views} views each" + (", share of process 0" if processes.several() else "")
-    total = sum(stop - first for _, first, stop in spans)
-    embedded = sum(done.values())
-    progress = log.Progress(logger, task, total, done=embedded)
-    for number, first, stop in spans:
-        for end in _write_file(work, number, (first, stop), first + done[number]):
-            embedded += end - first - done[number]
-            done[number] = end - first
-            progress.update(embedded)
+    embedded = sum(int(file.is_done.sum()) for file in of.values())
+    progress = log.Progress(logger, task, sum(len(file.is_done) for file in of.values()), done=embedded)
+    for count in _embed_missing(work, of, size):
+        embedded += count
+        progress.update(embedded)
     processes.exchange(None)  # all are done
 
     def finish() -> None:
         embeddings.write_metadata(folder, source.names, source.labels, source.classes)
-        for path in folder.glob("*.json"):
+        for path in (folder / STATE, *folder.glob("[0-9]*.done")):
             path.unlink()
 
     processes.on_first(finish)
@@ -148,61 +154,75 @@ def view_seeds(digests: Sequence[bytes]) -> Int32[np.ndarray, " N"]:
     return np.array([int.from_bytes(digest[:4], "big") >> 1 for digest in digests], np.int32)
 
 
-def _write_file(work: _Work, number: int, span: tuple[int, int], begin: int) -> Iterator[int]:
-    """Embeds the images from `begin` on, for the files of one number.
+def _embed_missing(work: _Work, of: dict[int, _File], size: int) -> Iterator[int]:
+    """Embeds the images that are not done, and writes them to the files of their numbers.
 
-    `span` is the first image of the files and the end. Yields again and again the image before which all are done.
+    All blocks but the last with and the last without views have one size: functions may be compiled for it. Yields the
+    number of images of each block.
     """
-    first, stop = span
-    rows = np.arange(begin, stop)
-    missing, shards = rows, []
-    if work.known is not None and (work.known.numbers[rows] >= 0).any():
-        missing = rows[work.known.numbers[rows] < 0]
-        shards = _shards(work, number, span, work.known.folders[0].items.shape[1], new=begin == first)
-        _copy(work, np.setdiff1d(rows, missing), shards, first)
-    recorded = time.monotonic()
-    for start in range(0, len(missing), BLOCK):
-        signals.poll()
-        block = missing[start : start + BLOCK]
-        pixels = np.asarray(work.images[block])
-        plain = work.run(pixels)
-        shards = shards or _shards(work, number, span, plain.shape[1], new=begin == first)
-        shards[0][block - first] = plain
-        here = work.has_views[block]
-        for view in range(work.views) if here.any() else ():
-            drawn = np.asarray(work.draw(pixels, work.seeds[block], np.int32(view)))[here]
-            shards[1][block[here] - first, view] = work.run(drawn)
-        end = int(missing[start + BLOCK]) if start + BLOCK < len(missing) else stop
-        if time.monotonic() - recorded >= EVERY or end == stop:
-            _record(work.folder, number, shards, end - first)
-            recorded = time.monotonic()
-        yield end
-    if len(rows) and not len(missing):
-        _record(work.folder, number, shards, stop - first)
-        yield stop
+    missing = np.concatenate([f.first + np.flatnonzero(~f.is_done) for f in of.values()] or [np.zeros(0, np.int64)])
+    recorded, changed = time.monotonic(), set()
+    for rows in (missing[work.has_views[missing]], missing[~work.has_views[missing]]):
+        for start in range(0, len(rows), BLOCK):
+            signals.poll()
+            block = rows[start : start + BLOCK]
+            pixels = np.asarray(work.images[block])
+            plain = work.run(pixels)
+            drawn = range(work.views) if work.has_views[block[0]] else ()
+            views = [work.run(np.asarray(work.draw(pixels, work.seeds[block], np.int32(view)))) for view in drawn]
+            for number in np.unique(block // size):
+                here = block // size == number
+                _store(work, of[number], block[here], plain[here], [view[here] for view in views])
+                changed.add(number)
+            if time.monotonic() - recorded >= EVERY:
+                _record(work.folder, [of[number] for number in changed])
+                recorded, changed = time.monotonic(), set()
+            yield len(block)
+    _record(work.folder, [of[number] for number in changed])
 
 
-def _copy(work: _Work, images: np.ndarray, shards: Sequence[np.ndarray], first: int) -> None:
-    """Copies the embeddings of images that are known into files, whose first image is `first`."""
-    assert work.known is not None
-    for start in range(0, len(images), COPIED):
-        signals.poll()
-        block = images[start : start + COPIED]
-        shards[0][block - first] = earlier.items(work.known, block)
-        viewed = block[work.has_views[block]]
-        if work.views and len(viewed):
-            shards[1][viewed - first] = earlier.views(work.known, viewed)
+def _copy_known(work: _Work, of: Iterable[_File]) -> None:
+    """Copies the embeddings that are known."""
+    if work.known is None or not work.known.folders:
+        return
+    bytes_of_row = 4 * (1 + work.views) * work.known.folders[0].items.shape[1]
+    most = max(COPIED // bytes_of_row, 1)
+    for file in of:
+        images = file.first + np.flatnonzero(~file.is_done)
+        images = images[work.known.numbers[images] >= 0]
+        for has_views in (True, False):
+            rows = images[work.has_views[images] == has_views]
+            for start in range(0, len(rows), most):
+                signals.poll()
+                block = rows[start : start + most]
+                views = list(earlier.views(work.known, block).swapaxes(0, 1)) if has_views else []
+                _store(work, file, block, earlier.items(work.known, block), views)
+        if len(images):
+            _record(work.folder, [file])
+
+
+def _store(work: _Work, file: _File, images: np.ndarray, plain: np.ndarray, views: Sequence[np.ndarray]) -> None:
+    """Writes embeddings of images of a file, (n, F) and one (n, F) for each view."""
+    if not file.shards:
+        shapes = (len(file.is_done), plain.shape[1]), (len(file.is_done), work.views, plain.shape[1])
+        named, new = zip(work.names, shapes, strict=False), not file.is_done.any()
+        file.shards.extend(_shard(work.folder, name, file.number, shape, new=new) for name, shape in named)
+    rows = images - file.first
+    file.shards[0][rows] = plain
+    for view, values in enumerate(views):
+        file.shards[1][rows, view] = values
+    file.is_done[rows] = True
 
 
 def _begin(folder: Path, names: Sequence[str], state: State) -> None:
     """Deletes all files if they are of other images, or embedded in another way."""
     before = read_state(folder / STATE)
     if before and before.of == state.of and embedder.is_same(state.output, before.output):
-        counts = [_done(folder, names, int(path.stem)) for path in folder.glob("[0-9]*.json")]
-        if any(counts):
-            logger.info(f"{folder}: going on after {sum(counts):,} images")
+        done = sum(int(_read(path).sum()) for path in folder.glob("[0-9]*.done"))
+        if done:
+            logger.info(f"{folder}: going on after {done:,} images")
         return
-    for path in folder.glob("*.json"):
+    for path in (*folder.glob("*.json"), *folder.glob("[0-9]*.done")):
         path.unlink()
     for name in names:
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -210,30 +230,28 @@ def _begin(folder: Path, names: Sequence[str], state: State) -> None:
     write_state(folder / STATE, state)
 
 
-def _done(folder: Path, names: Sequence[str], number: int) -> int:
-    """How many images of the files of one number are embedded."""
-    record = storage.read(folder / f"{number}.json")
-    if record is None or not all(_file(folder, name, number).is_file() for name in names):
-        return 0
-    return int(json.loads(record)["images"])
+def _done(folder: Path, names: Sequence[str], number: int, count: int) -> Bool[np.ndarray, " n"]:
+    """Which images of the files of one number are embedded."""
+    record = _read(folder / f"{number}.done")
+    complete = len(record) == count and all(_file(folder, name, number).is_file() for name in names)
+    return record if complete else np.zeros(count, bool)
 
 
-def _record(folder: Path, number: int, shards: Sequence[Any], count: int) -> None:
-    """Records the number of images that are on the disk."""
-    for shard in shards:
-        shard.flush()
-    storage.write_text(folder / f"{number}.json", json.dumps({"images": count}))
+def _read(path: Path) -> Bool[np.ndarray, " n"]:
+    return np.frombuffer(storage.read(path) or b"", bool).copy()
+
+
+def _record(folder: Path, of: Iterable[_File]) -> None:
+    """Records which images are on the disk."""
+    for file in of:
+        for shard in file.shards:
+            shard.flush()
+        with storage.atomic(folder / f"{file.number}.done") as temporary:
+            temporary.write_bytes(file.is_done.tobytes())
 
 
 def _file(folder: Path, name: str, number: int) -> Path:
     return folder / name / f"{name}_{number}.npy"
-
-
-def _shards(work: _Work, number: int, span: tuple[int, int], width: int, *, new: bool) -> list[np.ndarray]:
-    """The mapped files of one number, one of each kind."""
-    count = span[1] - span[0]
-    shapes = (count, width), (count, work.views, width)
-    return [_shard(work.folder, name, number, shape, new=new) for name, shape in zip(work.names, shapes, strict=False)]
 
 
 def _shard(folder: Path, name: str, number: int, shape: tuple[int, ...], *, new: bool) -> np.ndarray:

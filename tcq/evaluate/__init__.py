@@ -139,8 +139,8 @@ def _warn_of_baselines(scores: Mapping[str, float | None], bits: int) -> None:
     if better:
         best, name = max(better)
         logger.warning(
-            f"{report.NAMES[name]} scores {best:.3f} with {bits} bits, and this run {own:.3f}: train longer, or say "
-            f"with loss.clip=kinds=N how many kinds of things there are (tcq judge finds it)"
+            f"{report.NAMES[name]} scores {best:.3f} with {bits} bits, and this run {own:.3f}: train longer, or "
+            f"compare other values of loss.clip, such as kinds=N for N kinds of things, or what tcq judge finds"
         )
 
 

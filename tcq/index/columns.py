@@ -66,7 +66,7 @@ def read(file: str | Path) -> pa.Table:
 
 
 def of_metadata(folder: str | Path, names: Sequence[str]) -> pa.Table | None:
-    """The columns that the metadata of a folder of embeddings has beside the names of the items.
+    """The columns of the metadata of a folder of embeddings, beside that of the names.
 
     Those whose names tcq uses itself are left out. None if there are none. Raises SourceError.
     """

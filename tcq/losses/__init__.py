@@ -217,7 +217,9 @@ def _pool(settings: _blocked.Settings, batch: _blocked.Batch, clip: ArrayLike) -
     if isinstance(clip, int | float):
         pairs = jnp.uint32(int(clip * num_anchors + 1e-6))
     else:
-        mean = jnp.clip(jnp.asarray(clip), 0, num_anchors - 2 + batch.filled)
+        mean = jnp.asarray(clip)
+        mean = mean.astype(jnp.float32 if jnp.issubdtype(mean.dtype, jnp.floating) else jnp.int32)
+        mean = jnp.clip(mean, 0, (num_anchors - 2 + batch.filled).astype(mean.dtype))
         whole = mean.astype(jnp.uint32)  # computed apart: a product in float32 would lose pairs
         rest = (mean - whole.astype(mean.dtype)).astype(jnp.float32) * num_anchors
         error = jnp.minimum(mean.astype(jnp.float32) * num_anchors * 6e-8, 0.5)  # of a mean in float32
@@ -228,8 +230,8 @@ def _pool(settings: _blocked.Settings, batch: _blocked.Batch, clip: ArrayLike) -
 def _check(o: _Options, *, batch_size: int, queue_size: int) -> None:
     """Raises ValueError for options out of their range; the batch size is global."""
     num_negatives = 2 * batch_size - 2 + queue_size
-    if not num_negatives:
-        raise ValueError("a batch of 1 image has no negatives: use a larger batch, or a queue")
+    if num_negatives <= 0:
+        raise ValueError(f"a batch of {batch_size} images has no negatives: use a larger batch, or a queue")
     if not TEMPERATURES[0] <= o.temperature <= TEMPERATURES[1]:
         raise ValueError(f"temperature {o.temperature} must be from {TEMPERATURES[0]} to {TEMPERATURES[1]:.0f}")
     if isinstance(o.clip, int | float) and not 0 <= o.clip <= num_negatives:

@@ -179,7 +179,13 @@ def _compare(folder: Path, source: Source, data: dict[str, Any]) -> None:
     stored = json.loads(text)
     by_contents = "contents_sha256" in stored and "contents_sha256" in data
     compared = ("images", "split_sha256", "contents_sha256" if by_contents else "names_sha256")
-    if any(stored.get(key) != data[key] for key in compared):
+    different = [key for key in compared if stored.get(key) != data[key]]
+    if different == ["split_sha256"]:
+        raise protocols.ProtocolError(
+            "the images are those of this run, but their split has changed: restore data.protocol, data.split_seed, "
+            "data.query, data.validation and the labels, or train in a new --workdir"
+        )
+    if different:
         raise protocols.ProtocolError(
             f"the images have changed since this run began: {stored['images']:,} then, {data['images']:,} now"
             f"{_differences(folder, source)}. That changes the split: restore the images, or train in a new --workdir"

@@ -257,6 +257,16 @@ def test_a_traced_clip_stays_between_none_and_all(scope):
             np.testing.assert_allclose(run(jnp.float32(number)), truth, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["f4", "f2", "i1", "i4"])
+def test_a_traced_clip_of_any_type(dtype):
+    a, b = views()
+    with jax.numpy_dtype_promotion("strict"):
+        run = jax.jit(lambda clip: losses.nt_xent(a, b, temperature=0.2, clip=clip, clip_scope="batch")[0])
+        got = run(jnp.asarray(3, dtype))
+    truth = losses.nt_xent(a, b, temperature=0.2, clip=3, clip_scope="batch")[0]
+    np.testing.assert_allclose(got, truth, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["i1", "u1", "f4"])
 def test_many_labels_in_a_small_dtype_are_shared(dtype):
     a, b = views(8)
@@ -314,7 +324,7 @@ def test_errors_carry_the_numbers(untyped):
         "temperature inf": {"temperature": np.inf},
         "temperature nan": {"temperature": np.nan},
         "temperature 2e-05": {"temperature": 2e-5},
-        "a batch of 1 image has no negatives": {"a": a[:1], "b": b[:1]},
+        "a batch of 1 images has no negatives": {"a": a[:1], "b": b[:1]},
         "debias 1.0 is a share": {"debias": 1.0},
         "block_size 0 must be": {"block_size": 0},
         "gather 'some' is unknown": {"gather": "some"},

@@ -149,6 +149,11 @@ class TestFolder:
         finally:
             added.unlink()
 
+    def test_another_split_of_the_same_images_is_no_change_of_images(self, folder):
+        c = small.config(f"data.source=folder:{folder / 'images'}", *self.CONFIG, "data.split_seed=3")
+        with pytest.raises(protocols.ProtocolError, match="are those of this run, but their split has changed"):
+            train.train(c, folder / "run", allow_changes=True)
+
     @pytest.mark.whole
     def test_no_labels_and_no_validation(self, folder):
         flags = [f"data.source=folder:{folder / 'images' / 'a'}", *self.CONFIG, "data.query=0"]
