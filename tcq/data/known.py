@@ -97,7 +97,10 @@ def _gathered(known: Known, images: np.ndarray, arrays: Sequence[Rows | None]) -
 
 
 def _rows(place: Path, wanted: Container[bytes]) -> tuple[dict[bytes, int], np.ndarray]:
-    """The row of each wanted digest in a folder, one with views if there is one; which rows have views."""
+    """The row of each wanted digest in a folder, and which rows have views.
+
+    Of rows of one digest it is one with views, if there is one.
+    """
     with open(place / IMAGES, "rb") as file, np.load(file, allow_pickle=False) as saved:
         digests, has_views = [row.tobytes() for row in saved["digests"]], saved["has_views"]
     if len(digests) != len(has_views):

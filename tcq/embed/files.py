@@ -161,15 +161,12 @@ def _embed_missing(work: _Work, of: dict[int, _File], size: int) -> Iterator[int
     number of images of each block.
     """
     missing = np.concatenate([f.first + np.flatnonzero(~f.is_done) for f in of.values()] or [np.zeros(0, np.int64)])
+    parts = missing[work.has_views[missing]], missing[~work.has_views[missing]]
     recorded, changed = time.monotonic(), set()
-    for rows in (missing[work.has_views[missing]], missing[~work.has_views[missing]]):
-        for start in range(0, len(rows), BLOCK):
+    try:
+        for block in (rows[start : start + BLOCK] for rows in parts for start in range(0, len(rows), BLOCK)):
             signals.poll()
-            block = rows[start : start + BLOCK]
-            pixels = np.asarray(work.images[block])
-            plain = work.run(pixels)
-            drawn = range(work.views) if work.has_views[block[0]] else ()
-            views = [work.run(np.asarray(work.draw(pixels, work.seeds[block], np.int32(view)))) for view in drawn]
+            plain, views = _embed(work, block)
             for number in np.unique(block // size):
                 here = block // size == number
                 _store(work, of[number], block[here], plain[here], [view[here] for view in views])
@@ -178,7 +175,16 @@ def _embed_missing(work: _Work, of: dict[int, _File], size: int) -> Iterator[int
                 _record(work.folder, [of[number] for number in changed])
                 recorded, changed = time.monotonic(), set()
             yield len(block)
-    _record(work.folder, [of[number] for number in changed])
+    finally:  # also where it is stopped
+        _record(work.folder, [of[number] for number in changed])
+
+
+def _embed(work: _Work, block: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The embeddings of some images, and of each of their views if they get any."""
+    pixels = np.asarray(work.images[block])
+    drawn = range(work.views) if work.has_views[block[0]] else ()
+    views = [work.run(np.asarray(work.draw(pixels, work.seeds[block], np.int32(view)))) for view in drawn]
+    return work.run(pixels), views
 
 
 def _copy_known(work: _Work, of: Iterable[_File]) -> None:
