@@ -191,7 +191,7 @@ def test_heic_by_the_extra(picture, monkeypatch):
     assert np.abs(got - images.decode(png(picture), size=48)).mean() < 6
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     images._factories.cache_clear()
-    with pytest.raises(images.ImageError, match=r"pip install 'tcq\[heic\]'"):
+    with pytest.raises(images.ImageError, match=r"pip install pillow-heif"):
         images.decode(out.getvalue(), size=48)
     images._factories.cache_clear()
 
