@@ -141,6 +141,7 @@ def test_a_stopped_call_goes_on_beside_what_is_known(photos, tmp_path, monkeypat
     assert_same(source, embed.open_source(config_of(photos, tmp_path / "fresh")))
 
 
+@pytest.mark.whole
 def test_tcq_embed_takes_what_training_embedded(photos, tmp_path, counted):
     config = config_of(photos, tmp_path / "cache")
     source = embed.open_source(config)
@@ -170,6 +171,7 @@ def test_an_index_of_the_training_images_embeds_none(photos, tmp_path, counted, 
     np.testing.assert_array_equal(encode.codes(fresh, queries), opened.codes)
 
 
+@pytest.mark.whole
 def test_a_collection_is_embedded_in_blocks(photos, tmp_path, counted, monkeypatch):
     train.train(config_of(photos, tmp_path / "cache"), tmp_path / "run")
     encoder = encode.load(tmp_path / "run", which="latest")
@@ -201,6 +203,7 @@ def test_images_that_changed_are_refused_before_they_are_embedded(photos, tmp_pa
     assert not counted
 
 
+@pytest.mark.whole
 def test_embeddings_in_use_are_not_deleted_as_unused(photos, tmp_path, counted):
     config = config_of(photos, tmp_path / "cache")
     embed.open_source(config)
@@ -276,6 +279,7 @@ def test_rounding_does_not_grow_from_folder_to_folder(photos, tmp_path, logs):
     assert recorded[0] == recorded[1]
 
 
+@pytest.mark.whole
 def test_the_rate_is_of_what_is_embedded_now(photos, tmp_path, monkeypatch):
     starts, progress = [], files.log.Progress
 
