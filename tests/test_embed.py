@@ -208,6 +208,7 @@ def rounding(cache, *more, workdir=None):
     return configs.load("configs/digits.py", overrides, workdir=workdir)
 
 
+@pytest.mark.whole
 def test_a_function_that_rounds_differently_is_the_same(tmp_path, monkeypatch):
     embed.open_source(rounding(tmp_path))
     other = rounding(tmp_path, "train.seed=1")
@@ -375,6 +376,7 @@ def unit(x):
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
+@pytest.mark.whole
 def test_codes_that_lose_neighbours_are_a_warning(tmp_path, logs, monkeypatch):
     monkeypatch.setattr(runs, "LOST", 1.5)
     source = f"data.source=embeddings:{folder_of(tmp_path / 'e', 0)}"

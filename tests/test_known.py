@@ -151,7 +151,7 @@ def test_tcq_embed_takes_what_training_embedded(photos, tmp_path, counted):
     assert_same(source, embed.embeddings.open_folder(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("way", [pytest.param("build", marks=pytest.mark.whole), "update", "parts"])
+@pytest.mark.parametrize("way", [*(pytest.param(w, marks=pytest.mark.whole) for w in ("build", "parts")), "update"])
 def test_an_index_of_the_training_images_embeds_none(photos, tmp_path, counted, way):
     train.train(config_of(photos, tmp_path / "cache"), tmp_path / "run")
     fresh = encode.load(tmp_path / "run", which="latest")

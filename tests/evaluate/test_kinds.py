@@ -123,6 +123,7 @@ def test_a_question_has_open_pairs_of_many_ranks():
     assert kinds.draw(weights, ranks, np.zeros_like(is_open), random) is None
 
 
+@pytest.mark.whole
 def test_pairs_are_drawn_as_often_as_their_answers_are_uncertain():
     ranks, random = collection(0, 60), np.random.RandomState(1)
     is_open, weights = ~np.eye(60, dtype=bool), np.zeros_like(kinds.posterior([]))

@@ -165,6 +165,7 @@ def test_a_warmup_that_does_not_fit_is_logged(tmp_path, logs):
     assert "optim.warmup_steps 100 does not fit a run of 10 steps and is reduced to 1" in logs.text
 
 
+@pytest.mark.whole
 def test_a_collapsed_codebook_is_a_warning(tmp_path, logs):
     train.train(small.config("train.total_steps=10", "eval.every_steps=0", "optim.learning_rate=1.0"), tmp_path)
     assert logs.text.count("a codebook has collapsed: images use 1.") == 1
