@@ -41,9 +41,11 @@ class Journal:
 
     def last(self, group: str) -> dict[str, float]:
         """The newest values of a group when the journal was opened; empty if there were none."""
-        start = f"{group}/"
-        found = ({k.removeprefix(start): v for k, v in line.items() if k.startswith(start)} for line in self._before)
-        return next((values for values in reversed(list(found)) if values), {})
+        for line in reversed(self._before):
+            values = {k.removeprefix(f"{group}/"): v for k, v in line.items() if k.startswith(f"{group}/")}
+            if values:
+                return values
+        return {}
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes a line of JSON and a TensorBoard scalar for each value.
