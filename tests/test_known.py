@@ -11,7 +11,7 @@ from PIL import Image
 import small
 from tcq import config as configs
 from tcq import embed, encode, evaluate, index, train
-from tcq.data import cleaning, known, protocols, splits
+from tcq.data import cleaning, known, protocols, shards, splits
 from tcq.embed import files
 from tcq.evaluate import judge
 from tcq.index import parts
@@ -292,3 +292,27 @@ def test_the_rate_is_of_what_is_embedded_now(photos, tmp_path, monkeypatch):
     add(photos, *NEW)
     embed.open_source(config_of(photos, tmp_path / "cache"))
     assert [s[1:] for s in starts if s[0].startswith("embedding images and")] == [(120, 0), (123, 120)]
+
+
+def test_images_that_another_version_decoded_are_embedded_again(photos, tmp_path, counted, monkeypatch):
+    embed.open_source(config_of(photos, tmp_path / "cache"))
+    monkeypatch.setattr(shards, "VERSION", shards.VERSION + 1)
+    counted.clear()
+    embed.open_source(config_of(photos, tmp_path / "cache"))
+    assert sum(counted) == 120 * (1 + VIEWS)
+
+
+def test_what_is_known_is_copied_in_blocks_of_few_bytes(photos, tmp_path, counted, monkeypatch):
+    embed.open_source(config_of(photos, tmp_path / "cache"))
+    add(photos, *NEW)
+    rows, store = [], files._store
+
+    def storing(work, file, images, plain, views):
+        rows.append(len(images))
+        store(work, file, images, plain, views)
+
+    monkeypatch.setattr(files, "_store", storing)
+    monkeypatch.setattr(files, "COPIED", 10 * 4 * 48 * (1 + VIEWS))
+    source = embed.open_source(config_of(photos, tmp_path / "cache"))
+    assert max(rows) == 10 and sum(rows) == 120 + len(NEW)
+    assert_same(source, embed.open_source(config_of(photos, tmp_path / "fresh")))
