@@ -1,6 +1,6 @@
-"""A picture of what two runs find for the same queries: before (upper row of each pair) and after (lower row).
+"""A picture of what two runs find for the same queries, in two rows each.
 
-    python benchmarks/compare.py --before=runs/none --after=runs/clipped --out=compare.png
+    python benchmarks/compare.py --before=runs/none --after=runs/clipped --names 'not clipped' clipped --out=compare.png
 
 The queries are quantiles of the change in average precision over all test queries, from the largest gain to the largest
 loss; none is picked by hand. Both runs need the same images and split.
@@ -45,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag in ("before", "after", "out"):
         parser.add_argument(f"--{flag}", required=True)
+    parser.add_argument("--names", nargs=2, default=("before", "after"))
     arguments = parser.parse_args()
     runs = [rankings(workdir) for workdir in (arguments.before, arguments.after)]
     source, split = runs[0][2:]
@@ -60,7 +61,8 @@ def main() -> None:
         [pictures[split.query[query]] for query, _ in rows],
         [[pictures[split.database[i]] for i in run[0][query, :NEAREST]] for query, run in rows],
         right=np.stack([run[1][query, :NEAREST] for query, run in rows]),
-        title=f"the same queries before and after; mAP {precision[0].mean():.3f} and {precision[1].mean():.3f}",
+        name=list(arguments.names) * len(shown),
+        title=" and ".join(f"{name}: mAP {p.mean():.3f}" for name, p in zip(arguments.names, precision, strict=True)),
     )
 
 

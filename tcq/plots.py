@@ -31,12 +31,12 @@ def gallery(
     right: Bool[np.ndarray, "Q k"] | None = None,
     marks: tuple[Mapping[str, Any], Mapping[str, Any]] = (RIGHT, WRONG),
     title: str = "",
-    name: str = "query",
+    name: str | Sequence[str] = "query",
 ) -> None:
     """Writes a picture with a row per query: the query, then its neighbours, best first.
 
-    The query has the caption `name`. Where `right` is given, each neighbour has the first of the marks if it is right
-    (solid frame, check mark), else the second one (dashed frame, cross).
+    The query has the caption `name`, or the one of its row. Where `right` is given, each neighbour has the first of the
+    marks if it is right (solid frame, check mark), else the second one (dashed frame, cross).
     Raises OSError if the file cannot be written, ValueError for an unknown file format.
     """
     rows, columns = len(queries), 1 + max(len(n) for n in neighbours)
@@ -44,7 +44,7 @@ def gallery(
     axis = figure.add_axes((0, 0, 1, 1))  # one for all: an axis for each image would take most of the time
     axis.axis("off")
     for r in range(rows):
-        _image(axis, queries[r], (r, 0), name, None)
+        _image(axis, queries[r], (r, 0), name if isinstance(name, str) else name[r], None)
         for c, pixels in enumerate(neighbours[r]):
             caption = captions[r][c] if captions is not None else ""
             mark = None if right is None else marks[0] if right[r][c] else marks[1]

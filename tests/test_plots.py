@@ -29,6 +29,18 @@ def test_each_image_is_in_its_row_and_column_with_its_mark(tmp_path):
             assert near.any() == (mark is other), (row, column)
 
 
+def test_each_row_has_its_name(tmp_path):
+    images = [np.full((8, 8, 3), colour, np.uint8) for colour in COLOURS[:2]]
+    drawn = {}
+    for name in ("one", "two", ("one", "two")):
+        plots.gallery(tmp_path / "x.png", images, [[], []], name=name)
+        with Image.open(tmp_path / "x.png") as picture:
+            drawn[name] = np.asarray(picture.convert("RGB"))
+    for row, name in enumerate(("one", "two")):
+        np.testing.assert_array_equal(_cell(drawn["one", "two"], row, 0), _cell(drawn[name], row, 0))
+        assert (_cell(drawn["one"], row, 0) != _cell(drawn["two"], row, 0)).any()
+
+
 def _cell(pixels, row, column):
     """The pixels of a cell, 150 x 132 at 120 pixels per inch."""
     top, left = (round(120 * x) for x in (plots.TITLE + row * plots.CELL[1], column * plots.CELL[0]))
