@@ -12,7 +12,8 @@ both views and the global batch, and that a clipped pair has no value and no gra
 many false negatives loses many, one that has none loses none.
 
 All functions work on one device and inside a mapped axis (`axis_name`): rows stay local, columns are gathered, and loss
-and logs are those of the global batch. Differentiate, then average the gradients over the axis.
+and logs are those of the global batch. Differentiate, then average the gradients over the axis. `jax.shard_map` needs
+`check_vma=False`.
 """
 
 from typing import Any, NamedTuple, TypeVar
@@ -48,7 +49,7 @@ class Queue(NamedTuple):
     """Vectors of earlier batches: further negatives of every anchor, the same on all devices."""
 
     vectors: Float[Array, "Q D"]
-    filled: Int[Array, ""] | int  # entries that are valid, from the first on
+    filled: Int[Array, ""] | int  # entries that are valid, from the first on; clamped to 0 to Q
 
 
 class _Options(NamedTuple):
@@ -88,7 +89,7 @@ def nt_xent(
       temperature: divisor of the cosine similarities, within TEMPERATURES.
       clip: number of negatives dropped for each anchor, of the 2B - 2 in the batch and those in the queue, most similar
         first: exactly that many; ties go by their order in [a, b, queue]. 0 is plain NT-Xent. An array may change from
-        step to step without recompilation; its value is clamped, not checked.
+        step to step without recompilation; its value is clamped, and for "anchor" rounded down, not checked.
       clip_scope: "anchor": each anchor loses `clip` negatives. "batch": of all negative pairs of the global batch the
         clip x 2B most similar ones are dropped, so `clip` is the mean of each anchor, and may be a float (rounded down
         to whole pairs); ties go by the order of the anchors in [a, b], then by that of their columns. A pair counts
@@ -165,9 +166,7 @@ def contrastive_loss(
 def _mean_over_pairs(pairs: list[tuple[ArrayLike, ArrayLike]], o: _Options) -> tuple[Array, Logs]:
     """Mean loss and logs over pairs of views, whose columns are gathered together."""
     o = o._replace(clip=o.clip.item() if isinstance(o.clip, np.generic) else o.clip)
-    shapes = {jnp.shape(view) for pair in pairs for view in pair}
-    if len(shapes) > 1 or len(next(iter(shapes))) != 2:
-        raise ValueError(f"the views must have one shape (B, D), got {', '.join(map(str, sorted(shapes)))}")
+    _check_shapes(o, {jnp.shape(view) for pair in pairs for view in pair})
     views = unit(jnp.stack([jnp.stack([jnp.asarray(v, jnp.float32) for v in pair]) for pair in pairs]))  # (P, 2, b, D)
     b, width = views.shape[2:]
     num_columns = 2 * b * (1 if o.axis_name is None else jax.lax.axis_size(o.axis_name))
@@ -196,7 +195,7 @@ def _mean_over_pairs(pairs: list[tuple[ArrayLike, ArrayLike]], o: _Options) -> t
             queue=unit(jnp.asarray(queue.vectors, jnp.float32)),
             own=own,
             partner=(own + num_columns // 2) % num_columns,
-            filled=jnp.asarray(queue.filled, jnp.int32),
+            filled=jnp.clip(jnp.asarray(queue.filled, jnp.int32), 0, len(queue.vectors)),
             clip=jnp.asarray(0 if o.clip_scope == "batch" else o.clip, jnp.int32),
             pool=None,
             labels=labels,
@@ -225,6 +224,22 @@ def _pool(settings: _blocked.Settings, batch: _blocked.Batch, clip: ArrayLike) -
         error = jnp.minimum(mean.astype(jnp.float32) * num_anchors * 6e-8, 0.5)  # of a mean in float32
         pairs = whole * jnp.uint32(num_anchors) + jnp.floor(rest + error).astype(jnp.uint32)
     return _pooled.pool(settings, jax.lax.stop_gradient(batch), jnp.minimum(pairs, most))
+
+
+def _check_shapes(o: _Options, views: set[tuple[int, ...]]) -> None:
+    """Raises ValueError for views, labels, queue or clip of another shape."""
+    shape = next(iter(views))
+    if len(views) > 1 or len(shape) != 2 or not shape[1]:
+        raise ValueError(f"the views must have one shape (B, D), got {', '.join(map(str, sorted(views)))}")
+    if o.labels is not None and (np.ndim(o.labels) not in (1, 2) or len(o.labels) != shape[0]):  # type: ignore[arg-type]
+        raise ValueError(f"labels {np.shape(o.labels)} must be ({shape[0]},) or ({shape[0]}, L) for views {shape}")
+    if o.queue is not None and (not isinstance(o.queue, Queue) or np.shape(o.queue.vectors)[1:] != shape[1:]):
+        got = np.shape(o.queue.vectors) if isinstance(o.queue, Queue) else type(o.queue).__name__
+        raise ValueError(f"queue {got} must be a losses.Queue of vectors (Q, {shape[1]}) for views {shape}")
+    if isinstance(o.clip, str | None) or np.shape(o.clip):
+        raise ValueError(f"clip {o.clip!r} must be one number")
+    if not isinstance(o.block_size, int | np.integer | None):
+        raise ValueError(f"block_size {o.block_size} must be an integer or None")
 
 
 def _check(o: _Options, *, batch_size: int, queue_size: int) -> None:

@@ -83,6 +83,10 @@ def test_only_valid_entries_of_the_queue_count():
         np.testing.assert_allclose(loss, oracle.nt_xent(a, b, 0.2, 2, queue=vectors[:filled]), rtol=1e-5)
     loss, _ = losses.nt_xent(a, b, temperature=0.2, clip=9, queue=losses.Queue(vectors, jnp.int32(0)))
     assert float(loss) == 0  # all 6 negatives are clipped
+    for filled, valid in ((-2, 0), (7, 3)):
+        queue = losses.Queue(vectors[:3], jnp.int32(filled))
+        loss, _ = losses.nt_xent(a, b, temperature=0.2, debias=0.1, queue=queue)
+        np.testing.assert_allclose(loss, oracle.nt_xent(a, b, 0.2, 0, 0.1, vectors[:valid]), rtol=1e-5)
 
 
 @settings(deadline=None, max_examples=60)
@@ -330,6 +334,15 @@ def test_errors_carry_the_numbers(untyped):
         "gather 'ring' needs the axis_name": {"gather": "ring"},
         "labels cannot be combined with a queue": {"queue": queue, "labels": np.zeros(6, int)},
         r"one shape \(B, D\), got \(5, 5\), \(6, 5\)": {"b": b[:5]},
+        r"one shape \(B, D\), got \(6, 0\)": {"a": a[:, :0], "b": b[:, :0]},
+        r"labels \(5,\) must be \(6,\) or \(6, L\)": {"labels": np.zeros(5, int)},
+        r"labels \(6, 2, 2\) must be": {"labels": np.zeros((6, 2, 2), int)},
+        r"queue \(6, 3\) must be a losses.Queue of vectors \(Q, 5\)": {"queue": losses.Queue(a[:, :3], 6)},
+        "queue tuple must be": {"queue": (a, 6)},
+        "clip None must be one number": {"clip": None},
+        "clip '3' must be one number": {"clip": "3"},
+        r"clip array\(\[3\]\) must be one number": {"clip": np.array([3])},
+        "block_size 2.5 must be an integer": {"block_size": 2.5},
     }.items():
         with pytest.raises(ValueError, match=message):
             losses.nt_xent(**{"a": a, "b": b, "temperature": 0.5, **arguments})
