@@ -143,7 +143,12 @@ def test_configs_take_bits_backbone_and_weights(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("arg", "clip", "scope", "temperature"),
-    [("", 0.02, "batch", 0.7), (",kinds=10", "kinds=10", "anchor", 0.2), (",kinds=100", "kinds=100", "batch", 0.2)],
+    [
+        ("", 0.02, "batch", 0.7),
+        (",kinds=10", "kinds=10", "anchor", 0.2),
+        (",kinds=120", "kinds=120", "anchor", 0.2),
+        (",kinds=121", "kinds=121", "batch", 0.2),
+    ],
 )
 def test_kinds_set_clip_scope_and_temperature(tmp_path, arg, clip, scope, temperature):
     np.save(tmp_path / "rows.npy", np.random.RandomState(0).randn(40, 6).astype("f4"))
