@@ -67,6 +67,7 @@ def rotation(
         order, signs = random.permutation(order), random.choice(np.array([-1, 1], np.float32), len(order))
     train = np.ascontiguousarray((train - train.mean(axis=0, keepdims=True))[:, order] * signs[None], np.float32)
     width = max(min(width, train.shape[1]) // num_codebooks, 1) * num_codebooks
+    train = np.tile(train, (-(-width // len(train)), 1))  # with fewer rows than `width` FAISS writes out of bounds
     pq = faiss.ProductQuantizer(width, num_codebooks, quantizer.code_bits(num_codewords))
     pq.cp.min_points_per_centroid = 1  # no warning on standard error for small collections
     matrix = faiss.OPQMatrix(train.shape[1], num_codebooks, width)

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +16,19 @@ def test_the_rotation_has_orthogonal_rows():
     np.testing.assert_allclose(rotation.T @ rotation, np.eye(8), atol=1e-4)
     with pytest.raises(ValueError, match="at least 16 vectors for its rotation, got 15"):
         opq.rotation(train[:15], num_codebooks=4, num_codewords=16, width=10, seed=0)
+
+
+@pytest.mark.parametrize(("count", "numbers"), [(65, 112), pytest.param(100, 512, marks=pytest.mark.whole)])
+def test_fewer_rows_than_the_width(count, numbers):
+    """In a process of its own: FAISS would damage the memory of this one."""
+    code = f"""
+import numpy as np
+from tcq.models import opq
+rows = np.random.RandomState(0).randn({count}, {numbers}).astype("f4")
+r = opq.rotation(rows, num_codebooks=8, num_codewords=16, width=128, seed=0)
+np.testing.assert_allclose(r.T @ r, np.eye(r.shape[1]), atol=1e-4)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_each_seed_starts_from_its_own_rotation():
