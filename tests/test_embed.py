@@ -42,7 +42,9 @@ def run(tmp_path_factory):
 def test_the_config_knows_the_width_and_what_the_function_gives(run):
     config = json.loads((run[0] / "config.json").read_text())
     assert config["model"]["name"] == embedder.NAME and config["model"]["width"] == 48
-    assert config["optim"]["frozen_blocks"] == -1 and len(config["model"]["embedder_output"]) == 9
+    assert (
+        config["optim"]["frozen_blocks"] == -1 and len(config["model"]["embedder_output"]) == 1 + 4 * embedder.NUM_SUMS
+    )
 
 
 def test_items_and_views_are_those_of_the_function(run):
@@ -162,10 +164,20 @@ def test_another_function_is_refused(run):
     ("spec", "message"),
     [
         ("file.py", "must be file.py:function or module:function"),
-        (f"{TINY}:missing", "has no attribute 'missing'"),
+        (f"{TINY}:missing", "has no function 'missing'"),
+        (f"{TINY}:model.missing", "has no function 'model.missing'"),
+        (f"{TINY}:number", "number is no function, but of type int"),
+        (f"{TINY.parent}:embed", "must be a .py file or the name of a module"),
+        ("mine.ipynb:embed", "must be a .py file"),
         ("missing.py:embed", "No such file"),
         ("no_such_module:embed", "No module named"),
-        (f"{TINY}:nothing", r"returned \(2, 2, 2\) float64"),
+        (f"{TINY}:nothing", r"returned \(4, 2, 2\) float64: an array of floats of shape \(4, F\) is expected"),
+        (f"{TINY}:returns_nothing", "returned NoneType: an array"),
+        (f"{TINY}:ragged", "returned list: an array"),
+        (f"{TINY}:bytes_of", r"returned \(4, 48\) uint8: an array of floats"),
+        (f"{TINY}:asserts", r"AssertionError in .*tiny_embedder.py:\d+: assert len\(images\) > 64"),
+        (f"{TINY}:of_the_batch", "another embedding in another batch"),
+        (f"{TINY}:random", "another embedding at each call"),
         (f"{TINY}:huge", "a number that is not finite in float32"),
         (f"{TINY}:leaving", "SystemExit in .*tiny_embedder.py"),
         (f"{TINY}:broken", r"RuntimeError in .*tiny_embedder.py:\d+: no weights"),
@@ -186,10 +198,33 @@ def test_a_function_may_change_its_images_and_print(run, capsys):
     assert "loading" in shown.err and not shown.out
 
 
+def test_floats_of_any_width_and_names_with_dots(tmp_path):
+    images = np.random.RandomState(0).randint(0, 256, (3, 16, 16, 3)).astype(np.uint8)
+    want = tiny_embedder.embed(images)
+    np.testing.assert_array_equal(embedder.run(f"{TINY}:model.embed", images), want)
+    np.testing.assert_allclose(embedder.run(f"{TINY}:bfloat16", images), want, atol=4e-3)
+    (tmp_path / "helper_beside.py").write_text("factor = 2")
+    (tmp_path / "mine.py").write_text(
+        "from helper_beside import factor\n\ndef embed(images):\n    return images.mean(axis=(1, 2)) * factor\n"
+    )
+    np.testing.assert_allclose(
+        embedder.run(f"{tmp_path}/mine.py:embed", images), 2 * images.mean(axis=(1, 2)), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("change", [lambda x: 255 - x, lambda x: x[..., ::-1], lambda x: np.maximum(x, 60)])
+def test_a_change_that_only_smooth_images_show_is_seen(tmp_path, change, monkeypatch):
+    """Of the mean colour: noise has the same one whatever is exchanged or inverted."""
+    monkeypatch.setattr(embedder, "run", lambda _, images: images.mean(axis=(1, 2)) / 255)
+    stored = embedder.signature("", 32)
+    monkeypatch.setattr(embedder, "run", lambda _, images: change(images).mean(axis=(1, 2)) / 255)
+    assert not embedder.is_same(embedder.signature("", 32), stored, embedder.TOLERANCE)
+
+
 def test_a_width_that_depends_on_the_batch_is_refused(tmp_path):
     head = [key for key in HEAD if not key.startswith("model.embedder")]
     config = small.config(*head, f"model.embedder={TINY}:wide_as_the_batch", f"data.cache_dir={tmp_path}")
-    with pytest.raises(embedder.EmbedderError, match="returned 48 numbers for each of 64 images, and 42 before"):
+    with pytest.raises(embedder.EmbedderError, match="returned 48 numbers for each of 64 images, and 40 before"):
         embed.open_source(config)
 
 
@@ -229,7 +264,7 @@ def test_what_rounds_differently_goes_on_after_a_stop(tmp_path, logs, function):
 
     stopped(call, rounding(tmp_path), at=50)
     stopped(call, rounding(tmp_path), at=50)
-    assert "going on after 768 images" in logs.text
+    assert f"going on after {704 if function == 'cache' else 768} images" in logs.text
 
 
 @pytest.mark.whole

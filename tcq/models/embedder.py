@@ -7,7 +7,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 NAME = "embeddings"  # of the model whose backbone is `Standardize`
-NUM_TRIAL_IMAGES, NUM_SUMS = 2, 4
+NUM_SUMS = 4
 TOLERANCE = 0.02  # of the largest sum; libraries and machines round differently
 ROUNDING = 0.001  # of the largest sum; even one machine rounds differently from call to call, in half precision
 
@@ -63,12 +63,19 @@ def load(spec: str) -> Embed:
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise EmbedderError(f"model.embedder {spec!r} must be file.py:function or module:function")
+    if Path(place).suffix == ".ipynb" or Path(place).expanduser().is_dir():
+        raise EmbedderError(f"model.embedder {spec}: {place} must be a .py file or the name of a module")
     try:
         with _ONE_CALL, contextlib.redirect_stdout(sys.stderr):
             module = _module(place)
-        function: Embed = getattr(module, name)
     except (Exception, SystemExit) as error:
-        raise EmbedderError(f"model.embedder {spec}: {type(error).__name__}: {error}") from None
+        raise EmbedderError(f"model.embedder {spec}: {type(error).__name__}: {_one_line(error)}") from None
+    try:
+        function: Embed = reduce(getattr, name.split("."), module)
+    except AttributeError:
+        raise EmbedderError(f"model.embedder {spec}: {place} has no function {name!r}") from None
+    if not callable(function):
+        raise EmbedderError(f"model.embedder {spec}: {name} is no function, but of type {type(function).__name__}")
     return function
 
 
@@ -79,6 +86,9 @@ def _module(place: str) -> Any:
     module_spec = importlib.util.spec_from_file_location(f"tcq_embedder_{file.stem}", file)
     assert module_spec and module_spec.loader
     module = importlib.util.module_from_spec(module_spec)
+    folder = str(file.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # for modules beside it, as with `python file.py`
     module_spec.loader.exec_module(module)
     return module
 
@@ -88,35 +98,75 @@ def run(spec: str, images: UInt8[np.ndarray, "N S S 3"]) -> Float[np.ndarray, "N
 
     Raises EmbedderError if the function fails or returns something else.
     """
+    function = load(spec)
     try:
         with _ONE_CALL, contextlib.redirect_stdout(sys.stderr):
-            rows = np.asarray(load(spec)(np.array(images)))  # a copy, in case the function changes it
+            returned: Any = function(np.array(images))  # a copy, in case the function changes it
     except EmbedderError:
         raise
     except (Exception, SystemExit) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{type(error).__name__} in {where.filename}:{where.lineno}"
-        raise EmbedderError(f"model.embedder {spec} with {images.shape}: {place}: {error}") from error
-    if rows.ndim != 2 or len(rows) != len(images) or rows.dtype.kind != "f":
-        expected = f"floats of shape ({len(images)}, F) are expected"
-        raise EmbedderError(f"model.embedder {spec} with {images.shape} returned {rows.shape} {rows.dtype}: {expected}")
+        reason = _one_line(error) or where.line
+        raise EmbedderError(f"model.embedder {spec} with {images.shape}: {place}: {reason}") from error
+    rows = _array(returned)
+    is_float = rows is not None and (rows.dtype.kind == "f" or rows.dtype.name == "bfloat16")
+    if rows is None or not is_float or rows.ndim != 2 or len(rows) != len(images):
+        got = type(returned).__name__ if rows is None else f"{rows.shape} {rows.dtype}"
+        expected = f"an array of floats of shape ({len(images)}, F) is expected"
+        raise EmbedderError(f"model.embedder {spec} with {images.shape} returned {got}: {expected}")
     with np.errstate(over="ignore"):
         rows = rows.astype(np.float32)
     if not np.isfinite(rows).all():
-        raise EmbedderError(f"model.embedder {spec}: an embedding has a number that is not finite in float32")
+        which = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
+        raise EmbedderError(
+            f"model.embedder {spec} with {images.shape}: the embedding of image {which} has a number that is not "
+            f"finite in float32"
+        )
     return rows
+
+
+def _array(returned: Any) -> np.ndarray | None:
+    """What a function returned as an array of numbers, or None if it is none."""
+    try:
+        rows = np.asarray(returned)
+    except Exception:  # a ragged list, or a tensor that is on another device
+        return None
+    return None if rows.dtype.hasobject else rows
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def signature(spec: str, image_size: int) -> tuple[float, ...]:
     """The width of the embeddings, and sums over those of fixed images.
 
-    These numbers tell one function from another.
+    These numbers tell one function from another. Raises EmbedderError as `run`, and for a function that gives an image
+    something else in another batch or at another call.
     """
-    random = np.random.RandomState(0)
-    images = random.randint(0, 256, (NUM_TRIAL_IMAGES, image_size, image_size, 3)).astype(np.uint8)
-    rows = run(spec, images)
+    images = _fixed_images(image_size)
+    rows, alone = run(spec, images), run(spec, images[:1])
+    if not _is_near(rows[:1], alone):
+        if not _is_near(run(spec, images[:1]), alone):
+            cause = "gives the same image another embedding at each call: switch off dropout and random augmentation"
+        else:
+            cause = "gives an image another embedding in another batch: switch off the statistics of the batch"
+        raise EmbedderError(f"model.embedder {spec} {cause} (model.eval() in PyTorch, train=False in Flax)")
     sums = rows @ np.random.RandomState(1).randn(rows.shape[1], NUM_SUMS)
     return (float(rows.shape[1]), *(round(float(s), 6) for s in sums.ravel()))
+
+
+def _fixed_images(size: int) -> UInt8[np.ndarray, "4 S S 3"]:
+    """Two images of noise, a dark and a bright one of colours that change slowly."""
+    noise = np.random.RandomState(0).randint(0, 256, (2, size, size, 3))
+    ramp = np.linspace(0, 120, size)
+    dark = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, ::-1], ramp[None] / 3), axis=-1)
+    return np.concatenate([noise, [dark, 255 - dark[::-1]]]).astype(np.uint8)
+
+
+def _is_near(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and np.allclose(a, b, rtol=0, atol=TOLERANCE * max(np.abs(b).max(initial=0), 1e-30))
 
 
 def is_same(now: Sequence[float], stored: Sequence[float], tolerance: float = ROUNDING) -> bool:
@@ -133,7 +183,8 @@ def require_same(spec: str, image_size: int, stored: tuple[float, ...]) -> None:
     """
     now = signature(spec, image_size)
     if not is_same(now, stored, TOLERANCE):
+        widths = f" ({now[0]:.0f} numbers, then {stored[0]:.0f})" if now[0] != stored[0] else ""
         raise EmbedderError(
-            f"model.embedder {spec} gives other embeddings than the run was trained on ({now[0]:.0f} numbers, sums "
-            f"{now[1:]}; then {stored[0]:.0f}, {tuple(stored[1:])}): use the same function, library and weights"
+            f"model.embedder {spec} gives other embeddings than those of the training{widths}: use the same function, "
+            f"library and weights"
         )

@@ -41,7 +41,44 @@ def leaving(images):
 
 
 def wide_as_the_batch(images):
-    return embed(images)[:, : 40 + min(len(images), 8)]
+    return embed(images)[:, : 40 + 8 * (len(images) > 8)]
+
+
+def of_the_batch(images):
+    rows = embed(images)
+    return rows - rows.mean(axis=0)
+
+
+def random(images):
+    return embed(images) * np.random.default_rng().uniform(0.5, 2, (len(images), 1))
+
+
+def bfloat16(images):
+    return jax.numpy.asarray(embed(images), jax.numpy.bfloat16)
+
+
+def bytes_of(images):
+    return (embed(images) * 255).astype(np.uint8)
+
+
+def ragged(images):
+    return [[0.0] * (i + 1) for i in range(len(images))]
+
+
+def returns_nothing(images):
+    embed(images)
+
+
+def asserts(images):
+    assert len(images) > 64
+
+
+class Model:
+    def embed(self, images):
+        return embed(images)
+
+
+model, number = Model(), 3
 
 
 def careless(images):
