@@ -198,6 +198,13 @@ def test_a_function_may_change_its_images_and_print(run, capsys):
     assert "loading" in shown.err and not shown.out
 
 
+def test_embeddings_that_are_all_equal_are_refused(tmp_path):
+    np.save(tmp_path / "rows.npy", np.ones((300, 6), "f4"))
+    config = configs.load("configs/embeddings.py", [*small.SMALL, f"data.source=embeddings:{tmp_path}"])
+    with pytest.raises(embedder.EmbedderError, match=r"all \d+ embeddings are equal"):
+        train.train(config, tmp_path / "run")
+
+
 def test_floats_of_any_width_and_names_with_dots(tmp_path):
     images = np.random.RandomState(0).randint(0, 256, (3, 16, 16, 3)).astype(np.uint8)
     want = tiny_embedder.embed(images)
@@ -433,9 +440,13 @@ def test_what_a_model_on_embeddings_cannot_take_is_refused(tmp_path, run, images
     assert index.add(tmp_path / "index", f"embeddings:{folder}")[:4] == (0, 0, 0, 0)  # known by name
     query = next(p for p in images.rglob("*") if p.is_file())
     np.save(tmp_path / "wide.npy", np.zeros((1, 13), "f4"))
+    np.save(tmp_path / "no_row.npy", np.zeros((0, 12), "f4"))
+    np.save(tmp_path / "nan.npy", np.full((1, 12), np.nan, "f4"))
     for arguments, message in (
         (("search", f"--index={tmp_path / 'index'}", f"--query={query}"), "was trained on embeddings: give a .npy"),
-        (("search", f"--index={tmp_path / 'index'}", f"--query={tmp_path / 'wide.npy'}"), "rows of 12 numbers"),
+        (("search", f"--index={tmp_path / 'index'}", f"--query={tmp_path / 'wide.npy'}"), "several of 12 numbers"),
+        (("search", f"--index={tmp_path / 'index'}", f"--query={tmp_path / 'no_row.npy'}"), "one row or several of"),
+        (("search", f"--index={tmp_path / 'index'}", f"--query={tmp_path / 'nan.npy'}"), "a number is not finite"),
         (
             ("index", f"--workdir={tmp_path / 'run'}", f"--images={images}", f"--out={tmp_path / 'o'}"),
             "embeddings:<",

@@ -28,6 +28,7 @@ ITEMS, VIEWS, METADATA = "img_emb", "view_emb", "metadata"
 logger = logging.getLogger(__name__)
 
 FLOATS = (np.float16, np.float32, np.float64)
+LARGEST = 1e15  # the squares of larger numbers have no sum in float32
 NAMES = ("image_path", "path", "key", "url", "image_url")
 CHECKED = 65_536  # views that are tested for numbers that are not finite, spread over all
 BLOCK = 8192  # rows tested at a time
@@ -68,7 +69,11 @@ def read_shards(root: Path, name: str) -> Rows:
     files, ndim = _files(root, name), 3 if name == VIEWS else 2
     if not files:
         folder = root / name if (root / name).is_dir() else root
-        raise SourceError(f"{folder}: no .npy files found: embeddings are in {root}/{ITEMS}/*.npy or {root}/*.npy")
+        others = sum(1 for _ in folder.glob("[!.]*.npz"))
+        raise SourceError(
+            f"{folder}: no .npy files found: embeddings are in {root}/{ITEMS}/*.npy or {root}/*.npy"
+            + (f"; the {others} .npz files hold several arrays each and are not read" if others else "")
+        )
     arrays: list[np.ndarray] = []
     for file in files:
         try:
@@ -82,10 +87,10 @@ def read_shards(root: Path, name: str) -> Rows:
         first = (*arrays, array)[0]
         same = array.shape[1:] == first.shape[1:] and array.dtype == first.dtype
         if array.ndim != ndim or array.dtype not in FLOATS or not same or 0 in array.shape[1:]:
-            like = f", as the {first.shape} {first.dtype} of {files[0].name}" if arrays else ""
-            raise SourceError(
-                f"{file}: {array.shape} {array.dtype} must have {ndim} axes of floats of 16, 32 or 64 bits{like}"
-            )
+            must = f"{ndim} axes of floats of 16, 32 or 64 bits, in this machine's order of bytes"
+            if arrays:
+                must = f"the width and the floats of {files[0].name}, {first.shape} {first.dtype}"
+            raise SourceError(f"{file}: {array.shape} {array.dtype} must have {must}: save it again")
         arrays.append(array)
     if not any(map(len, arrays)):
         raise SourceError(f"{files[0].parent}: the .npy files have no rows")
@@ -126,10 +131,13 @@ def _digests(path: Path, rows: Rows) -> list[bytes]:
 
 
 def _check_finite(path: Path, places: np.ndarray, rows: np.ndarray) -> None:
-    with np.errstate(over="ignore"):
-        finite = np.isfinite(rows.reshape(len(rows), -1).astype(np.float32)).all(axis=1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        finite = (np.abs(rows.reshape(len(rows), -1).astype(np.float32)) <= LARGEST).all(axis=1)
     if not finite.all():
-        raise SourceError(f"{path}: row {places[~finite][0]:,} has a number that is not finite: leave such rows out")
+        raise SourceError(
+            f"{path}: row {places[~finite][0]:,} of all files has a number that is not finite or above {LARGEST:g}: "
+            f"leave such rows out"
+        )
 
 
 def _tables(files: list[Path]) -> tuple[list[Any], str | None]:

@@ -111,8 +111,10 @@ def _read_embeddings(path: str | Path, width: int) -> Float[np.ndarray, "_ F"]:
         rows = np.atleast_2d(np.load(path, allow_pickle=False)).astype(np.float32)
     except (OSError, ValueError, EOFError) as error:
         raise IndexFileError(f"query {str(path)!r}: embeddings cannot be read: {error}") from None
-    if rows.ndim != 2 or rows.shape[1] != width or not np.isfinite(rows).all():
-        raise IndexFileError(f"query {str(path)!r}: {rows.shape} must be finite rows of {width} numbers")
+    if rows.ndim != 2 or rows.shape[1] != width or not len(rows):
+        raise IndexFileError(f"query {str(path)!r}: {rows.shape} must be one row or several of {width} numbers")
+    if not np.isfinite(rows).all():
+        raise IndexFileError(f"query {str(path)!r}: a number is not finite")
     return rows
 
 

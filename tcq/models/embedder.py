@@ -52,9 +52,15 @@ def scale(std: Float[Array, " F"]) -> Float[Array, ""]:
 
 
 def statistics(rows: Float[np.ndarray, "N F"]) -> dict[str, Float[np.ndarray, " F"]]:
-    """The parameters of `Standardize` for some embeddings."""
+    """The parameters of `Standardize` for some embeddings.
+
+    Raises EmbedderError if all are equal.
+    """
     rows = np.asarray(rows, np.float32)
-    return {"mean": rows.mean(axis=0), "std": rows.std(axis=0)}
+    found = {"mean": rows.mean(axis=0), "std": rows.std(axis=0)}
+    if len(rows) > 1 and (rows[0] == rows).all():
+        raise EmbedderError(f"all {len(rows):,} embeddings are equal, so nothing can be learned from them")
+    return found
 
 
 @lru_cache(maxsize=4)

@@ -121,11 +121,13 @@ def test_what_does_not_fit_is_refused(tmp_path):
     np.save(views / "view_emb" / "view_emb_0.npy", np.zeros((3, 2, 6), "f4"))
     for folder, message in {
         tmp_path / "none": "no .npy files found",
+        archives(tmp_path / "archives"): "the 2 .npz files hold several arrays each",
         write(
             tmp_path / "widths", rows(4), rows(4, 7)
-        ): r"img_emb_1.npy: \(4, 7\) float16 must have 2 axes of floats .* bits, as",
+        ): r"img_emb_1.npy: \(4, 7\) float16 must have the width and the floats of img_emb_0.npy, \(4, 6\) float16",
         write(tmp_path / "whole", np.zeros((4, 6), int)): r"\(4, 6\) int64 must have 2 axes of floats",
-        write(tmp_path / "inf", bad): "row 2 has a number that is not finite",
+        write(tmp_path / "inf", bad): "row 2 of all files has a number that is not finite",
+        write(tmp_path / "large", rows(4).astype("f4"), 1e30 * rows(2).astype("f4")): "row 4 of all files .* above 1e",
         write(tmp_path / "rows", rows(4), metadata={"path": ["a"] * 3}): "3 rows for 4 embeddings",
         write(tmp_path / "labels", rows(2), metadata={"label": ["a", None]}): "row 1 has no label",
         changed(
@@ -138,11 +140,13 @@ def test_what_does_not_fit_is_refused(tmp_path):
         broken(tmp_path / "empty", b""): "img_emb_0.npy: cannot be read",
         broken(tmp_path / "zip", zipped()): "img_emb_0.npy: is an archive of arrays",
         write(tmp_path / "nothing", rows(0)): "the .npy files have no rows",
-        write(tmp_path / "swapped", rows(3).astype(">f4")): "must have 2 axes of floats of 16, 32 or 64 bits",
+        write(tmp_path / "swapped", rows(3).astype(">f4")): "bits, in this machine's order of bytes: save it",
         write(
             tmp_path / "mixed", rows(3), rows(3).astype("f4")
         ): r"img_emb_1.npy: \(3, 6\) float32 must have .* float16",
-        write(tmp_path / "late", np.concatenate([rows(9000), bad])): "row 9,002 has a number that is not finite",
+        write(
+            tmp_path / "late", np.concatenate([rows(9000), bad])
+        ): "row 9,002 of all files has a number that is not finite",
         write(tmp_path / "mixed labels", rows(2), metadata={"label": [[1], [2]]}): "labels must be texts or whole",
         write(tmp_path / "no number", rows(2), metadata={"label": [1.0, np.nan]}): "labels must be texts or whole",
         unreadable(write(tmp_path / "junk", rows(4), metadata={"path": list("abcd")})): "metadata_0.parquet: cannot be",
@@ -161,6 +165,13 @@ def test_what_does_not_fit_is_refused(tmp_path):
     }.items():
         with pytest.raises(SourceError, match=message):
             embeddings.open_folder(folder)
+
+
+def archives(folder):
+    folder.mkdir()
+    for i in range(2):
+        np.savez(folder / f"{i}.npz", rows(3))
+    return folder
 
 
 def not_utf8():
