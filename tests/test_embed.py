@@ -172,6 +172,7 @@ def test_another_function_is_refused(run):
         ("missing.py:embed", "No such file"),
         ("no_such_module:embed", "No module named"),
         (f"{TINY}:nothing", r"returned \(4, 2, 2\) float64: an array of floats of shape \(4, F\) is expected"),
+        (f"{TINY}:empty", r"returned \(4, 0\) float32: an array of floats of shape"),
         (f"{TINY}:returns_nothing", "returned NoneType: an array"),
         (f"{TINY}:ragged", "returned list: an array"),
         (f"{TINY}:bytes_of", r"returned \(4, 48\) uint8: an array of floats"),

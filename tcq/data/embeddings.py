@@ -184,6 +184,11 @@ def _metadata(root: Path, items: Rows) -> tuple[list[str], np.ndarray | None, li
             raise SourceError(f"{root / METADATA}: column {key!r} is not UTF-8: {error}") from None
 
     names = _names(root, name, column(name)) if name else [f"{i:09d}" for i in range(count)]
+    if repeated := count - len(set(names)):
+        logger.warning(
+            f"{root / METADATA}: rows with the name of another one: {repeated:,}; training takes them, but `tcq index` "
+            f"needs a name for each row"
+        )
     if "label" not in columns:
         return names, None, []
     values = column("label")

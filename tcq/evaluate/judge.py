@@ -39,12 +39,13 @@ logger = logging.getLogger(__name__)
 def text(j: kinds.Judgement) -> str:
     """A judgement in words, with the overrides that follow it."""
     if not j.answers:
-        return "no answers, so nothing is known: the same command begins again"
+        return "no answers, so nothing is known: run the same command to begin"
     wide = (
         "" if j.high < WIDE * j.low else "that is a wide interval: the same command asks on, with --answers for more\n"
     )
+    count = "1 answer" if j.answers == 1 else f"{j.answers} answers"
     return (
-        f"{j.answers} answers: {j.share:.2%} of the pairs are of one kind ({j.low:.2%} to {j.high:.2%} with 90 %), "
+        f"{count}: {j.share:.2%} of the pairs are of one kind ({j.low:.2%} to {j.high:.2%} with 90 %), "
         f"about {1 / j.share:,.0f} kinds\n{wide}"
         f"if as many are clipped, {j.precision:.0%} of the clipped pairs are of one kind\n"
         f"train in a new workdir with: {' '.join(j.overrides)}"

@@ -152,7 +152,8 @@ def _change(
             folders = [root for root in dict.fromkeys(index.folders or index.roots) if root]
             if not folders:
                 raise IndexFileError(
-                    f"index {str(path)!r} holds embeddings, whose folder it does not know: use --images"
+                    f"index {str(path)!r} holds embeddings, whose folder it does not know: "
+                    f"use --images=embeddings:<folder>"
                 )
         sources = [(scan.root_of(images), scan.read_folder(index.encoder, images)) for images in folders]
         if own is None and len(folders) == 1 and scan.is_embeddings(folders[0]):

@@ -180,6 +180,11 @@ def not_utf8():
     )
 
 
+def test_equal_names_are_a_warning(tmp_path, logs):
+    embeddings.open_folder(write(tmp_path / "a", rows(3), metadata={"path": list("aba")}))
+    assert "rows with the name of another one: 1;" in logs.text
+
+
 def test_hidden_files_and_pipes_are_no_shards(tmp_path, logs):
     write(tmp_path, rows(4))
     np.save(tmp_path / "img_emb" / ".img_emb_1.npy", rows(2))
