@@ -117,7 +117,7 @@ def run(spec: str, images: UInt8[np.ndarray, "N S S 3"]) -> Float[np.ndarray, "N
         raise EmbedderError(f"model.embedder {spec} with {images.shape}: {place}: {reason}") from error
     rows = _array(returned)
     is_float = rows is not None and (rows.dtype.kind == "f" or rows.dtype.name == "bfloat16")
-    if rows is None or not is_float or rows.ndim != 2 or len(rows) != len(images) or not rows.size:
+    if rows is None or not is_float or rows.ndim != 2 or len(rows) != len(images) or not rows.shape[1]:
         got = type(returned).__name__ if rows is None else f"{rows.shape} {rows.dtype}"
         expected = f"an array of floats of shape ({len(images)}, F) is expected"
         raise EmbedderError(f"model.embedder {spec} with {images.shape} returned {got}: {expected}")
