@@ -110,7 +110,7 @@ def test_only_the_open_question_is_answered_and_by_numbers(workdir):
         foreign = ask(address, "/api/question", None, {"Origin": "http://example.org"})
         assert foreign[0] == 403
         state = reply(address, after, "stop")
-        assert state["result"].startswith("1 answers: ")
+        assert state["result"].startswith("1 answer: ")
     assert ends[0].answers == 1
 
 
