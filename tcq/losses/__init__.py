@@ -231,7 +231,7 @@ def _check_shapes(o: _Options, views: set[tuple[int, ...]]) -> None:
     shape = next(iter(views))
     if len(views) > 1 or len(shape) != 2 or not shape[1]:
         raise ValueError(f"the views must have one shape (B, D), got {', '.join(map(str, sorted(views)))}")
-    if o.labels is not None and (np.ndim(o.labels) not in (1, 2) or len(o.labels) != shape[0]):  # type: ignore[arg-type]
+    if o.labels is not None and (np.ndim(o.labels) not in (1, 2) or np.shape(o.labels)[0] != shape[0]):
         raise ValueError(f"labels {np.shape(o.labels)} must be ({shape[0]},) or ({shape[0]}, L) for views {shape}")
     if o.queue is not None and (not isinstance(o.queue, Queue) or np.shape(o.queue.vectors)[1:] != shape[1:]):
         got = np.shape(o.queue.vectors) if isinstance(o.queue, Queue) else type(o.queue).__name__
