@@ -220,6 +220,14 @@ def test_floats_of_any_width_and_names_with_dots(tmp_path):
     )
 
 
+def test_a_package_in_the_current_folder_is_a_module(tmp_path, monkeypatch):
+    (tmp_path / "package_here").mkdir()
+    (tmp_path / "package_here" / "__init__.py").write_text("def embed(images):\n    return images.mean(axis=(1, 2))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert embedder.run("package_here:embed", np.zeros((2, 8, 8, 3), np.uint8)).shape == (2, 3)
+
+
 @pytest.mark.parametrize("change", [lambda x: 255 - x, lambda x: x[..., ::-1], lambda x: np.maximum(x, 60)])
 def test_a_change_that_only_smooth_images_show_is_seen(tmp_path, change, monkeypatch):
     """Of the mean colour: noise has the same one whatever is exchanged or inverted."""

@@ -69,7 +69,7 @@ def load(spec: str) -> Embed:
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise EmbedderError(f"model.embedder {spec!r} must be file.py:function or module:function")
-    if Path(place).suffix == ".ipynb" or Path(place).expanduser().is_dir():
+    if Path(place).suffix == ".ipynb" or ("/" in place and Path(place).expanduser().is_dir()):  # else a package
         raise EmbedderError(f"model.embedder {spec}: {place} must be a .py file or the name of a module")
     try:
         with _ONE_CALL, contextlib.redirect_stdout(sys.stderr):
