@@ -5,7 +5,7 @@ The allowed values of each key are in tcq/config/checks.py.
 
 from ml_collections import ConfigDict, FieldReference
 
-FEW_KINDS = 120  # up to which each anchor loses its share; with more, less than 4 of its 510 negatives: our choice
+FEW_KINDS = 127  # up to which each anchor loses its share; with more, fewer than 4 of its 510 negatives: our choice
 
 
 def arguments(text: str, **defaults: str) -> dict[str, str]:
