@@ -10,6 +10,7 @@ A rule is a name and a number:
     batch=SHARE       the most similar pairs of the batch
     mixture=SHARE     half of the share by each of the two
     positive=FACTOR   negatives more similar than FACTOR times the anchor's own positive
+    mean=FACTOR       negatives more similar than FACTOR times the mean positive of the batch
     quantile=Q        negatives more similar than the Q-quantile of all positives of the batch, at most CAP of the pairs
     codewords=COUNT   negatives that share at least COUNT codewords of the hard code with the anchor
 
@@ -54,6 +55,8 @@ def masked(rule: str, s: Any, negative: Any, positive: Any, codes: Any) -> Any:
         return (low >= most(low, value / 2)) | (low >= most(low.reshape(1, -1), value / 2))
     if name == "positive":
         return low > value * positive[:, None]
+    if name == "mean":
+        return low > value * jnp.mean(positive)
     if name == "quantile":
         return low > jnp.maximum(jnp.quantile(positive, value), most(low.reshape(1, -1), CAP))
     assert name == "codewords", rule
