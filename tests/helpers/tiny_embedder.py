@@ -50,7 +50,7 @@ def of_the_batch(images):
 
 
 def random(images):
-    return embed(images) * np.random.default_rng().uniform(0.5, 2, (len(images), 1))
+    return embed(images) * np.random.default_rng().uniform(0.5, 2, (len(images), 48))
 
 
 def bfloat16(images):
