@@ -13,7 +13,8 @@ import hashlib
 import itertools
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ def open_folder(path: str | Path) -> Source:
     if views is not None:
         places = np.unique(np.linspace(0, len(views) - 1, CHECKED).astype(np.int64))
         for some in np.array_split(places, -(-len(places) // BLOCK)):
-            _check_finite(root / VIEWS, some, views[some])
-    return Source(items, labels, names, classes, [], views=views, digests=_digests(root / ITEMS, items))
+            _check_finite(_files(root, VIEWS), views, some)
+    return Source(items, labels, names, classes, [], views=views, digests=_digests(_files(root, ITEMS), items))
 
 
 def width(path: str | Path) -> int:
@@ -116,28 +117,37 @@ def _number(path: Path) -> tuple[list[int], str]:
     return [int(n) for n in re.findall(r"\d+", path.stem)], path.name
 
 
-def _digests(path: Path, rows: Rows) -> list[bytes]:
+def _place(files: Sequence[Path], lengths: Sequence[int], row: int) -> str:
+    """The file of a row, and its number there, from 0."""
+    ends = np.cumsum(lengths)
+    number = int(np.searchsorted(ends, row, side="right"))
+    return f"{files[number]}: row {row - int(ends[number]) + lengths[number]:,} (from 0)"
+
+
+def _digests(files: list[Path], rows: Rows) -> list[bytes]:
     """The digest of each row, which knows it under another name. Raises SourceError."""
     digests: list[bytes] = []
     progress = log.Progress(logger, "reading embeddings", len(rows))
     for first in range(0, len(rows), BLOCK):
         signals.poll()
         places = np.arange(first, min(first + BLOCK, len(rows)))
-        block = np.ascontiguousarray(rows[places])
-        _check_finite(path, places, block)
+        block = _check_finite(files, rows, places)
         digests += [hashlib.blake2b(row.data, digest_size=DIGEST_BYTES).digest() for row in block]
         progress.update(len(digests))
     return digests
 
 
-def _check_finite(path: Path, places: np.ndarray, rows: np.ndarray) -> None:
+def _check_finite(files: list[Path], rows: Rows, places: np.ndarray) -> np.ndarray:
+    """The rows at these places. Raises SourceError."""
+    block = np.ascontiguousarray(rows[places])
     with np.errstate(over="ignore", invalid="ignore"):
-        finite = (np.abs(rows.reshape(len(rows), -1).astype(np.float32)) <= LARGEST).all(axis=1)
+        finite = (np.abs(block.reshape(len(block), -1).astype(np.float32)) <= LARGEST).all(axis=1)
     if not finite.all():
         raise SourceError(
-            f"{path}: row {places[~finite][0]:,} of all files has a number that is not finite or above {LARGEST:g}: "
-            f"leave such rows out"
+            f"{_place(files, rows.lengths, int(places[~finite][0]))} has a number that is not finite or above "
+            f"{LARGEST:g}: leave such rows out"
         )
+    return block
 
 
 def _tables(files: list[Path]) -> tuple[list[Any], str | None]:
@@ -183,7 +193,8 @@ def _metadata(root: Path, items: Rows) -> tuple[list[str], np.ndarray | None, li
         except UnicodeDecodeError as error:
             raise SourceError(f"{root / METADATA}: column {key!r} is not UTF-8: {error}") from None
 
-    names = _names(root, name, column(name)) if name else [f"{i:09d}" for i in range(count)]
+    place = partial(_place, files, [len(t) for t in tables])
+    names = _names(column(name), name, place) if name else [f"{i:09d}" for i in range(count)]
     if repeated := count - len(set(names)):
         logger.warning(
             f"{root / METADATA}: rows with the name of another one: {repeated:,}; training takes them, but `tcq index` "
@@ -192,25 +203,26 @@ def _metadata(root: Path, items: Rows) -> tuple[list[str], np.ndarray | None, li
     if "label" not in columns:
         return names, None, []
     values = column("label")
-    missing = next((i for i, v in enumerate(values) if v is None), None)
-    if missing is not None:
-        raise SourceError(
-            f"{root / METADATA}: row {missing:,} has no label: give all rows one, or leave out the column"
-        )
-    kind = type(values[0])
-    if kind not in (str, int, bool) or any(type(v) is not kind for v in values):
-        raise SourceError(f"{root / METADATA}: labels must be texts or whole numbers, one for each row and all alike")
+    kind = type(next((v for v in values if v is not None), None))
+    for i, value in enumerate(values):
+        if value is None:
+            raise SourceError(f"{place(i)} has no label: give all rows one, or leave out the column")
+        if kind not in (str, int, bool) or type(value) is not kind:
+            raise SourceError(
+                f"{place(i)} has the label {value!r:.80} of type {type(value).__name__}: labels must be texts or whole "
+                f"numbers, one for each row and all alike"
+            )
     classes = sorted(set(values))
     number = {c: i for i, c in enumerate(classes)}
     return names, np.array([number[v] for v in values], np.int64), [str(c) for c in classes]
 
 
-def _names(root: Path, column: str, values: list[Any]) -> list[str]:
+def _names(values: list[Any], column: str, place: Callable[[int], str]) -> list[str]:
     wrong = next((i for i, v in enumerate(values) if not isinstance(v, str | int) or v == ""), None)
     if wrong is not None:
         raise SourceError(
-            f"{root / METADATA}: row {wrong:,} of column {column!r} is {values[wrong]!r:.80}: a name must be a text or "
-            f"a whole number; leave such rows out, here and in {ITEMS}"
+            f"{place(wrong)} has {values[wrong]!r:.80} in column {column!r}: a name must be a text or a whole number; "
+            f"leave such rows out, here and in {ITEMS}"
         )
     return [str(v) for v in values]
 

@@ -126,10 +126,14 @@ def test_what_does_not_fit_is_refused(tmp_path):
             tmp_path / "widths", rows(4), rows(4, 7)
         ): r"img_emb_1.npy: \(4, 7\) float16 must have the width and the floats of img_emb_0.npy, \(4, 6\) float16",
         write(tmp_path / "whole", np.zeros((4, 6), int)): r"\(4, 6\) int64 must have 2 axes of floats",
-        write(tmp_path / "inf", bad): "row 2 of all files has a number that is not finite",
-        write(tmp_path / "large", rows(4).astype("f4"), 1e30 * rows(2).astype("f4")): "row 4 of all files .* above 1e",
+        write(tmp_path / "inf", bad): r"img_emb_0.npy: row 2 \(from 0\) has a number that is not finite",
+        write(
+            tmp_path / "large", rows(4).astype("f4"), 1e30 * rows(2).astype("f4")
+        ): "img_emb_1.npy: row 0 .* above 1e",
         write(tmp_path / "rows", rows(4), metadata={"path": ["a"] * 3}): "3 rows for 4 embeddings",
-        write(tmp_path / "labels", rows(2), metadata={"label": ["a", None]}): "row 1 has no label",
+        write(
+            tmp_path / "labels", rows(2), metadata={"label": ["a", None]}
+        ): r"metadata_0.parquet: row 1 \(from 0\) has no",
         changed(
             write(tmp_path / "lengths", rows(4), rows(2), metadata=six), {"path": ["a"] * 2}, {"path": ["b"] * 4}
         ): (r"img_emb_0.npy with 4 rows does not fit .*metadata_0.parquet with 2 rows"),
@@ -146,21 +150,26 @@ def test_what_does_not_fit_is_refused(tmp_path):
         ): r"img_emb_1.npy: \(3, 6\) float32 must have .* float16",
         write(
             tmp_path / "late", np.concatenate([rows(9000), bad])
-        ): "row 9,002 of all files has a number that is not finite",
-        write(tmp_path / "mixed labels", rows(2), metadata={"label": [[1], [2]]}): "labels must be texts or whole",
-        write(tmp_path / "no number", rows(2), metadata={"label": [1.0, np.nan]}): "labels must be texts or whole",
+        ): r"img_emb_0.npy: row 9,002 \(from 0\) has a number that is not finite",
+        write(
+            tmp_path / "mixed labels", rows(2), metadata={"label": [[1], [2]]}
+        ): r"row 0 .* the label \[1\] of type list",
+        write(tmp_path / "no number", rows(2), metadata={"label": [1.0, np.nan]}): "label 1.0 of type float",
         unreadable(write(tmp_path / "junk", rows(4), metadata={"path": list("abcd")})): "metadata_0.parquet: cannot be",
         changed(write(tmp_path / "lacks", rows(4), rows(2), metadata=six), {"path": list("abcd"), "label": [0] * 4}): (
             "metadata_1.parquet: has no column 'label', which metadata_0.parquet has"
         ),
         write(
             tmp_path / "null", rows(2), metadata={"path": ["a", None]}
-        ): "row 1 of column 'path' is None: a name must",
+        ): "row 1 .* has None in column 'path': a name must",
         write(
             tmp_path / "blank", rows(2), metadata={"path": ["", "b"]}
-        ): "row 0 of column 'path' is '': a name must be",
-        write(tmp_path / "bytes", rows(2), metadata={"path": [b"a", b"b"]}): "row 0 of column 'path' is b'a'",
+        ): "row 0 .* has '' in column 'path': a name must be",
+        write(tmp_path / "bytes", rows(2), metadata={"path": [b"a", b"b"]}): "row 0 .* has b'a' in column 'path'",
         write(tmp_path / "latin", rows(2), metadata={"path": not_utf8()}): "column 'path' is not UTF-8",
+        changed(
+            write(tmp_path / "second", rows(4), rows(2), metadata=six), {"path": list("abcd")}, {"path": ["e", None]}
+        ): "metadata_1.parquet: row 1 .* has None in column",
         views: r"\(3, 2, 6\) does not fit the embeddings \(4, 6\)",
     }.items():
         with pytest.raises(SourceError, match=message):
