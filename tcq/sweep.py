@@ -136,13 +136,16 @@ def _run_all(grid: Grid, waiting: Sequence[Cell], jobs: int) -> list[Cell]:
     with ThreadPoolExecutor(jobs) as pool:
         futures: list[Future[bool]] = [pool.submit(run, cell) for cell in waiting]
         try:
-            shown = start
+            shown, lines = start, dict[Path, str]()
             while wait(futures, timeout=POLL).not_done:
                 signals.poll()
                 if time.monotonic() - shown >= EVERY:
                     shown = time.monotonic()
                     for cell in list(running.values()):
-                        logger.info(f"{cell.folder.name}: {_last_line(cell.folder / 'log.txt')}")
+                        line = _last_line(cell.folder / "log.txt")
+                        if lines.get(cell.folder) != line:
+                            lines[cell.folder] = line
+                            logger.info(f"{cell.folder.name}: {log.message(line)}")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(running):

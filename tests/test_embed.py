@@ -73,6 +73,14 @@ def test_it_is_embedded_once_for_all_seeds(run, monkeypatch):
     embed.open_source(config)
 
 
+def test_judge_is_named_where_nobody_has_said_what_is_alike(run, tmp_path, logs):
+    for temperature, named in (("0.7", True), ("0.2", False)):
+        logs.clear()
+        config = small.config(*HEAD, f"data.cache_dir={run[1]}", f"loss.temperature={temperature}")
+        train.train(config, tmp_path / temperature)
+        assert (f"`tcq judge --workdir={tmp_path / temperature}` asks" in logs.text) == named
+
+
 class Counted:
     """The function, which fails at a number of calls; counts the images."""
 
@@ -450,11 +458,13 @@ def test_what_a_model_on_embeddings_cannot_take_is_refused(tmp_path, run, images
     query = next(p for p in images.rglob("*") if p.is_file())
     np.save(tmp_path / "wide.npy", np.zeros((1, 13), "f4"))
     np.save(tmp_path / "no_row.npy", np.zeros((0, 12), "f4"))
+    np.save(tmp_path / "int8.npy", np.zeros((1, 12), "i1"))
     np.save(tmp_path / "nan.npy", np.full((1, 12), np.nan, "f4"))
     for arguments, message in (
         (("search", f"--index={tmp_path / 'index'}", f"--query={query}"), "was trained on embeddings: give a .npy"),
-        (("search", f"--index={tmp_path / 'index'}", f"--query={tmp_path / 'wide.npy'}"), "several of 12 numbers"),
+        (("search", f"--index={tmp_path / 'index'}", f"--query={tmp_path / 'wide.npy'}"), "several of 12 floats"),
         (("search", f"--index={tmp_path / 'index'}", f"--query={tmp_path / 'no_row.npy'}"), "one row or several of"),
+        (("search", f"--index={tmp_path / 'index'}", f"--query={tmp_path / 'int8.npy'}"), "(1, 12) int8 must be"),
         (("search", f"--index={tmp_path / 'index'}", f"--query={tmp_path / 'nan.npy'}"), "a number is not finite"),
         (
             ("index", f"--workdir={tmp_path / 'run'}", f"--images={images}", f"--out={tmp_path / 'o'}"),

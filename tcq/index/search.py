@@ -108,11 +108,14 @@ def _read_embeddings(path: str | Path, width: int) -> Float[np.ndarray, "_ F"]:
     if not width:
         raise IndexFileError(f"query {str(path)!r}: the model takes images, not embeddings")
     try:
-        rows = np.atleast_2d(np.load(path, allow_pickle=False)).astype(np.float32)
+        rows = np.atleast_2d(np.load(path, allow_pickle=False))
     except (OSError, ValueError, EOFError) as error:
         raise IndexFileError(f"query {str(path)!r}: embeddings cannot be read: {error}") from None
-    if rows.ndim != 2 or rows.shape[1] != width or not len(rows):
-        raise IndexFileError(f"query {str(path)!r}: {rows.shape} must be one row or several of {width} numbers")
+    if rows.ndim != 2 or rows.shape[1] != width or not len(rows) or rows.dtype.kind != "f":
+        raise IndexFileError(
+            f"query {str(path)!r}: {rows.shape} {rows.dtype} must be one row or several of {width} floats"
+        )
+    rows = rows.astype(np.float32)
     if not np.isfinite(rows).all():
         raise IndexFileError(f"query {str(path)!r}: a number is not finite")
     return rows

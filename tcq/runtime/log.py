@@ -5,6 +5,7 @@ captures tcq's messages as those of any other library. The command line calls `s
 """
 
 import logging
+import re
 import sys
 import time
 
@@ -32,6 +33,11 @@ class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
         return f"{self.formatTime(record, '%H:%M:%S')} {level}{super().format(record)}"
+
+
+def message(line: str) -> str:
+    """A line that `show` has written, without its time."""
+    return re.sub(r"^\d\d:\d\d:\d\d ", "", line)
 
 
 class Progress:

@@ -137,6 +137,7 @@ def test_better_codes_by_faiss_are_a_warning(logs):
             "OPQ and PQ on the embeddings scores 0.612",
         ),
         ({"asymmetric": 0.5, "pq_embeddings": 0.51, "opq_embeddings": 0.4}, "FAISS PQ on the embeddings scores 0.510"),
+        ({"asymmetric": 0.5, "pq_embeddings": 0.504}, ""),
         ({"asymmetric": 0.5, "pq_features": 0.9}, ""),
     ):
         logs.clear()

@@ -97,7 +97,7 @@ def test_features_are_queries(index, opened, images, tmp_path):
     assert found["hits"] == truth["hits"]
     np.save(tmp_path / "f.npy", features[0, :3])
     small.assert_refused(
-        small.main("search", f"--index={index}", f"--features={tmp_path / 'f.npy'}"), "one row or several of 8 numbers"
+        small.main("search", f"--index={index}", f"--features={tmp_path / 'f.npy'}"), "one row or several of 8 floats"
     )
 
 
