@@ -268,14 +268,15 @@ def _judge(arguments: argparse.Namespace, _: list[str]) -> int:
     from tcq import web
     from tcq.evaluate import judge
 
-    if not arguments.page:
-        print(judge.text(judge.run(arguments.workdir, count=arguments.answers, labels=arguments.labels)))
+    a = arguments
+    if not a.page:
+        print(judge.text(judge.run(a.workdir, count=a.answers, labels=a.labels)))
         return 0
     web.check_installed("tcq judge --page")
     from tcq.evaluate import judge_page
 
-    source, judge_by = judge.prepare(arguments.workdir, count=arguments.answers, labels=False)
-    print(judge.text(judge_page.run(judge_by, source, host=arguments.host, port=arguments.port)))
+    source, judge_by = judge.prepare(a.workdir, count=a.answers, labels=False)
+    print(judge.text(judge_page.run(judge_by, source, host=a.host, port=a.port, proxy=a.proxy)))
     return 0
 
 

@@ -236,5 +236,5 @@ def add_serve(commands: flags.Commands) -> None:
 def _serve(arguments: argparse.Namespace, _: list[str]) -> int:
     from tcq.index import serve
 
-    serve.serve(arguments.index, host=arguments.host, port=arguments.port, k=arguments.k)
+    serve.serve(arguments.index, host=arguments.host, port=arguments.port, proxy=arguments.proxy, k=arguments.k)
     return 0

@@ -42,6 +42,11 @@ def add_address(parser: Any, *, port: int) -> None:
         default="127.0.0.1",
         help="address to listen on (default: 127.0.0.1, this machine only); beyond it a token is needed",
     )
+    parser.add_argument(
+        "--proxy",
+        metavar="URL",
+        help="address at which a proxy, such as that of Colab, shows the page; the proxy decides who may see it",
+    )
     parser.add_argument("--port", type=port_number, default=port, help=f"of the page (default: {port})")
 
 

@@ -101,14 +101,16 @@ class Exchange:
             self.changed.notify_all()
 
 
-def run(judge_by: Callable[[judge.Ask], kinds.Judgement], source: Source, *, host: str, port: int) -> kinds.Judgement:
+def run(
+    judge_by: Callable[[judge.Ask], kinds.Judgement], source: Source, *, host: str, port: int, proxy: str | None = None
+) -> kinds.Judgement:
     """What `judge_by` returns, whose questions a person answers on the page.
 
     Raises PageError if the address cannot be used, what `judge_by` raises, and Stopped after a signal.
     """
     exchange, ends = Exchange(), list[Any]()
     with web.listening(host, port) as bound:
-        guard, address = web.guard_of(host, bound)
+        guard, address = web.guard_of(host, bound, proxy)
         server = web.make_server(make(exchange, source, guard, lambda: setattr(server, "should_exit", True)))
 
         def work() -> None:

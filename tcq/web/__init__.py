@@ -8,6 +8,7 @@ import secrets
 import socket
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 from tcq.runtime import signals
 from tcq.web.guard import NAMES, Guard
@@ -53,14 +54,27 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         yield bound
 
 
-def guard_of(host: str, bound: socket.socket) -> tuple[Guard, str]:
-    """Who may use a page, and its address; with a token if the host is beyond this machine."""
+def guard_of(host: str, bound: socket.socket, proxy: str | None = None) -> tuple[Guard, str]:
+    """Who may use a page, and its address; with a token if the host is beyond this machine.
+
+    `proxy` is the address at which a proxy shows the page.
+    Raises PageError if it is none.
+    """
     number = bound.getsockname()[1]
     beyond = not is_loopback(host)
     shown = f"[{host}]" if ":" in host else host
     token = secrets.token_urlsafe(18) if beyond else None
     query = f"/?token={token}" if token else "/"
-    return Guard(None if beyond else number, token, tuple({*NAMES, shown})), f"http://{shown}:{number}{query}"
+    guard = Guard(None if beyond else number, token, tuple({*NAMES, shown}), _origin(proxy) if proxy else None)
+    return guard, f"{proxy.rstrip('/') if proxy else f'http://{shown}:{number}'}{query}"
+
+
+def _origin(address: str) -> str:
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment or "@" in address:
+        raise PageError(f"--proxy={address} must be an address such as https://photos.example/search")
+    port = {"http": ":80", "https": ":443"}[parts.scheme]  # browsers leave it out
+    return f"{parts.scheme}://{parts.netloc.removesuffix(port)}".lower()
 
 
 def make_server(app: Any) -> Any:

@@ -21,6 +21,7 @@ class Guard(NamedTuple):
     port: int | None  # on this machine only: the port of the page; None: on any address, with a token
     token: str | None
     names: tuple[str, ...] = NAMES
+    proxy: str | None = None  # the origin of a proxy that passes requests on, such as "https://a.example"
 
 
 def refusal(guard: Guard, host: str, origin: str | None, site: str, token: str) -> tuple[int, str] | None:
@@ -31,15 +32,22 @@ def refusal(guard: Guard, host: str, origin: str | None, site: str, token: str) 
     """
     if site in ("cross-site", "same-site"):
         return 403, "this page is not served to other sites"
+    proxy = [] if guard.proxy is None else [guard.proxy]
     if guard.port is not None:
         hosts = [f"{name}:{guard.port}" for name in guard.names] + (list(guard.names) if guard.port == 80 else [])
-        if host not in hosts or (origin is not None and origin not in [f"http://{h}" for h in hosts]):
-            return 403, "this page is served to this machine only"
-    elif origin is not None and origin.partition("://")[2] != host:
+        origins = [None, *(f"http://{h}" for h in hosts), *proxy]
+        if host not in [*hosts, *map(_host, proxy)] or origin not in origins:
+            only = "this machine" if guard.proxy is None else f"this machine and {guard.proxy}"
+            return 403, f"this page is served to {only} only"
+    elif origin not in (None, *proxy) and _host(origin) != host:
         return 403, "this page is not served to other sites"
     if guard.token is not None and not hmac.compare_digest(token.encode(), guard.token.encode()):
         return 401, "the token is missing or wrong: use the address that the command has printed"
     return None
+
+
+def _host(origin: str) -> str:
+    return origin.partition("://")[2]
 
 
 def wrap(app: Any, guard: Guard) -> Any:

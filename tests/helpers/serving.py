@@ -17,11 +17,12 @@ from tcq.web.guard import Guard
 
 
 @contextlib.contextmanager
-def running(path, *, token=None, k=3):
+def running(path, *, token=None, k=3, proxy=None):
     """The address of a server of an index."""
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
-    server = web.make_server(app.make(path, indexes.open_index(path), Guard(None if token else port, token), k=k))
+    guard = Guard(None if token else port, token, proxy=proxy)
+    server = web.make_server(app.make(path, indexes.open_index(path), guard, k=k))
     thread = threading.Thread(target=lambda: asyncio.run(web.run(server, listening)))
     thread.start()
     end = time.monotonic() + 20

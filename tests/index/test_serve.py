@@ -171,6 +171,37 @@ def test_beyond_this_machine_a_token_is_needed(index, body):
         connection.close()
 
 
+@pytest.mark.parametrize("token", [None, "secret"])
+def test_a_proxy_may_pass_requests_on(index, body, token):
+    """One passes `Host` on, another sets its own."""
+    headers = {"Authorization": "Bearer secret"} if token else {}
+    with running(index, token=token, proxy="https://photos.example") as address:
+        for host in ("photos.example", address.removeprefix("http://")):
+            for origin in ({}, {"Origin": "https://photos.example"}, {"Origin": f"http://{host}"}):
+                status = ask(address, "/api/search", body, headers | {"Host": host} | origin)[0]
+                assert status == (403 if origin == {"Origin": "http://photos.example"} and not token else 200)
+            for other in ("https://attacker.example", "https://photos.example.attacker.example", "null"):
+                assert ask(address, "/api/search", body, headers | {"Host": host, "Origin": other})[0] == 403
+        if token:
+            assert ask(address, "/api/info", None, {"Host": "photos.example"})[0] == 401
+        else:
+            status, _, answer = ask(address, "/api/info", None, {"Host": "attacker.example"})
+            assert status == 403 and "to this machine and https://photos.example only" in answer["error"]
+
+
+def test_the_address_of_a_proxy():
+    with web.listening("127.0.0.1", 0) as bound:
+        for given, origin, shown in (
+            ("https://Photos.example:443/search/", "https://photos.example", "https://Photos.example:443/search/"),
+            ("http://photos.example:8080", "http://photos.example:8080", "http://photos.example:8080/"),
+        ):
+            guard, address = web.guard_of("127.0.0.1", bound, given)
+            assert guard.proxy == origin and address == shown and guard.token is None
+        for wrong in ("photos.example", "ftp://a", "https://", "https://a/?b", "https://a/#b", "https://u@a"):
+            with pytest.raises(web.PageError, match="must be an address such as"):
+                web.guard_of("127.0.0.1", bound, wrong)
+
+
 def test_thumbnails_are_encoded_anew(run, images, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
