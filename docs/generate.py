@@ -127,7 +127,7 @@ def _row(action: argparse.Action) -> str:
     value = "" if action.nargs == 0 else f" {values}"
     many = " ..." if action.nargs == "+" else ""
     required = " (required)" if action.required and action.nargs != "*" else ""
-    flag = f"{action.option_strings[0]}{value}" if action.option_strings else action.metavar
+    flag = f"{', '.join(action.option_strings)}{value}" if action.option_strings else action.metavar
     many = " ..." if action.nargs == "*" else many
     help = (action.help or "").replace("%%", "%").replace("|", "\\|")
     return f"| `{flag}{many}` | {help}{required} |"
