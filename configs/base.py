@@ -46,24 +46,32 @@ def set_backbone(c: ConfigDict, backbone: str, weights: str, *, image_size: int)
         c.optim.layer_decay = 0.75
 
 
-def train_on_embeddings(c: ConfigDict, kinds: str = "") -> None:
-    """Only projection and codebooks are trained, from those of OPQ on.
+def clip_kinds(c: ConfigDict, kinds: str, *, temperature: float) -> None:
+    """Clips the pairs of one kind at temperature 0.2, for about `kinds` kinds of things.
 
-    `kinds` is about how many kinds of things there are, "" if unknown. Start, temperature and clip follow the
-    validation images of three sets, and the learning rate those of one (docs/clipping.md). Without `kinds` few pairs
-    are clipped, at a high temperature. The rest is our choice.
+    "" is for unknown: then few pairs are clipped, at the given temperature.
     """
     if kinds and (not kinds.isdecimal() or int(kinds) < 2):
         raise ValueError(
             f"kinds={kinds} must be a whole number of at least 2: about how many kinds of things there are"
         )
+    c.loss.temperature = 0.2 if kinds else temperature
+    c.loss.clip = f"kinds={kinds}" if kinds else 0.02
+    c.loss.clip_scope = "anchor" if kinds and int(kinds) <= FEW_KINDS else "batch"
+
+
+def train_on_embeddings(c: ConfigDict, kinds: str = "") -> None:
+    """Only projection and codebooks are trained, from those of OPQ on.
+
+    `kinds` is that of `clip_kinds`. Start, temperature and clip follow the validation images of three sets, and the
+    learning rate those of one (docs/clipping.md). Without `kinds` few pairs are clipped, at a high temperature. The
+    rest is our choice.
+    """
+    clip_kinds(c, kinds, temperature=0.7)
     c.quantizer.metric = "ip"
     c.quantizer.scale = 10.0
     c.quantizer.init = "opq"
     c.quantizer.init_images = 65_536  # as many as FAISS takes
-    c.loss.temperature = 0.2 if kinds else 0.7
-    c.loss.clip = f"kinds={kinds}" if kinds else 0.02
-    c.loss.clip_scope = "anchor" if kinds and int(kinds) <= FEW_KINDS else "batch"
     c.optim.learning_rate = 1e-4
     c.optim.weight_decay = 1e-4
     c.optim.warmup_steps = 0.1

@@ -7,8 +7,8 @@
         --workdir=runs/mine
 
 The arguments after the folder are bits=16, 32, 64 ...; backbone=, a name such as vit_b16 or resnet18; weights=, a path
-(docs/weights.md); embedder=, a function of yours, with kinds=, about how many kinds of things there are
-(docs/embeddings.md). Other keys as usual:
+(docs/weights.md); embedder=, a function of yours (docs/embeddings.md); with one of these two kinds=, about how many
+kinds of things there are. Other keys as usual:
 --config.data.image_size=64 --config.train.total_steps=5000 ...
 """
 
@@ -28,8 +28,10 @@ def get_config(arg: str = "") -> ConfigDict:
     c.loss.temperature = 0.3
     c.train.total_steps = 1000
     c.eval.every_steps = 500
-    if a["kinds"] and not a["embedder"]:
-        raise ValueError("kinds= goes with embedder=: without it, set --config.loss.clip=kinds=... and a temperature")
+    if a["kinds"] and not (a["embedder"] or a["weights"]):
+        raise ValueError(
+            "kinds= goes with embedder= or weights=: training from scratch has not learned yet what is alike"
+        )
     if a["embedder"]:
         base.train_on_embeddings(c, a["kinds"])
         c.model.embedder = a["embedder"]
@@ -37,6 +39,8 @@ def get_config(arg: str = "") -> ConfigDict:
         return c
     if a["backbone"] or a["weights"]:
         base.set_backbone(c, a["backbone"], a["weights"], image_size=224)
+        if a["weights"]:
+            base.clip_kinds(c, a["kinds"], temperature=0.3)  # our choice: not measured with published weights
         return c
     c.model.update(width=128, depth=4, heads=4, patch=8, pooling="flat")
     c.optim.learning_rate = 2e-3

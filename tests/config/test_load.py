@@ -157,7 +157,11 @@ def test_kinds_set_clip_scope_and_temperature(tmp_path, arg, clip, scope, temper
         loss = configs.load(config + arg).loss
         assert (loss.clip, loss.clip_scope, loss.temperature) == (clip, scope, temperature)
     assert "kinds=1 must be a whole number" in refused([], f"configs/embeddings.py:{tmp_path},kinds=1")
-    assert "kinds= goes with embedder=" in refused([], f"configs/folder.py:{tmp_path},kinds=9")
+    weights = recorded.write(recorded.families()["timm ViT"], tmp_path / "weights")
+    tuned = configs.load(f"configs/folder.py:{tmp_path},weights={weights}{arg}").loss
+    assert (tuned.clip, tuned.clip_scope, tuned.temperature) == (clip, scope, temperature if arg else 0.3)
+    assert "kinds= goes with embedder= or weights=" in refused([], f"configs/folder.py:{tmp_path},kinds=9")
+    assert configs.load(f"configs/folder.py:{tmp_path}").loss.clip == 0
 
 
 def test_spq_and_mecoq_are_as_their_papers_describe():
