@@ -252,6 +252,42 @@ def test_a_width_that_depends_on_the_batch_is_refused(tmp_path):
         embed.open_source(config)
 
 
+def test_an_embedding_that_is_not_finite_is_named(tmp_path, monkeypatch):
+    config = small.config(*HEAD, f"data.cache_dir={tmp_path}")
+    names = sources.open_source(config.data).names
+    of = embedder.run
+
+    def run(spec, images):
+        seen.append(len(images))
+        if len(images) == files.BLOCK and seen.count(files.BLOCK) == 3:  # view 1 of the first block
+            raise embedder.NotFiniteError("no number", 5)
+        return of(spec, images)
+
+    seen = []
+    monkeypatch.setattr(embedder, "run", run)
+    with pytest.raises(embedder.EmbedderError, match=r"no number: view 1 of .*") as raised:
+        embed.open_source(config)
+    assert str(raised.value).removeprefix("no number: view 1 of ") in names
+
+
+@pytest.mark.parametrize("function", [embed.open_source, embed.write])
+def test_what_fails_at_the_end_is_not_embedded_again(run, tmp_path, monkeypatch, function):
+    more = () if function is embed.open_source else (tmp_path / "e",)
+    config = small.config(*HEAD, f"data.cache_dir={tmp_path / 'cache'}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "publish", lambda folder: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            function(config, *more)
+    assert stopped(function, config, *more) <= 20  # the fixed images
+    assert not list(tmp_path.rglob(files.STATE)) and not list(tmp_path.rglob("*.done"))
+
+
+def test_an_embedder_of_embeddings_is_refused(tmp_path):
+    folder = folder_of(tmp_path / "e", 0)
+    with pytest.raises(configs.ConfigError, match="embeds images, and data.source embeddings:.* leave one out"):
+        configs.load("configs/embeddings.py", [f"data.source=embeddings:{folder}", f"model.embedder={TINY}:embed"])
+
+
 def test_a_function_that_changed_does_not_fill_the_cache(tmp_path):
     config = small.config(*HEAD, f"data.cache_dir={tmp_path}")
     config.model.embedder = f"{TINY}:other"  # as a file that was edited after the training

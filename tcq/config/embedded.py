@@ -32,6 +32,10 @@ def apply(config: ConfigDict, before: ConfigDict | None, *, overridden: Containe
             raise ConfigError(
                 f"model.{key} {m[key]!r} must be empty: the model is projection and codebooks on embeddings"
             )
+    if m.embedder and data.source.startswith(KIND):
+        raise ConfigError(
+            f"model.embedder {m.embedder} embeds images, and data.source {data.source} has embeddings: leave one out"
+        )
     try:
         if m.embedder:
             place, colon, name = m.embedder.rpartition(":")

@@ -49,6 +49,8 @@ def open_folder(path: str | Path) -> Source:
     views = read_shards(root, VIEWS) if (root / VIEWS).is_dir() else None
     if views is not None and (len(views) != len(items) or views.shape[2] != items.shape[1]):
         raise SourceError(f"{root / VIEWS}: {views.shape} does not fit the embeddings {items.shape} of {root / ITEMS}")
+    if views is not None and views.shape[1] < 2:
+        raise SourceError(f"{root / VIEWS}: {views.shape} must have two views or more of each item, or be left out")
     names, labels, classes = _metadata(root, items)
     if views is not None:
         places = np.unique(np.linspace(0, len(views) - 1, CHECKED).astype(np.int64))
@@ -164,6 +166,9 @@ def _tables(files: list[Path]) -> tuple[list[Any], str | None]:
                 columns = opened.schema_arrow.names
                 name = next((n for n in NAMES if n in columns), None)
                 wanted = [c for c in (name, "label") if c in columns]
+            twice = [c for c in wanted if opened.schema_arrow.names.count(c) > 1]
+            if twice:
+                raise SourceError(f"{file}: has more than one column {twice[0]!r}: leave only one")
             lacking = [c for c in wanted if c not in opened.schema_arrow.names]
             if lacking:
                 raise SourceError(f"{file}: has no column {lacking[0]!r}, which {files[0].name} has")

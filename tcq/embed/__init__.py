@@ -241,7 +241,8 @@ def _earlier(config: ConfigDict) -> list[Path]:
     """
     now = config.model.embedder_output
     found = sorted(_home(config).glob(f"{_pixels(config)}-*/{DONE}"), key=_time, reverse=True)
-    states = [(file.parent, files.read_state(file)) for file in found]
+    whole = [file for file in found if not file.parent.name.endswith(files.PARTIAL)]
+    states = [(file.parent, files.read_state(file)) for file in whole]
     same = [(place, list(state.output)) for place, state in states if state and embedder.is_same(now, state.output)]
     return [place for place, output in same if output == same[0][1]]
 

@@ -78,8 +78,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def publish(folder: Path) -> None:
-    """Gives the folder that becomes `folder` its name."""
+    """Gives the folder that becomes `folder` its name.
+
+    Deletes the record of what is done.
+    """
     partial(folder).rename(folder)
+    for path in (folder / STATE, *folder.glob("[0-9]*.done")):
+        path.unlink(missing_ok=True)
 
 
 class _Work(NamedTuple):
@@ -87,6 +92,7 @@ class _Work(NamedTuple):
 
     folder: Path
     names: Sequence[str]  # of the kinds of files
+    files: Sequence[str]  # the names of the images
     images: Any
     seeds: np.ndarray  # int32, for each image: of its views
     has_views: np.ndarray  # for each image whether it gets views
@@ -125,7 +131,9 @@ def write(
     processes.on_first(lambda: _begin(folder, names, state))
     processes.require_visible(folder / STATE)
     draw = _compiled_views(tuple(sorted(data.augment.items())))
-    work = _Work(folder, names, images, view_seeds(source.digests), has_views, known, run, draw, data.views)
+    work = _Work(
+        folder, names, source.names, images, view_seeds(source.digests), has_views, known, run, draw, data.views
+    )
     size = min(SHARD, max(BLOCK, -(-len(images) // FILES)))
     own = list(enumerate(range(0, len(images), size)))[jax.process_index() :: jax.process_count()]
     of = {n: _File(n, first, _done(folder, names, n, min(size, len(images) - first)), []) for n, first in own}
@@ -138,12 +146,7 @@ def write(
         progress.update(embedded)
     processes.exchange(None)  # all are done
 
-    def finish() -> None:
-        embeddings.write_metadata(folder, source.names, source.labels, source.classes)
-        for path in (folder / STATE, *folder.glob("[0-9]*.done")):
-            path.unlink()
-
-    processes.on_first(finish)
+    processes.on_first(lambda: embeddings.write_metadata(folder, source.names, source.labels, source.classes))
 
 
 def view_seeds(digests: Sequence[bytes]) -> Int32[np.ndarray, " N"]:
@@ -183,8 +186,19 @@ def _embed(work: _Work, block: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]
     """The embeddings of some images, and of each of their views if they get any."""
     pixels = np.asarray(work.images[block])
     drawn = range(work.views) if work.has_views[block[0]] else ()
-    views = [work.run(np.asarray(work.draw(pixels, work.seeds[block], np.int32(view)))) for view in drawn]
-    return work.run(pixels), views
+    plain = _run(work, block, pixels, "")
+    return plain, [
+        _run(work, block, np.asarray(work.draw(pixels, work.seeds[block], np.int32(view))), f"view {view} of ")
+        for view in drawn
+    ]
+
+
+def _run(work: _Work, block: np.ndarray, pixels: np.ndarray, what: str) -> np.ndarray:
+    """Embeds images; an error names the image."""
+    try:
+        return work.run(pixels)
+    except embedder.NotFiniteError as error:
+        raise embedder.EmbedderError(f"{error}: {what}{work.files[block[error.row]]}") from None
 
 
 def _copy_known(work: _Work, of: Iterable[_File]) -> None:

@@ -3,7 +3,7 @@
 import io
 import json
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -98,16 +98,15 @@ def judge(
     """
     chosen = np.sort(np.random.RandomState(seed).permutation(split.train)[:IMAGES])
     ranks = kinds.pair_ranks(clipped.similarities(encoder, encode.encode(encoder, take(source.images, chosen))))
-    names = [source.names[i] for i in chosen]
-    if len(set(source.names)) < len(source.names):
-        names = [f"{i} {name}" for i, name in zip(chosen, names, strict=True)]
+    count_of = Counter(source.names)
+    names = [f"{i} {source.names[i]}" if count_of[source.names[i]] > 1 else source.names[i] for i in chosen]
     is_open, random = ~np.eye(len(chosen), dtype=bool), np.random.RandomState(seed + 1)
     answers = []
     file = folder / ANSWERS if folder else None
-    for anchor, others, same in _stored(file, names) if file else ():  # ranks are those of the model as it is now
-        answers.append(kinds.likelihood(ranks[anchor, others], same))
-        _close(is_open, anchor, others)
     with _only(folder), file.open("a") if file else nullcontext(io.StringIO()) as out:
+        for anchor, others, same in _stored(file, names) if file else ():  # ranks are those of the model as it is now
+            answers.append(kinds.likelihood(ranks[anchor, others], same))
+            _close(is_open, anchor, others)
         if file and out.tell() and not file.read_bytes().endswith(b"\n"):
             out.write("\n")  # the last line of a killed process may be cut
         while len(answers) < count:
@@ -124,7 +123,7 @@ def judge(
             rows = [(names[anchor], names[i], bool(same)) for i, same in zip(others, picked, strict=True)]
             out.write("".join(json.dumps(dict(zip(KEYS, row, strict=True))) + "\n" for row in rows))
             out.flush()
-    return kinds.judgement(answers, ranks)
+    return kinds.judgement(answers, ranks, encoder.config.data.batch_size)
 
 
 def _only(folder: Path | None) -> AbstractContextManager[None]:

@@ -39,6 +39,7 @@ FILES = {
 STOPS = 20.0  # seconds after a signal in which the judge may end; exiting meanwhile would abort the process
 WAIT = 10.0  # seconds that a request waits for the next question
 MAX_BYTES = 1000  # of an answer
+ANSWER_SECONDS = 10.0  # in which it arrives
 SIDE = 320  # pixels of a small picture, which is enlarged without smoothing
 STOP = "stop"  # instead of an answer: no further question
 
@@ -179,10 +180,14 @@ async def _file(request: Request) -> Response:
 
 async def _answer(request: Request) -> Answer:
     body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BYTES:
-            raise HTTPException(413, "an answer is short", {"connection": "close"})
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BYTES:
+                    raise HTTPException(413, "an answer is short", {"connection": "close"})
+    except TimeoutError:
+        raise HTTPException(408, "the answer did not arrive in time", {"connection": "close"}) from None
     try:
         answer = json.loads(body)["answer"]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 NEIGHBOURS = 8  # images of a question, beside the anchor
 # Our choices, by validation images of three sets (docs/clipping.md):
+LEAST = 4  # negatives of each anchor that scope "anchor" clips; below "batch" fits, as with kinds=
 SKEW = 0.9  # standard deviation over mean of the number of an image's nearest pairs, from which scope "batch" fits
 TEMPERATURE = 0.2
 INTERVAL = (0.05, 0.95)
@@ -105,8 +106,8 @@ def draw(
     return anchor, random.permutation(order[np.unique(np.minimum(chosen, len(order) - 1))])
 
 
-def judgement(answers: list[Float[np.ndarray, " G"]], ranks: Float[np.ndarray, "B B"]) -> Judgement:
-    """What answers, each a `likelihood`, say of a collection.
+def judgement(answers: list[Float[np.ndarray, " G"]], ranks: Float[np.ndarray, "N N"], batch_size: int) -> Judgement:
+    """What answers, each a `likelihood`, say of a collection that is trained on in batches.
 
     `ranks` are of sampled pairs, with 1 on the diagonal.
     """
@@ -116,7 +117,8 @@ def judgement(answers: list[Float[np.ndarray, " G"]], ranks: Float[np.ndarray, "
     quantiles = (INTERVAL[0], 0.5, INTERVAL[1])
     total = np.cumsum(np.repeat(weights / len(_CELL), len(_CELL))[order])
     low, share, high = np.interp(quantiles, total, shares[order]).tolist()
-    scope = "batch" if skew(ranks, share / 2) > SKEW else "anchor"  # half of it, in case the share is too high
+    is_skewed = skew(ranks, share / 2) > SKEW  # half of it, in case the share is too high
+    scope = "batch" if is_skewed or share * (2 * batch_size - 2) < LEAST else "anchor"
     precision = np.interp(_clipped_ranks(ranks, share, scope), _MIDDLES, weights @ _AT_MIDDLES).mean()
     return Judgement(share, low, high, scope, float(precision), len(answers))
 

@@ -1,8 +1,10 @@
 """A user's function as the frozen backbone, and the module that takes its embeddings."""
 
 import contextlib
+import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 import threading
 import traceback
@@ -29,6 +31,14 @@ Embed = Callable[[UInt8[np.ndarray, "N S S 3"]], Float[np.ndarray, "N F"]]
 
 class EmbedderError(ValueError):
     """The function of `model.embedder` cannot be used; the message says why and what to do."""
+
+
+class NotFiniteError(EmbedderError):
+    """An embedding has a number that is not finite."""
+
+    def __init__(self, message: str, row: int) -> None:
+        super().__init__(message)
+        self.row = row  # of the images
 
 
 class Standardize(nn.Module):
@@ -89,14 +99,35 @@ def _module(place: str) -> Any:
     if not place.endswith(".py"):
         return importlib.import_module(place)
     file = Path(place).expanduser()
-    module_spec = importlib.util.spec_from_file_location(f"tcq_embedder_{file.stem}", file)
-    assert module_spec and module_spec.loader
-    module = importlib.util.module_from_spec(module_spec)
     folder = str(file.resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)  # for modules beside it, as with `python file.py`
-    module_spec.loader.exec_module(module)
+    module_spec = importlib.util.spec_from_file_location(_module_name(file), file)
+    assert module_spec and module_spec.loader
+    module = importlib.util.module_from_spec(module_spec)
+    before = sys.modules.get(module_spec.name)
+    sys.modules[module_spec.name] = module  # where dataclasses, Flax and workers of a pool look for it
+    try:
+        module_spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(module_spec.name)
+        if before is not None:
+            sys.modules[module_spec.name] = before
+        raise
     return module
+
+
+def _module_name(file: Path) -> str:
+    """The name by which other processes import the file; one of ours if another module has it."""
+    known = sys.modules.get(file.stem)
+    if known is None and file.stem.isidentifier():
+        spec = importlib.util.find_spec(file.stem)
+        origin = spec.origin if spec else None
+    else:
+        origin = getattr(known, "__file__", None)
+    if origin and Path(origin).resolve() == file.resolve():
+        return file.stem
+    return f"tcq_embedder_{file.stem}_{hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:8]}"
 
 
 def run(spec: str, images: UInt8[np.ndarray, "N S S 3"]) -> Float[np.ndarray, "N F"]:
@@ -125,9 +156,10 @@ def run(spec: str, images: UInt8[np.ndarray, "N S S 3"]) -> Float[np.ndarray, "N
         rows = rows.astype(np.float32)
     if not np.isfinite(rows).all():
         which = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
-        raise EmbedderError(
-            f"model.embedder {spec} with {images.shape}: the embedding of image {which} has a number that is not "
-            f"finite in float32"
+        raise NotFiniteError(
+            f"model.embedder {spec} with {images.shape}: the embedding of image {which} (from 0) has a number that is "
+            f"not finite in float32",
+            which,
         )
     return rows
 
@@ -149,7 +181,7 @@ def signature(spec: str, image_size: int) -> tuple[float, ...]:
     """The width of the embeddings, and sums over those of fixed images.
 
     These numbers tell one function from another. Raises EmbedderError as `run`, and for a function that gives an image
-    something else in another batch or at another call.
+    something else in another batch or at another call, or all fixed images the same.
     """
     images = _fixed_images(image_size)
     rows, alone = run(spec, images), run(spec, images[:1])
@@ -159,6 +191,11 @@ def signature(spec: str, image_size: int) -> tuple[float, ...]:
         else:
             cause = "gives an image another embedding in another batch: switch off the statistics of the batch"
         raise EmbedderError(f"model.embedder {spec} {cause} (model.eval() in PyTorch, train=False in Flax)")
+    if np.abs(rows - rows[:1]).max() <= ROUNDING * np.abs(rows).max():
+        raise EmbedderError(
+            f"model.embedder {spec} gives four different images (noise and ramps) one embedding, so it could not be "
+            f"told from another function later: let it return something of the whole image where it finds nothing"
+        )
     sums = rows @ np.random.RandomState(1).randn(rows.shape[1], NUM_SUMS)
     return (float(rows.shape[1]), *(round(float(s), 6) for s in sums.ravel()))
 

@@ -16,6 +16,7 @@ from tcq.runtime import signals
 
 NAME = ".lock"
 EVERY = 0.1  # seconds between two attempts
+ATTEMPTS = 100  # to open a file whose folder others delete
 UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 logger = logging.getLogger(__name__)
@@ -55,15 +56,24 @@ def lock(folder: str | Path, *, wait: bool) -> Iterator[None]:
 def _open_locked(path: Path, *, wait: bool) -> TextIO:
     """The lock file, locked.
 
-    Another process may delete it before it is locked here: then it is opened again.
+    Another process may delete it, and its folder, before it is locked here: then it is opened again.
     """
+    failed = 0
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a+")
+        except (FileNotFoundError, FileExistsError):
+            failed += 1
+            if failed == ATTEMPTS:
+                raise
+            continue
+        failed = 0
         try:
             _take(file.fileno(), path, wait=wait)
-            if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                return file
+            with contextlib.suppress(FileNotFoundError):
+                if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                    return file
         except BaseException:
             file.close()
             raise

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import re
 import secrets
 import socket
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tcq.runtime import signals
-from tcq.web.guard import NAMES, Guard
+from tcq.web.guard import NAMES, PORTS, Guard
 
 CONNECTIONS = 512  # open at once; others are answered 503
 HEADER_SECONDS = 10.0  # within which a request has to be complete but for its body
@@ -65,16 +66,24 @@ def guard_of(host: str, bound: socket.socket, proxy: str | None = None) -> tuple
     shown = f"[{host}]" if ":" in host else host
     token = secrets.token_urlsafe(18) if beyond else None
     query = f"/?token={token}" if token else "/"
-    guard = Guard(None if beyond else number, token, tuple({*NAMES, shown}), _origin(proxy) if proxy else None)
-    return guard, f"{proxy.rstrip('/') if proxy else f'http://{shown}:{number}'}{query}"
+    origin, path = _origin_and_path(proxy) if proxy else (None, "/")
+    guard = Guard(None if beyond else number, token, tuple({*NAMES, shown}), origin, path)
+    return guard, f"{origin}{path.rstrip('/')}{query}" if origin else f"http://{shown}:{number}{query}"
 
 
-def _origin(address: str) -> str:
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment or "@" in address:
+def _origin_and_path(address: str) -> tuple[str, str]:
+    """As browsers write them."""
+    try:
+        parts = urlsplit(address)
+        name, port = parts.hostname or "", parts.port
+        host = f"[{name}]" if ":" in name else name.encode("idna").decode()
+    except ValueError:
+        parts, host, port = urlsplit(""), "", None
+    plain = re.fullmatch(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]", host) and re.fullmatch(r"[!-~]*", parts.path)
+    if parts.scheme not in PORTS or not plain or parts.query or parts.fragment or "@" in parts.netloc:
         raise PageError(f"--proxy={address} must be an address such as https://photos.example/search")
-    port = {"http": ":80", "https": ":443"}[parts.scheme]  # browsers leave it out
-    return f"{parts.scheme}://{parts.netloc.removesuffix(port)}".lower()
+    number = f":{port}" if port is not None and f":{port}" != PORTS[parts.scheme] else ""
+    return f"{parts.scheme}://{host}{number}", parts.path or "/"
 
 
 def make_server(app: Any) -> Any:

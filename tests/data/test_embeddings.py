@@ -170,10 +170,25 @@ def test_what_does_not_fit_is_refused(tmp_path):
         changed(
             write(tmp_path / "second", rows(4), rows(2), metadata=six), {"path": list("abcd")}, {"path": ["e", None]}
         ): "metadata_1.parquet: row 1 .* has None in column",
+        one_view(write(tmp_path / "one", rows(4))): r"view_emb: \(4, 1, 6\) must have two views or more",
+        twice(write(tmp_path / "twice", rows(4))): "metadata_0.parquet: has more than one column 'path'",
         views: r"\(3, 2, 6\) does not fit the embeddings \(4, 6\)",
     }.items():
         with pytest.raises(SourceError, match=message):
             embeddings.open_folder(folder)
+
+
+def one_view(root):
+    (root / "view_emb").mkdir()
+    np.save(root / "view_emb" / "view_emb_0.npy", np.zeros((4, 1, 6), "f4"))
+    return root
+
+
+def twice(root):
+    (root / "metadata").mkdir(exist_ok=True)
+    table = pyarrow.table([list("abcd"), list("efgh")], names=["path", "path"])
+    pyarrow.parquet.write_table(table, root / "metadata" / "metadata_0.parquet")
+    return root
 
 
 def archives(folder):

@@ -135,6 +135,22 @@ def test_one_process_at_a_time_asks(workdir):
     assert not (workdir / judge.LOCKED).exists()
 
 
+def test_what_another_process_has_asked_meanwhile_is_not_asked_again(workdir, monkeypatch):
+    """It ends between the start of this one and its lock."""
+    source, judge_by = judge.prepare(workdir, count=4, labels=False)
+    only, others = judge._only, [judge.prepare(workdir, count=3, labels=False)[1]]
+
+    def _only(folder):
+        if others:
+            others.pop()(judge.by_labels(source))
+        return only(folder)
+
+    monkeypatch.setattr(judge, "_only", _only)
+    assert judge_by(judge.by_labels(source)).answers == 4
+    anchors = [r["first"] for r in stored(workdir)]
+    assert len(set(anchors)) == 4 and len(anchors) == 4 * kinds.NEIGHBOURS
+
+
 def test_images_of_one_name_are_told_apart(workdir):
     encoder = encode.load(workdir, which="latest")
     source = sources.open_source(encoder.config.data)
@@ -143,6 +159,17 @@ def test_images_of_one_name_are_told_apart(workdir):
     found = [judge.judge(workdir, encoder, alike, split, judge.by_labels(source), count=n) for n in (5, 5)]
     assert found[0] == found[1] and found[0].answers == 5
     assert len({(r["first"], r["second"]) for r in stored(workdir)}) == 5 * kinds.NEIGHBOURS
+
+
+def test_answers_count_although_others_have_one_name_now(workdir):
+    encoder = encode.load(workdir, which="latest")
+    source = sources.open_source(encoder.config.data)
+    split = splits.of_source(source, encoder.config.data)
+    judge.judge(workdir, encoder, source, split, judge.by_labels(source), count=3)
+    shown = {name for r in stored(workdir) for name in (r["first"], r["second"])}
+    renamed = [name if name in shown else "a.jpg" for name in source.names]
+    alike = source._replace(names=renamed)
+    assert judge.judge(workdir, encoder, alike, split, lambda *_: None, count=9).answers == 3
 
 
 def test_other_images_than_those_of_the_run_are_refused(workdir):

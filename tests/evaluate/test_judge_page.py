@@ -114,6 +114,19 @@ def test_only_the_open_question_is_answered_and_by_numbers(workdir):
     assert ends[0].answers == 1
 
 
+def test_an_answer_that_does_not_arrive_ends(workdir, monkeypatch):
+    monkeypatch.setattr(judge_page, "ANSWER_SECONDS", 0.3)
+    source, judge_by = judge.prepare(workdir, count=9, labels=False)
+    with judging(judge_by, source) as (address, _):
+        number = ask(address, "/api/question?after=0")[2]["number"]
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as client:
+            head = f"POST /api/answers/{number} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 20\r\n\r\n"
+            client.sendall(head.encode() + b"{")
+            assert b" 408 " in client.recv(100)
+        reply(address, number, "stop")
+
+
 def test_a_signal_stops_the_page_and_answers_are_kept(workdir):
     source, judge_by = judge.prepare(workdir, count=9, labels=False)
     with judging(judge_by, source, ends_itself=False) as (address, ends):

@@ -35,7 +35,7 @@ def test_the_interval_holds_the_share(half, slope, top):
         ranks = collection(seed)
         drawn = np.triu(np.random.RandomState(seed).rand(*ranks.shape), 1)
         same = drawn + drawn.T < curve(ranks, half, slope, top)
-        results.append(kinds.judgement(answers(ranks, same, seed, 30), ranks))
+        results.append(kinds.judgement(answers(ranks, same, seed, 30), ranks, 256))
     assert sum(r.low <= truth <= r.high for r in results) >= 3
     assert np.median([abs(np.log(r.share / truth)) for r in results]) < 0.25
     expected = [curve(u, half, slope, top)[u < r.share].mean() for r in results]
@@ -49,7 +49,7 @@ def test_endless_answers_give_the_share_itself():
     for half in 0.05 * 1.03 ** np.arange(6):
         same = curve(asked, half, 2.2)
         answer = np.log(np.maximum(p, 1e-12)) @ same + np.log(np.maximum(1 - p, 1e-12)) @ (1 - same)
-        result = kinds.judgement([answer] * 20, np.ones((2, 2)))
+        result = kinds.judgement([answer] * 20, np.ones((2, 2)), 256)
         assert abs(np.log(result.share / curve(u, half, 2.2).mean())) < 0.05
         assert result.low < result.share < result.high
 
@@ -82,7 +82,7 @@ def test_the_interval_holds_although_pairs_of_an_anchor_are_alike():
         ranks = kinds.pair_ranks(random.randn(*same.shape))
         truth = same[np.triu_indices(len(same), 1)].mean()
         found = answers(ranks, same, seed, 20)
-        result, together = kinds.judgement(found, ranks), kinds.judgement([sum(found)], ranks)
+        result, together = kinds.judgement(found, ranks, 256), kinds.judgement([sum(found)], ranks, 256)
         holds += result.low <= truth <= result.high
         widths.append([np.log(r.high / r.low) for r in (result, together)])
     assert holds >= 7
@@ -105,7 +105,7 @@ def test_chosen_questions_tell_more_than_even_ones():
         for seed in range(4):
             ranks = collection(seed)
             same = np.random.RandomState(seed).rand(*ranks.shape) < curve(ranks, 0.02, 2.0)
-            found.append(kinds.judgement(answers(ranks, same, seed, 20, even=even), ranks))
+            found.append(kinds.judgement(answers(ranks, same, seed, 20, even=even), ranks, 256))
         return np.mean([np.log(r.high / r.low) for r in found])
 
     assert width(False) < 0.7 * width(True)
@@ -159,7 +159,19 @@ def test_many_or_few_of_ones_kind_decide_the_scope():
         same = of[:, None] == of
         ranks = kinds.pair_ranks(same + 0.01 * np.random.RandomState(0).rand(*same.shape))
         share = same[np.triu_indices(len(same), 1)].mean()
-        result = kinds.judgement(3 * [kinds.likelihood(kinds.RANKS, share > kinds.RANKS)], ranks)
+        result = kinds.judgement(3 * [kinds.likelihood(kinds.RANKS, share > kinds.RANKS)], ranks, 256)
         assert result.scope == scope and abs(np.log(result.share / share)) < 0.3
         assert f"--config.loss.clip_scope={scope}" in result.overrides
         assert f"--config.loss.clip={result.share:.3g}" in result.overrides
+
+
+@pytest.mark.parametrize(("batch_size", "scope"), [(64, "batch"), (256, "anchor")])
+def test_fewer_than_four_of_each_anchor_are_clipped_of_the_batch(batch_size, scope):
+    """Each of 40 kinds is as frequent, so only their number decides, as with kinds= of the configs."""
+    labels = np.arange(400) % 40
+    same = labels[:, None] == labels
+    ranks = kinds.pair_ranks(same + 0.01 * np.random.RandomState(0).rand(*same.shape))
+    share = same[np.triu_indices(len(same), 1)].mean()
+    found = 3 * [kinds.likelihood(kinds.RANKS, share > kinds.RANKS)]
+    result = kinds.judgement(found, ranks, batch_size)
+    assert result.scope == scope and (result.share * (2 * batch_size - 2) < 4) == (scope == "batch")

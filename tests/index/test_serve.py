@@ -166,7 +166,7 @@ def test_beyond_this_machine_a_token_is_needed(index, body):
         connection = http.client.HTTPConnection(address.removeprefix("http://"))
         connection.request("GET", "/?token=secret&item=3")
         answer = connection.getresponse()
-        assert answer.status == 303 and answer.headers["location"] == "/?item=3"
+        assert answer.status == 303 and answer.headers["location"] == "./?item=3"
         assert "httponly" in answer.headers["set-cookie"].lower() and "SameSite=strict" in answer.headers["set-cookie"]
         connection.close()
 
@@ -176,14 +176,20 @@ def test_a_proxy_may_pass_requests_on(index, body, token):
     """One passes `Host` on, another sets its own."""
     headers = {"Authorization": "Bearer secret"} if token else {}
     with running(index, token=token, proxy="https://photos.example") as address:
-        for host in ("photos.example", address.removeprefix("http://")):
+        for host in ("photos.example", "Photos.example:443", address.removeprefix("http://")):
             for origin in ({}, {"Origin": "https://photos.example"}, {"Origin": f"http://{host}"}):
                 status = ask(address, "/api/search", body, headers | {"Host": host} | origin)[0]
-                assert status == (403 if origin == {"Origin": "http://photos.example"} and not token else 200)
+                plain = origin.get("Origin", "").lower().startswith("http://photos.example")
+                assert status == (403 if plain and not token else 200)
             for other in ("https://attacker.example", "https://photos.example.attacker.example", "null"):
                 assert ask(address, "/api/search", body, headers | {"Host": host, "Origin": other})[0] == 403
         if token:
             assert ask(address, "/api/info", None, {"Host": "photos.example"})[0] == 401
+            connection = http.client.HTTPConnection(address.removeprefix("http://"))
+            connection.request("GET", "/?token=secret", headers={"Host": "photos.example"})
+            answer = connection.getresponse()
+            assert answer.headers["location"] == "./" and "Secure" in answer.headers["set-cookie"]
+            connection.close()
         else:
             status, _, answer = ask(address, "/api/info", None, {"Host": "attacker.example"})
             assert status == 403 and "to this machine and https://photos.example only" in answer["error"]
@@ -192,12 +198,25 @@ def test_a_proxy_may_pass_requests_on(index, body, token):
 def test_the_address_of_a_proxy():
     with web.listening("127.0.0.1", 0) as bound:
         for given, origin, shown in (
-            ("https://Photos.example:443/search/", "https://photos.example", "https://Photos.example:443/search/"),
+            ("https://Photos.example:443/search/", "https://photos.example", "https://photos.example/search/"),
             ("http://photos.example:8080", "http://photos.example:8080", "http://photos.example:8080/"),
+            ("https://fotos.müller.example:0443", "https://fotos.xn--mller-kva.example", ""),
+            ("http://[::1]:80/a", "http://[::1]", "http://[::1]/a/"),
         ):
             guard, address = web.guard_of("127.0.0.1", bound, given)
-            assert guard.proxy == origin and address == shown and guard.token is None
-        for wrong in ("photos.example", "ftp://a", "https://", "https://a/?b", "https://a/#b", "https://u@a"):
+            assert guard.proxy == origin and address == (shown or f"{origin}/") and guard.token is None
+        for wrong in (
+            "photos.example",
+            "ftp://a",
+            "https://",
+            "https://:443",
+            "https://[::1",
+            "https://a:b",
+            "https://a b.example",
+            "https://a/?b",
+            "https://a/#b",
+            "https://u@a",
+        ):
             with pytest.raises(web.PageError, match="must be an address such as"):
                 web.guard_of("127.0.0.1", bound, wrong)
 
@@ -487,5 +506,5 @@ def test_a_cookie_beside_others_and_a_link_with_several_items(index):
         assert ask(address, "/api/info", None, {"Cookie": cookies})[0] == 200
         connection = http.client.HTTPConnection(address.removeprefix("http://"))
         connection.request("GET", "/?item=1&token=secret&item=2")
-        assert connection.getresponse().headers["location"] == "/?item=1&item=2"
+        assert connection.getresponse().headers["location"] == "./?item=1&item=2"
         connection.close()

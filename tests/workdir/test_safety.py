@@ -100,6 +100,21 @@ def test_what_a_killed_run_was_writing_goes_at_the_next_one(tmp_path):
     assert not old.exists() and new.exists()  # which may belong to a process that lives
 
 
+def test_a_folder_that_another_process_deletes_is_locked_anew(tmp_path, monkeypatch):
+    def opening(path, mode):
+        if not deleted:
+            deleted.append(path.parent.rmdir())
+        return open(path, mode)
+
+    deleted = []
+    monkeypatch.setattr(locks, "open", opening, raising=False)
+    with locks.lock(tmp_path / "run", wait=True):
+        assert deleted and (tmp_path / "run" / locks.NAME).exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError), locks.lock(tmp_path / "file", wait=True):
+        pass
+
+
 def test_a_second_run_in_a_workdir_is_refused_and_named(tmp_path):
     with locks.lock(tmp_path / "run", wait=False):
         done = small.main("train", "--config=configs/digits.py", f"--workdir={tmp_path / 'run'}")
