@@ -163,6 +163,9 @@ def test_addresses_that_are_none_are_refused(index):
         ("milvus://x/y", "is unknown"),
         ("qdrant://localhost", "must be qdrant://host:port/collection"),
         ("qdrant://localhost:1/photos", "cannot be used"),
+        ("qdrant://:6333/photos", "must be qdrant://host:port/collection"),
+        ("qdrant://[::1/photos", "must be qdrant://host:port/collection"),
+        ("postgresql://[::1/x", "postgresql://[::1/x cannot be opened"),
         ("qdrant://localhost:port/photos", "with a number for the port"),
         ("postgresql://me:secret@localhost:1/x", "postgresql://me@localhost:1/x cannot be opened"),
     ):

@@ -6,7 +6,6 @@ joined and conditions are plain SQL.
 
 import json
 from typing import Any, NamedTuple
-from urllib.parse import urldefrag
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +45,7 @@ def connect(address: str) -> Connection:
         import psycopg
     except ImportError:
         raise EngineError("PostgreSQL needs its client: pip install 'psycopg[binary]'") from None
-    url, table = urldefrag(address)
+    url, _, table = address.partition("#")
     try:
         client = psycopg.connect(url, autocommit=True)
     except psycopg.Error as error:

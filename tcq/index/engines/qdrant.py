@@ -40,9 +40,14 @@ def connect(address: str) -> Connection:
         from qdrant_client import QdrantClient
     except ImportError:
         raise EngineError(f"{address}: Qdrant needs its client: pip install qdrant-client") from None
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+        server = f"{host}:{parts.port or 6333}"
+    except ValueError:
+        raise EngineError(f"{address} must be qdrant://host:port/collection, with a number for the port") from None
     folder, _, collection = parts.path.rpartition("/")
-    if not collection or (parts.netloc and folder):
+    if not collection or (parts.netloc and (folder or not parts.hostname)):
         raise EngineError(f"{address} must be qdrant://host:port/collection, or qdrant:///folder/collection")
     if not parts.netloc:
         try:
@@ -50,12 +55,10 @@ def connect(address: str) -> Connection:
         except (RuntimeError, OSError) as error:  # another process has opened the folder
             raise EngineError(f"{address} cannot be opened: {str(error)[:500]}") from None
     scheme = "https" if parts.scheme == "qdrants" else "http"
-    try:
-        url = f"{scheme}://{parts.hostname}:{parts.port or 6333}"
-    except ValueError:
-        raise EngineError(f"{address} must be qdrant://host:port/collection, with a number for the port") from None
     key = os.environ.get("QDRANT_API_KEY")
-    return Connection(QdrantClient(url=url, api_key=key, check_compatibility=False), collection, address)
+    return Connection(
+        QdrantClient(url=f"{scheme}://{server}", api_key=key, check_compatibility=False), collection, address
+    )
 
 
 def push(connection: Connection, index: Index) -> Pushed:
