@@ -27,7 +27,7 @@ from tcq.config.derived import (
 from tcq.config.overrides import ConfigError, flatten
 from tcq.data import folders
 from tcq.models import weights as published
-from tcq.runtime import storage
+from tcq.runtime import modules, storage
 
 __all__ = [
     "OPERATIONAL",
@@ -69,7 +69,8 @@ OPERATIONAL = (
     "eval.batch_size",
     "checkpoint.keep",
 )
-base: Any = files.execute(files.SHIPPED / "base.py")  # the module configs/base.py: `from tcq.config import base`
+# The module configs/base.py: `from tcq.config import base`.
+base: Any = modules.execute(files.SHIPPED / "base.py", "tcq_config_base")
 
 
 def load(path: str, overrides: Iterable[str] = (), *, workdir: str | Path | None = None) -> ConfigDict:

@@ -3,26 +3,16 @@
 They are Python files with a function `get_config`.
 """
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 from ml_collections import ConfigDict
 
 from tcq.config.overrides import ConfigError
+from tcq.runtime import modules
 
 _ROOT = Path(__file__).resolve().parent.parent
 # Beside the package in a checkout, inside it if tcq is installed.
 SHIPPED = next((p for p in (_ROOT.parent / "configs", _ROOT / "configs") if (p / "base.py").is_file()), _ROOT)
-
-
-def execute(path: Path) -> ModuleType:
-    """The module of a Python file, newly executed."""
-    spec = importlib.util.spec_from_file_location(f"tcq_config_{path.stem}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def find(name: str) -> Path:
@@ -46,7 +36,7 @@ def read(path: str) -> ConfigDict:
     name, colon, argument = path.partition(":")
     file = find(name)
     try:
-        get_config = execute(file).get_config
+        get_config = modules.execute(file, f"tcq_config_{file.stem}").get_config
         config = get_config(argument) if colon else get_config()
     except Exception as error:
         raise ConfigError(f"{path}: {type(error).__name__}: {error}") from None

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from tcq.runtime import modules
+
 NAME = "embeddings"  # of the model whose backbone is `Standardize`
 NUM_SUMS = 4
 TOLERANCE = 0.02  # of the largest sum; libraries and machines round differently
@@ -102,19 +104,7 @@ def _module(place: str) -> Any:
     folder = str(file.resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)  # for modules beside it, as with `python file.py`
-    module_spec = importlib.util.spec_from_file_location(_module_name(file), file)
-    assert module_spec and module_spec.loader
-    module = importlib.util.module_from_spec(module_spec)
-    before = sys.modules.get(module_spec.name)
-    sys.modules[module_spec.name] = module  # where dataclasses, Flax and workers of a pool look for it
-    try:
-        module_spec.loader.exec_module(module)
-    except BaseException:
-        sys.modules.pop(module_spec.name)
-        if before is not None:
-            sys.modules[module_spec.name] = before
-        raise
-    return module
+    return modules.execute(file, _module_name(file))
 
 
 def _module_name(file: Path) -> str:

@@ -208,6 +208,15 @@ def test_a_config_file_finds_base_in_any_directory(tmp_path, monkeypatch):
     assert configs.load("configs/digits.py").data.source == "digits"
 
 
+def test_a_config_file_may_hold_a_dataclass(tmp_path):
+    head = "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom tcq.config import base\n"
+    body = "@dataclass\nclass Size:\n  steps: int = 7\n\ndef get_config():\n  c = base.get_config()\n"
+    (tmp_path / "mine.py").write_text(
+        f"{head}{body}  c.data.source = 'digits'\n  c.train.total_steps = Size().steps\n  return c\n"
+    )
+    assert configs.load(str(tmp_path / "mine.py")).train.total_steps == 7
+
+
 def test_all_keys_with_a_range_or_choices_are_in_one_table():
     """Those that are not are bools, or texts and numbers that another rule checks."""
     other = {"data.source", "data.tfds_dir", "data.cache_dir", "model.weights", "model.mean", "model.std"}
