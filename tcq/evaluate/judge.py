@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -101,12 +102,18 @@ def judge(
     count_of = Counter(source.names)
     names = [f"{i} {source.names[i]}" if count_of[source.names[i]] > 1 else source.names[i] for i in chosen]
     is_open, random = ~np.eye(len(chosen), dtype=bool), np.random.RandomState(seed + 1)
-    answers = []
+    own_ranks = kinds.anchor_ranks(ranks)
+    answers, by_anchor = list[Any](), list[Any]()
+
+    def count_in(anchor: int, others: np.ndarray, same: np.ndarray) -> None:
+        answers.append(kinds.likelihood(ranks[anchor, others], same))
+        by_anchor.append(kinds.likelihood(own_ranks[anchor, others], same))
+        _close(is_open, anchor, others)
+
     file = folder / ANSWERS if folder else None
     with _only(folder), file.open("a") if file else nullcontext(io.StringIO()) as out:
         for anchor, others, same in _stored(file, names) if file else ():  # ranks are those of the model as it is now
-            answers.append(kinds.likelihood(ranks[anchor, others], same))
-            _close(is_open, anchor, others)
+            count_in(anchor, others, same)
         if file and out.tell() and not file.read_bytes().endswith(b"\n"):
             out.write("\n")  # the last line of a killed process may be cut
         while len(answers) < count:
@@ -118,12 +125,11 @@ def judge(
             picked = ask(int(chosen[anchor]), chosen[others].tolist(), len(answers))
             if picked is None:
                 break
-            answers.append(kinds.likelihood(ranks[anchor, others], np.array(picked)))
-            _close(is_open, anchor, others)
+            count_in(anchor, others, np.array(picked))
             rows = [(names[anchor], names[i], bool(same)) for i, same in zip(others, picked, strict=True)]
             out.write("".join(json.dumps(dict(zip(KEYS, row, strict=True))) + "\n" for row in rows))
             out.flush()
-    return kinds.judgement(answers, ranks, encoder.config.data.batch_size)
+    return kinds.judgement(answers, by_anchor, ranks, encoder.config.data.batch_size)
 
 
 def _only(folder: Path | None) -> AbstractContextManager[None]:

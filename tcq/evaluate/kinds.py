@@ -14,8 +14,9 @@ from jaxtyping import Bool, Float, Int
 
 NEIGHBOURS = 8  # images of a question, beside the anchor
 # Our choices, by validation images of three sets (docs/clipping.md):
-LEAST = 4  # negatives of each anchor that scope "anchor" clips; below "batch" fits, as with kinds=
-SKEW = 0.9  # standard deviation over mean of the number of an image's nearest pairs, from which scope "batch" fits
+LEAST = 3  # negatives of each anchor that scope "anchor" clips; below "batch" fits, as with kinds=
+SKEW = 0.9  # standard deviation over mean of the number of an image's nearest pairs, from which scope "batch" may fit
+GAIN = 0.2  # log likelihood of an answer by ranks of all pairs above that by ranks of the anchor's: then it does fit
 TEMPERATURE = 0.2
 INTERVAL = (0.05, 0.95)
 RESAMPLES = 100  # of the answers
@@ -106,10 +107,16 @@ def draw(
     return anchor, random.permutation(order[np.unique(np.minimum(chosen, len(order) - 1))])
 
 
-def judgement(answers: list[Float[np.ndarray, " G"]], ranks: Float[np.ndarray, "N N"], batch_size: int) -> Judgement:
+def judgement(
+    answers: list[Float[np.ndarray, " G"]],
+    by_anchor: list[Float[np.ndarray, " G"]],
+    ranks: Float[np.ndarray, "N N"],
+    batch_size: int,
+) -> Judgement:
     """What answers, each a `likelihood`, say of a collection that is trained on in batches.
 
-    `ranks` are of sampled pairs, with 1 on the diagonal.
+    `by_anchor` are the likelihoods of the same answers by `anchor_ranks`. `ranks` are of sampled pairs, with 1 on the
+    diagonal.
     """
     weights = posterior(answers)
     shares = np.outer(_SHARES, _CELL).ravel()
@@ -117,7 +124,7 @@ def judgement(answers: list[Float[np.ndarray, " G"]], ranks: Float[np.ndarray, "
     quantiles = (INTERVAL[0], 0.5, INTERVAL[1])
     total = np.cumsum(np.repeat(weights / len(_CELL), len(_CELL))[order])
     low, share, high = np.interp(quantiles, total, shares[order]).tolist()
-    is_skewed = skew(ranks, share / 2) > SKEW  # half of it, in case the share is too high
+    is_skewed = skew(ranks, share / 2) > SKEW and gain(answers, by_anchor) > GAIN  # half, if the share is too high
     scope = "batch" if is_skewed or share * (2 * batch_size - 2) < LEAST else "anchor"
     precision = np.interp(_clipped_ranks(ranks, share, scope), _MIDDLES, weights @ _AT_MIDDLES).mean()
     return Judgement(share, low, high, scope, float(precision), len(answers))
@@ -128,6 +135,18 @@ def _clipped_ranks(ranks: Float[np.ndarray, "B B"], share: float, scope: str) ->
     others = np.sort(ranks, axis=1)[:, :-1]  # the last one is the anchor itself
     rows = others if scope == "anchor" else np.sort(others, axis=None)[None]
     return rows[:, : max(1, round(share * rows.shape[1]))].ravel()
+
+
+def gain(answers: list[Float[np.ndarray, " G"]], by_anchor: list[Float[np.ndarray, " G"]]) -> float:
+    """How much better ranks among all pairs explain answers than those among the anchor's.
+
+    It is the log of the ratio of their likelihoods (Bayes factor), over the curves of the grid, for each answer: scope
+    "batch" clips by the first, "anchor" by the second. Without answers it is 0.
+    """
+    if not answers:
+        return 0.0
+    first, second = (np.logaddexp.reduce(np.sum(logs, axis=0)) for logs in (answers, by_anchor))
+    return float(first - second) / len(answers)
 
 
 def skew(ranks: Float[np.ndarray, "B B"], share: float) -> float:
@@ -152,3 +171,12 @@ def pair_ranks(similarity: Float[np.ndarray, "B B"]) -> Float[np.ndarray, "B B"]
     ranks = np.ones(both.shape)
     ranks[first, second] = ranks[second, first] = shares
     return ranks
+
+
+def anchor_ranks(ranks: Float[np.ndarray, "B B"]) -> Float[np.ndarray, "B B"]:
+    """The share of an image's pairs at least as similar as each, in (0, 1]; 1 on the diagonal."""
+    n = len(ranks)
+    order = np.argsort(ranks + 2 * np.eye(n), axis=1, kind="stable")  # the image itself is last
+    own = np.empty(ranks.shape)
+    np.put_along_axis(own, order, np.broadcast_to(np.arange(1, n + 1) / max(n - 1, 1), own.shape), axis=1)
+    return np.minimum(own, 1.0)

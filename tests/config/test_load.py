@@ -146,8 +146,8 @@ def test_configs_take_bits_backbone_and_weights(name, tmp_path):
     [
         ("", 0.02, "batch", 0.7),
         (",kinds=10", "kinds=10", "anchor", 0.2),
-        (",kinds=127", "kinds=127", "anchor", 0.2),
-        (",kinds=128", "kinds=128", "batch", 0.2),
+        (",kinds=170", "kinds=170", "anchor", 0.2),
+        (",kinds=171", "kinds=171", "batch", 0.2),
     ],
 )
 def test_kinds_set_clip_scope_and_temperature(tmp_path, arg, clip, scope, temperature):

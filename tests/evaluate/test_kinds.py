@@ -26,6 +26,10 @@ def answers(ranks, same, seed, count, *, even=False):
     return found
 
 
+def judged(found, ranks):
+    return kinds.judgement(found, found, ranks, 256)
+
+
 @pytest.mark.parametrize(("half", "slope", "top"), [(0.02, 2.0, 1.0), (0.1, 3.0, 0.8), (0.02, 1.0, 1.0)])
 def test_the_interval_holds_the_share(half, slope, top):
     u = (np.arange(10**6) + 0.5) / 10**6
@@ -35,7 +39,7 @@ def test_the_interval_holds_the_share(half, slope, top):
         ranks = collection(seed)
         drawn = np.triu(np.random.RandomState(seed).rand(*ranks.shape), 1)
         same = drawn + drawn.T < curve(ranks, half, slope, top)
-        results.append(kinds.judgement(answers(ranks, same, seed, 30), ranks, 256))
+        results.append(judged(answers(ranks, same, seed, 30), ranks))
     assert sum(r.low <= truth <= r.high for r in results) >= 3
     assert np.median([abs(np.log(r.share / truth)) for r in results]) < 0.25
     expected = [curve(u, half, slope, top)[u < r.share].mean() for r in results]
@@ -49,7 +53,7 @@ def test_endless_answers_give_the_share_itself():
     for half in 0.05 * 1.03 ** np.arange(6):
         same = curve(asked, half, 2.2)
         answer = np.log(np.maximum(p, 1e-12)) @ same + np.log(np.maximum(1 - p, 1e-12)) @ (1 - same)
-        result = kinds.judgement([answer] * 20, np.ones((2, 2)), 256)
+        result = judged([answer] * 20, np.ones((2, 2)))
         assert abs(np.log(result.share / curve(u, half, 2.2).mean())) < 0.05
         assert result.low < result.share < result.high
 
@@ -82,7 +86,7 @@ def test_the_interval_holds_although_pairs_of_an_anchor_are_alike():
         ranks = kinds.pair_ranks(random.randn(*same.shape))
         truth = same[np.triu_indices(len(same), 1)].mean()
         found = answers(ranks, same, seed, 20)
-        result, together = kinds.judgement(found, ranks, 256), kinds.judgement([sum(found)], ranks, 256)
+        result, together = judged(found, ranks), judged([sum(found)], ranks)
         holds += result.low <= truth <= result.high
         widths.append([np.log(r.high / r.low) for r in (result, together)])
     assert holds >= 7
@@ -105,7 +109,7 @@ def test_chosen_questions_tell_more_than_even_ones():
         for seed in range(4):
             ranks = collection(seed)
             same = np.random.RandomState(seed).rand(*ranks.shape) < curve(ranks, 0.02, 2.0)
-            found.append(kinds.judgement(answers(ranks, same, seed, 20, even=even), ranks, 256))
+            found.append(judged(answers(ranks, same, seed, 20, even=even), ranks))
         return np.mean([np.log(r.high / r.low) for r in found])
 
     assert width(False) < 0.7 * width(True)
@@ -153,25 +157,59 @@ def test_a_share_of_all_is_not_the_count_of_one():
     assert "--config.loss.clip=0.99" in kinds.Judgement(1.0, 0.9, 1.0, "anchor", 1.0, 5).overrides
 
 
+def answered(ranks, same, count=40):
+    """Answers about all images in turn, by ranks of all pairs and of those of the anchor."""
+    own, random, found = kinds.anchor_ranks(ranks), np.random.RandomState(0), []
+    for anchor in random.permutation(len(ranks))[:count]:
+        others = random.permutation(np.delete(np.arange(len(ranks)), anchor))[:8]
+        others[:4] = np.argsort(own[anchor])[[0, 2, 5, 12]]
+        found.append([kinds.likelihood(r[anchor, others], same[anchor, others]) for r in (ranks, own)])
+    return [list(x) for x in zip(*found, strict=True)]
+
+
 def test_many_or_few_of_ones_kind_decide_the_scope():
-    labels = np.repeat(np.arange(31), [60] + [3] * 30)
-    for of, scope in ((labels, "batch"), (np.arange(len(labels)) % 10, "anchor")):
+    """Skewed kinds; even ones; even kinds of which some have more similar images than others."""
+    skewed, even = np.repeat(np.arange(31), [60] + [3] * 30), np.arange(150) % 15
+    noise = np.random.RandomState(0).rand(150, 150)
+    near = np.where((even[:, None] < 3) & (even < 3), 2.0, 0.0)
+    for of, similarity, scope in (
+        (skewed, (skewed[:, None] == skewed) + 0.01 * noise, "batch"),
+        (even, (even[:, None] == even) + 0.01 * noise, "anchor"),
+        (even, (even[:, None] == even) + near + 0.01 * noise, "anchor"),
+    ):
         same = of[:, None] == of
-        ranks = kinds.pair_ranks(same + 0.01 * np.random.RandomState(0).rand(*same.shape))
+        ranks = kinds.pair_ranks(similarity)
         share = same[np.triu_indices(len(same), 1)].mean()
-        result = kinds.judgement(3 * [kinds.likelihood(kinds.RANKS, share > kinds.RANKS)], ranks, 256)
-        assert result.scope == scope and abs(np.log(result.share / share)) < 0.3
+        result = kinds.judgement(*answered(ranks, same), ranks, 256)
+        assert result.scope == scope, (result, kinds.skew(ranks, share / 2), kinds.gain(*answered(ranks, same)))
         assert f"--config.loss.clip_scope={scope}" in result.overrides
         assert f"--config.loss.clip={result.share:.3g}" in result.overrides
+    assert kinds.skew(ranks, share / 2) > kinds.SKEW  # so the last one is decided by the answers
 
 
-@pytest.mark.parametrize(("batch_size", "scope"), [(64, "batch"), (256, "anchor")])
-def test_fewer_than_four_of_each_anchor_are_clipped_of_the_batch(batch_size, scope):
+def test_ranks_of_an_anchor_are_shares_of_its_pairs():
+    ranks = kinds.pair_ranks(np.random.RandomState(0).randn(6, 6))
+    own = kinds.anchor_ranks(ranks)
+    for i in range(6):
+        others = np.delete(np.arange(6), i)
+        np.testing.assert_allclose(own[i, others], [(ranks[i, others] <= ranks[i, j]).sum() / 5 for j in others])
+    np.testing.assert_array_equal(np.diag(own), 1.0)
+
+
+def test_the_gain_is_a_ratio_of_mean_likelihoods():
+    first, second = np.log(np.random.RandomState(0).rand(2, 3, 9))
+    want = np.log(np.exp(first.sum(axis=0)).mean() / np.exp(second.sum(axis=0)).mean()) / 3
+    np.testing.assert_allclose(kinds.gain(list(first), list(second)), want, rtol=1e-9)
+    assert kinds.gain([], []) == 0
+
+
+@pytest.mark.parametrize(("batch_size", "scope"), [(32, "batch"), (256, "anchor")])
+def test_fewer_than_three_of_each_anchor_are_clipped_of_the_batch(batch_size, scope):
     """Each of 40 kinds is as frequent, so only their number decides, as with kinds= of the configs."""
     labels = np.arange(400) % 40
     same = labels[:, None] == labels
     ranks = kinds.pair_ranks(same + 0.01 * np.random.RandomState(0).rand(*same.shape))
     share = same[np.triu_indices(len(same), 1)].mean()
     found = 3 * [kinds.likelihood(kinds.RANKS, share > kinds.RANKS)]
-    result = kinds.judgement(found, ranks, batch_size)
-    assert result.scope == scope and (result.share * (2 * batch_size - 2) < 4) == (scope == "batch")
+    result = kinds.judgement(found, found, ranks, batch_size)
+    assert result.scope == scope and (result.share * (2 * batch_size - 2) < 3) == (scope == "batch")
