@@ -176,7 +176,7 @@ def pair_ranks(similarity: Float[np.ndarray, "B B"]) -> Float[np.ndarray, "B B"]
 def anchor_ranks(ranks: Float[np.ndarray, "B B"]) -> Float[np.ndarray, "B B"]:
     """The share of an image's pairs at least as similar as each, in (0, 1]; 1 on the diagonal."""
     n = len(ranks)
-    order = np.argsort(ranks + 2 * np.eye(n), axis=1, kind="stable")  # the image itself is last
+    order = np.argsort(ranks, axis=1, kind="stable")  # the image itself is last, or beside the least similar one
     own = np.empty(ranks.shape)
     np.put_along_axis(own, order, np.broadcast_to(np.arange(1, n + 1) / max(n - 1, 1), own.shape), axis=1)
     return np.minimum(own, 1.0)
