@@ -38,11 +38,16 @@ class Judgement(NamedTuple):
     scope: str  # the `loss.clip_scope` that fits
     precision: float  # of the clipped pairs, if this share is clipped with this scope
     answers: int
+    least: float = 0.0  # the share that is one pair of a batch
 
     @property
     def overrides(self) -> list[str]:
         """The overrides of a config that follow this judgement."""
-        values = {"clip": f"{min(self.share, 0.99):.3g}", "clip_scope": self.scope, "temperature": TEMPERATURE}
+        values = {
+            "clip": f"{min(max(self.share, self.least), 0.99):.3g}",
+            "clip_scope": self.scope,
+            "temperature": TEMPERATURE,
+        }
         return [f"--config.loss.{key}={value}" for key, value in values.items()]
 
 
@@ -127,7 +132,8 @@ def judgement(
     is_skewed = skew(ranks, share / 2) > SKEW and gain(answers, by_anchor) > GAIN  # half, if the share is too high
     scope = "batch" if is_skewed or share * (2 * batch_size - 2) < LEAST else "anchor"
     precision = np.interp(_clipped_ranks(ranks, share, scope), _MIDDLES, weights @ _AT_MIDDLES).mean()
-    return Judgement(share, low, high, scope, float(precision), len(answers))
+    least = 1.01 / (2 * batch_size * (2 * batch_size - 2))  # by more than what three digits round off
+    return Judgement(share, low, high, scope, float(precision), len(answers), least)
 
 
 def _clipped_ranks(ranks: Float[np.ndarray, "B B"], share: float, scope: str) -> Float[np.ndarray, " n"]:

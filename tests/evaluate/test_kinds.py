@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+import small
 from tcq.evaluate import kinds
 
 
@@ -213,3 +214,14 @@ def test_fewer_than_three_of_each_anchor_are_clipped_of_the_batch(batch_size, sc
     found = 3 * [kinds.likelihood(kinds.RANKS, share > kinds.RANKS)]
     result = kinds.judgement(found, found, ranks, batch_size)
     assert result.scope == scope and (result.share * (2 * batch_size - 2) < 3) == (scope == "batch")
+
+
+@pytest.mark.parametrize("batch_size", [4, 33, 64, 256])
+def test_what_is_printed_clips_a_pair(batch_size):
+    """Although nothing is alike: tcq train refuses to clip none."""
+    ranks = kinds.pair_ranks(np.random.RandomState(0).rand(60, 60))
+    found = 50 * [kinds.likelihood(np.geomspace(1e-3, 1, 8), np.zeros(8, bool))]
+    result = kinds.judgement(found, found, ranks, batch_size)
+    overrides = [o.removeprefix("--config.") for o in result.overrides]
+    assert result.share < 2e-4 and result.scope == "batch"
+    small.config(*overrides, f"data.batch_size={batch_size}")
