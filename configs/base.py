@@ -5,7 +5,7 @@ The allowed values of each key are in tcq/config/checks.py.
 
 from ml_collections import ConfigDict, FieldReference
 
-FEW_KINDS = 170  # up to which each anchor loses its share; with more, fewer than 3 of its 510 negatives
+FEW_KINDS = 170  # up to which each anchor loses its share; with more, fewer than 3 of 510 (LEAST of kinds.py)
 
 
 def arguments(text: str, **defaults: str) -> dict[str, str]:

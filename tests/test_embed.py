@@ -278,6 +278,7 @@ def test_what_fails_at_the_end_is_not_embedded_again(run, tmp_path, monkeypatch,
         patch.setattr(files, "publish", lambda folder: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             function(config, *more)
+    assert not embed._earlier(config)  # what has not its name yet is no source of copies
     assert stopped(function, config, *more) <= 20  # the fixed images
     assert not list(tmp_path.rglob(files.STATE)) and not list(tmp_path.rglob("*.done"))
 

@@ -183,8 +183,8 @@ def signature(spec: str, image_size: int) -> tuple[float, ...]:
         raise EmbedderError(f"model.embedder {spec} {cause} (model.eval() in PyTorch, train=False in Flax)")
     if np.abs(rows - rows[:1]).max() <= ROUNDING * np.abs(rows).max():
         raise EmbedderError(
-            f"model.embedder {spec} gives four different images (noise and ramps) one embedding, so it could not be "
-            f"told from another function later: let it return something of the whole image where it finds nothing"
+            f"model.embedder {spec} gives four different images (noise and ramps) one embedding, so another function "
+            f"could not be recognized later: let it return features of the whole image where it finds no object"
         )
     sums = rows @ np.random.RandomState(1).randn(rows.shape[1], NUM_SUMS)
     return (float(rows.shape[1]), *(round(float(s), 6) for s in sums.ravel()))
